@@ -1,0 +1,139 @@
+"""Greedy Coordinate Gradient (Zou et al., arXiv 2307.15043, algorithm 1) against one behaviour.
+
+Each step: 1. token gradient of the target loss at the current suffix; 2. per position the top-k allowed tokens;
+3. draw ``search_width`` candidates with ``n_replace`` positions replaced, drop no-ops and duplicates; 4. drop those
+without token fidelity in the whole conversation; 5. score the rest exactly; 6. the lowest becomes the current suffix,
+also where its loss is higher than before (the paper keeps no best). Returned is the best suffix over all steps with
+its own loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from attacks.candidates import sample_candidates
+from attacks.objective import TargetLoss
+from attacks.slot import SuffixSlot
+from core.errors import AttackPlaneError
+
+
+@dataclass(frozen=True)
+class GCGConfig:
+    """Defaults are the paper's (its section 3: 500 steps, B = 512, k = 256, 20 tokens of "!")."""
+
+    num_steps: int = 500
+    search_width: int = 512
+    topk: int = 256
+    n_replace: int = 1
+    suffix_length: int = 20
+    init_suffix: str | None = None
+    placement: str = "{request} {suffix}"
+    system_prompt: str | None = None
+    ascii_only: bool = True
+    stop_loss: float = 0.0
+    """Stop once the best loss is at or below this (nats per target token); 0 runs all steps, as the paper does."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "search_width", "topk", "n_replace", "suffix_length"):
+            if getattr(self, name) < (0 if name == "num_steps" else 1):
+                raise AttackPlaneError(f"{name} is too small", where="gcg", got=getattr(self, name))
+        if self.init_suffix is None and self.n_replace > self.suffix_length:
+            raise AttackPlaneError("n_replace is larger than the suffix", where="gcg", got=self.n_replace)
+
+
+@dataclass
+class GCGState:
+    """All that the next step depends on; plain data, so that a saved state goes on to the bit."""
+
+    suffix_ids: list[int]
+    generator_state: list[int]
+    batch_size: int
+    best_ids: list[int] = field(default_factory=list)
+    best_step: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Loss of the current suffix after each step; index 0 is the initial suffix."""
+    scored: list[int] = field(default_factory=list)
+    """Candidates scored in each step, after the filters."""
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.scored)
+
+    @property
+    def best_loss(self) -> float:
+        return self.losses[self.best_step]
+
+    def note(self, loss: float) -> None:
+        """Record the loss of ``suffix_ids`` and keep the best."""
+        self.losses.append(loss)
+        if len(self.losses) == 1 or loss < self.best_loss:
+            self.best_step, self.best_ids = len(self.losses) - 1, list(self.suffix_ids)
+
+    def to_row(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def run_gcg(
+    objective: TargetLoss,
+    slot: SuffixSlot,
+    config: GCGConfig,
+    allowed: torch.Tensor,
+    *,
+    seed: int,
+    state: GCGState | None = None,
+    on_step: Callable[[GCGState], None] = lambda state: None,
+) -> GCGState:
+    """Optimise one suffix; ``on_step`` is called after every step, and a state it was given can be passed back in.
+
+    Raises:
+        AttackPlaneError: the loss is not finite (a precision too narrow for this model).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if state is None:
+        state = GCGState(list(slot.initial_ids), [], objective.batch.value)
+        state.note(_finite(float(objective.losses(torch.tensor([state.suffix_ids]))[0]), objective))
+    else:
+        generator.set_state(torch.tensor(state.generator_state, dtype=torch.uint8))
+        objective.batch.value = state.batch_size
+    while state.step < config.num_steps and state.best_loss > config.stop_loss:
+        suffix = torch.tensor(state.suffix_ids)
+        _, gradient = objective.token_gradient(suffix.to(objective.loaded.device))
+        candidates = sample_candidates(
+            suffix,
+            gradient,
+            allowed,
+            topk=config.topk,
+            width=config.search_width,
+            n_replace=config.n_replace,
+            generator=generator,
+        )
+        candidates = candidates[torch.tensor(slot.faithful(candidates.tolist()), dtype=torch.bool)]
+        state.scored.append(len(candidates))
+        if len(candidates):
+            losses = objective.losses(candidates)
+            winner = int(losses.argmin())
+            state.suffix_ids = candidates[winner].tolist()
+            state.note(_finite(float(losses[winner]), objective))
+        else:  # every candidate merged with a neighbour: stay, and draw others in the next step
+            state.note(state.losses[-1])
+        state.generator_state = generator.get_state().tolist()
+        state.batch_size = objective.batch.value
+        on_step(state)
+    return state
+
+
+def _finite(loss: float, objective: TargetLoss) -> float:
+    if not math.isfinite(loss):
+        raise AttackPlaneError(
+            "the target loss is not finite",
+            where=objective.loaded.spec,
+            got=loss,
+            remedy="use a wider precision, for example ?dtype=float32 or ?dtype=bfloat16",
+        )
+    return loss

@@ -1,0 +1,127 @@
+"""The place of a suffix in a rendered conversation: ids and text before it, in it and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from core.errors import AttackPlaneError
+from core.prompt import Conversation, Renderer
+
+DEFAULT_WORDS = ("!", "x")
+"""Words that an initial suffix repeats: the paper's, then one that never merges with punctuation or line ends."""
+
+
+@dataclass(frozen=True)
+class SuffixSlot:
+    """Everything about a conversation that stays fixed while its suffix changes.
+
+    ``before_ids + suffix_ids + after_ids`` is the prompt up to the reply, ``target_ids`` follow it. ``content_before``
+    and ``content_after`` are the user content around the suffix, so that content = before + suffix text + after.
+    """
+
+    renderer: Renderer
+    before_text: str
+    after_text: str
+    content_before: str
+    content_after: str
+    before_ids: tuple[int, ...]
+    initial_ids: tuple[int, ...]
+    after_ids: tuple[int, ...]
+    target_text: str
+    target_ids: tuple[int, ...]
+
+    def suffix_texts(self, suffixes: Sequence[Sequence[int]]) -> list[str]:
+        return self.renderer.decode(suffixes, context=self.before_ids[-1:])
+
+    def content(self, suffix_ids: Sequence[int]) -> str:
+        """The user content with this suffix: what an artifact keeps as its prompt."""
+        return self.content_before + self.suffix_texts([suffix_ids])[0] + self.content_after
+
+    def faithful(self, suffixes: Sequence[Sequence[int]]) -> list[bool]:
+        """Token fidelity of each suffix in the whole conversation, target included; one tokenizer call.
+
+        A suffix that puts white space at an end of the user content is refused too: templates trim it.
+        """
+        if not suffixes:
+            return []
+        texts = self.suffix_texts(suffixes)
+        same = self.renderer.fidelity(
+            [self.before_text + text + self.after_text + self.target_text for text in texts],
+            [(*self.before_ids, *ids, *self.after_ids, *self.target_ids) for ids in suffixes],
+        )
+        return [
+            ok
+            and bool(text)
+            and not (not self.content_after and text[-1].isspace())
+            and not (not self.content_before and text[0].isspace())
+            for ok, text in zip(same, texts, strict=True)
+        ]
+
+
+def make_slot(
+    renderer: Renderer,
+    request: str,
+    target: str,
+    *,
+    suffix: str,
+    placement: str = "{request} {suffix}",
+    system: str | None = None,
+) -> SuffixSlot:
+    """Locate ``suffix`` in the rendered conversation.
+
+    Raises:
+        AttackPlaneError: the suffix shares a token with its neighbours or does not survive tokenisation.
+    """
+    conversation = Conversation.build(request, suffix, placement=placement, system=system)
+    prompt = renderer.render(conversation, target)
+    span = prompt.suffix
+    if span is None:
+        raise AttackPlaneError("the initial suffix is empty", where=placement)
+    start = prompt.starts[span.start]
+    stop = prompt.starts[span.stop] if span.stop < len(prompt.ids) else len(prompt.text)
+    offset = len(renderer.around_content(conversation)[0])
+    slot = SuffixSlot(
+        renderer=renderer,
+        before_text=prompt.text[:start],
+        after_text=prompt.text[stop:],
+        content_before=conversation.content[: start - offset],
+        content_after=conversation.content[stop - offset :],
+        before_ids=prompt.ids[: span.start],
+        initial_ids=prompt.ids[span.start : span.stop],
+        after_ids=prompt.ids[span.stop :],
+        target_text=prompt.target_text,
+        target_ids=prompt.target_ids,
+    )
+    if prompt.text[start:stop].strip() != suffix.strip() or not slot.faithful([slot.initial_ids])[0]:
+        raise AttackPlaneError(
+            "the initial suffix does not keep its tokens inside the conversation",
+            where=f"{renderer.loaded.spec}, placement {placement!r}",
+            got=f"suffix {suffix!r} lies in tokens that read {prompt.text[start:stop]!r}",
+            remedy="choose another --init-suffix or --placement (words parted by spaces are safe)",
+        )
+    return slot
+
+
+def default_slot(
+    renderer: Renderer,
+    request: str,
+    target: str,
+    *,
+    length: int,
+    placement: str,
+    system: str | None,
+    suffix: str | None = None,
+) -> SuffixSlot:
+    """A slot with the suffix given, or with a default word repeated ``length`` times ("! ! ! ...")."""
+    if suffix is not None:
+        return make_slot(renderer, request, target, suffix=suffix, placement=placement, system=system)
+    fault: AttackPlaneError | None = None
+    for word in DEFAULT_WORDS:
+        initial = " ".join([word] * length)
+        try:
+            return make_slot(renderer, request, target, suffix=initial, placement=placement, system=system)
+        except AttackPlaneError as error:
+            fault = fault or error
+    assert fault is not None
+    raise fault

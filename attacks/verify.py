@@ -1,0 +1,44 @@
+"""Load an artifact as a stranger would: render it anew, score it anew, compare with what it claims."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attacks.objective import plain_loss
+from core.prompt import Conversation, Renderer
+from core.records import AttackArtifact
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What one artifact's check found. ``fault`` is None where it holds. Losses in nats per target token."""
+
+    artifact_id: str
+    recorded: float | None
+    measured: float | None
+    fault: str | None
+
+
+def verify_artifact(renderer: Renderer, artifact: AttackArtifact, *, tolerance: float = 1e-3) -> Verification:
+    """Check token fidelity and loss of one artifact on its source model, by a plain forward pass."""
+    conversation = Conversation.of_prompt(
+        artifact.prompt,
+        request=artifact.request,
+        suffix=artifact.suffix,
+        system=artifact.system_prompt,
+    )
+    prompt = renderer.render(conversation, artifact.target_string)
+    faults = []
+    if artifact.suffix_ids is not None:
+        span = prompt.suffix
+        got = list(prompt.ids[span.start : span.stop]) if span else None
+        if got != artifact.suffix_ids:
+            faults.append("the suffix, tokenised again in its prompt, gives other ids")
+    if artifact.token_fidelity is False:
+        faults.append("recorded without token fidelity")
+    measured = None
+    if artifact.loss is not None and artifact.target_string is not None:
+        measured = plain_loss(renderer.loaded, prompt.ids, prompt.target_ids)
+        if not abs(measured - artifact.loss) <= tolerance:
+            faults.append(f"loss {measured:.6f}, recorded {artifact.loss:.6f}")
+    return Verification(artifact.artifact_id, artifact.loss, measured, "; ".join(faults) or None)

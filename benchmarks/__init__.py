@@ -1,0 +1,1 @@
+"""Programs that measure this suite; nothing imports them."""

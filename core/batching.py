@@ -1,0 +1,47 @@
+"""Work in batches that fit the memory: halved when the device runs out, and the size that fitted is remembered."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass
+class BatchSize:
+    """A batch size that shrinks on out-of-memory. ``value`` is what fits so far; it may be saved and restored."""
+
+    value: int
+
+    def over(self, items: Sequence[T], work: Callable[[Sequence[T]], R]) -> Iterator[R]:
+        """``work`` on consecutive slices of ``items``, in order."""
+        start = 0
+        while start < len(items):
+            try:
+                result = work(items[start : start + self.value])
+            except torch.OutOfMemoryError:
+                if self.value == 1:
+                    raise
+                self.value = max(1, self.value // 2)
+                log.warning("out of memory: batches of %d from here on", self.value)
+                torch.cuda.empty_cache()
+                continue
+            yield result
+            start += self.value
+
+
+def memory_budget(device: torch.device) -> int:
+    """Bytes that one batch may take: a quarter of the device's memory, at most 2 GiB on the CPU.
+
+    Taken from the total, not from what happens to be free, so that a resumed run makes the same batches.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 4
+    return 2 << 30

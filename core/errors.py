@@ -1,0 +1,18 @@
+"""The one error that a user sees: what went wrong, where, what was found, what to do about it."""
+
+
+class AttackPlaneError(Exception):
+    """A fault that the user can act on. The command line prints it without a traceback (``--debug`` shows one)."""
+
+    def __init__(
+        self, what: str, *, where: object = None, got: object = None, remedy: str | None = None
+    ) -> None:
+        parts = [what]
+        if where is not None:
+            parts.append(f"  where:  {where}")
+        if got is not None:
+            parts.append(f"  got:    {got}")
+        if remedy is not None:
+            parts.append(f"  remedy: {remedy}")
+        super().__init__("\n".join(parts))
+        self.what = what

@@ -1,0 +1,75 @@
+"""Batched completion of rendered prompts, by transformers' own ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from core.batching import BatchSize
+from core.models import LoadedModel
+from core.prompt import Renderer
+
+
+def complete(
+    renderer: Renderer,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    description: str = "generate",
+) -> list[str]:
+    """Replies to whole rendered texts (BOS included), in their order; greedy unless ``temperature`` > 0.
+
+    Prompts are batched by length and padded on the left. Sampling draws from a stream of its own, started from
+    ``seed``; the global one is left as it was.
+    """
+    loaded = renderer.loaded
+    ids = renderer.tokenise(texts)
+    order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    replies = [""] * len(ids)
+    batches = BatchSize(batch_size)
+    with tqdm(total=len(ids), desc=description, unit="reply", leave=False) as bar:
+
+        def work(part: Sequence[int]) -> None:
+            rows = _generate(loaded, [ids[i] for i in part], max_new_tokens, temperature)
+            texts = loaded.tokenizer.batch_decode(rows, skip_special_tokens=True)
+            for index, text in zip(part, texts, strict=True):
+                replies[index] = text.strip()
+            bar.update(len(part))
+
+        devices = [loaded.device] if loaded.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            for _ in batches.over(order, work):
+                pass
+    return replies
+
+
+@torch.no_grad()
+def _generate(
+    loaded: LoadedModel, ids: list[list[int]], max_new_tokens: int, temperature: float
+) -> torch.Tensor:
+    from transformers import GenerationConfig
+
+    own = loaded.model.generation_config
+    stop = own.eos_token_id if own.eos_token_id is not None else loaded.tokenizer.eos_token_id
+    ends = [stop] if isinstance(stop, int) else list(stop or [])
+    pad = loaded.tokenizer.pad_token_id
+    pad = pad if pad is not None else (ends[0] if ends else 0)
+    longest = max(map(len, ids))
+    rows = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=loaded.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=loaded.device)
+    # A configuration of our own: the checkpoint's may carry sampling or repetition penalties.
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else None,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+    )
+    out = loaded.model.generate(input_ids=rows, attention_mask=mask, generation_config=config, tokenizer=None)
+    return out[:, longest:]

@@ -1,0 +1,45 @@
+"""Keys and values of a token prefix that many sequences share: computed once, expanded to any batch without a copy."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from core.models import LoadedModel
+
+
+class SharedPrefix:
+    """The key-value cache of ``ids`` (prefix tokens) on one model.
+
+    ``usable`` is False where the model keeps another kind of state (recurrent layers, static caches): callers then
+    feed whole sequences, which is slower and equally exact.
+    """
+
+    def __init__(self, loaded: LoadedModel, ids: torch.Tensor) -> None:
+        self.length = int(ids.numel())
+        self._cache = DynamicCache(config=loaded.model.config)
+        if self.length:
+            with torch.no_grad():
+                loaded.decoder(
+                    input_ids=ids[None].to(loaded.device),
+                    past_key_values=self._cache,
+                    use_cache=True,
+                )
+        self.usable = self.length > 0 and all(
+            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized
+            for layer in self._cache.layers
+        )
+
+    def expanded(self, batch: int) -> DynamicCache:
+        """A fresh cache for ``batch`` sequences; appending to it leaves the prefix as it was."""
+        fresh = copy.copy(self._cache)
+        fresh.layers = []
+        for layer in self._cache.layers:
+            own = copy.copy(layer)
+            own.keys = layer.keys.expand(batch, -1, -1, -1)
+            own.values = layer.values.expand(batch, -1, -1, -1)
+            fresh.layers.append(own)
+        return fresh

@@ -1,0 +1,322 @@
+"""Render a conversation once and know where everything lies in its tokens.
+
+Steps: 1. Render the chat template with a sentinel in place of the user content; what stands before and after it is
+the template's. 2. Check that the template leaves the real content as it is. 3. Tokenise the whole text once, without
+adding special tokens (the text carries its own BOS). 4. Turn character ranges into token ranges by the tokenizer's
+offsets. No template is known by name.
+
+Positions (Zhao, arXiv 2507.11878; HARC, arXiv 2607.00572): ``t_inst`` is the last token of the user content,
+``t_post_inst`` the last template token before the reply, ``t_goal`` the last token of the original request, which
+differs from t_inst under a suffix attack.
+
+Token fidelity: a prompt counts only if its text, tokenised again as a whole, gives the ids that were scored.
+Comparing the suffix alone is not enough: its tokens merge with their neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from core.errors import AttackPlaneError
+from core.models import LoadedModel
+
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
+    "{% elif m.role == 'user' %}User: {{ m.content }}\n"
+    "{% else %}Assistant: {{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""Used, and named in the output, for a model without a chat template (a base model)."""
+
+SENTINEL = "ZQXcontentXQZ"
+REPLY_SENTINEL = "ZQXreplyXQZ"
+# Some templates print today's date; a prompt must render the same tomorrow.
+FIXED = {"date_string": "26 Jul 2024"}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Half-open range [start, stop) of tokens, or of characters where said so."""
+
+    start: int
+    stop: int
+
+    @property
+    def last(self) -> int:
+        return self.stop - 1
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """User content with the character ranges of the request and of the suffix in it; context around it."""
+
+    content: str
+    request: Span | None = None
+    suffix: Span | None = None
+    system: str | None = None
+    history: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def build(
+        cls,
+        request: str,
+        suffix: str | None = None,
+        *,
+        placement: str = "{request} {suffix}",
+        system: str | None = None,
+        history: Sequence[tuple[str, str]] = (),
+    ) -> Conversation:
+        """Place ``request`` and ``suffix`` by their markers; without a suffix the content is the request alone.
+
+        ``history`` is earlier turns as (role, content).
+        """
+        past = tuple(history)
+        if suffix is None:
+            return cls(request, Span(0, len(request)), None, system, past)
+        for marker in ("{request}", "{suffix}"):
+            if placement.count(marker) != 1:
+                raise AttackPlaneError(
+                    f"the placement must hold {marker} once", where="placement", got=placement
+                )
+        first, second = sorted(("{request}", "{suffix}"), key=placement.index)
+        fill = {"{request}": request, "{suffix}": suffix}
+        head, _, rest = placement.partition(first)
+        middle, _, end = rest.partition(second)
+        start = {first: len(head), second: len(head) + len(fill[first]) + len(middle)}
+        spans = {marker: Span(start[marker], start[marker] + len(fill[marker])) for marker in fill}
+        content = head + fill[first] + middle + fill[second] + end
+        return cls(content, spans["{request}"], spans["{suffix}"], system, past)
+
+    @classmethod
+    def of_prompt(
+        cls, prompt: str, *, request: str | None, suffix: str | None, system: str | None
+    ) -> Conversation:
+        """A frozen prompt; request and suffix are looked up in it and left out where they do not stand verbatim."""
+
+        def find(part: str | None, position: int) -> Span | None:
+            return Span(position, position + len(part)) if part and position >= 0 else None
+
+        return cls(
+            prompt,
+            find(request, prompt.find(request) if request else -1),
+            find(suffix, prompt.rfind(suffix) if suffix else -1),
+            system,
+        )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered conversation: text, token ids and where things lie. ``target_ids`` follow ``ids`` directly."""
+
+    text: str
+    ids: tuple[int, ...]
+    content: Span
+    request: Span | None
+    suffix: Span | None
+    starts: tuple[int, ...]
+    """Character at which each token's text begins (white space before a token belongs to it)."""
+    target_text: str = ""
+    target_ids: tuple[int, ...] = ()
+    trimmed: bool = False
+    """The template removed white space around the content (only with ``allow_trim``)."""
+
+    @property
+    def t_goal(self) -> int | None:
+        return self.request.last if self.request else None
+
+    @property
+    def t_inst(self) -> int:
+        return self.content.last
+
+    @property
+    def t_post_inst(self) -> int:
+        return len(self.ids) - 1
+
+    @property
+    def tail(self) -> Span:
+        """Template tokens between the user content and the reply."""
+        return Span(self.content.stop, len(self.ids))
+
+    @property
+    def target(self) -> Span:
+        """Token range of the target in ``ids + target_ids``."""
+        return Span(len(self.ids), len(self.ids) + len(self.target_ids))
+
+
+class Renderer:
+    """Renders conversations for one model's tokenizer, which it never changes."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self.tokenizer = loaded.tokenizer
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise AttackPlaneError(
+                "this tokenizer gives no offsets",
+                where=loaded.spec,
+                got=type(self.tokenizer).__name__,
+                remedy="use a checkpoint that has a tokenizer.json (a fast tokenizer)",
+            )
+        self._around: dict[tuple[str | None, tuple[tuple[str, str], ...]], tuple[str, str]] = {}
+
+    # --- text -----------------------------------------------------------------------------------------------------
+    @cached_property
+    def _bos_added_by_default(self) -> bool:
+        ids = self.tokenizer("a").input_ids
+        return (
+            bool(ids) and self.tokenizer.bos_token_id is not None and (ids[0] == self.tokenizer.bos_token_id)
+        )
+
+    def _template(
+        self,
+        content: str,
+        system: str | None,
+        history: tuple[tuple[str, str], ...],
+        reply: str | None = None,
+    ) -> str:
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages += [{"role": role, "content": text} for role, text in history]
+        messages.append({"role": "user", "content": content})
+        if reply is not None:
+            messages.append({"role": "assistant", "content": reply})
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": reply is None}
+        if not self.loaded.has_chat_template:
+            options["chat_template"] = PLAIN_TEMPLATE
+        try:
+            text = self.tokenizer.apply_chat_template(messages, **options, **FIXED)
+        except Exception as error:  # templates raise jinja2 errors of their own choosing
+            raise AttackPlaneError(
+                "the chat template refuses this conversation",
+                where=self.loaded.spec,
+                got=str(error),
+                remedy="some templates take no system prompt or need alternating roles; leave it out",
+            ) from error
+        bos = self.tokenizer.bos_token
+        if self._bos_added_by_default and not text.startswith(bos):
+            text = bos + text
+        return text
+
+    def text(self, conversation: Conversation) -> str:
+        """The conversation's text up to the reply, BOS included: what a replay sends."""
+        return self._template(conversation.content, conversation.system, conversation.history)
+
+    def around_content(self, conversation: Conversation) -> tuple[str, str]:
+        """What the template puts before and after the user content."""
+        key = (conversation.system, conversation.history)
+        if key not in self._around:
+            text = self._template(SENTINEL, *key)
+            if text.count(SENTINEL) != 1:
+                raise AttackPlaneError(
+                    "the chat template does not keep the user content once, as it is",
+                    where=self.loaded.spec,
+                    got=f"a probe word appears {text.count(SENTINEL)} times",
+                    remedy="this model's template cannot be attacked with known token positions",
+                )
+            before, _, after = text.partition(SENTINEL)
+            self._around[key] = (before, after)
+        return self._around[key]
+
+    def target_text(self, conversation: Conversation, target: str) -> str:
+        """The target as it follows the prompt: with the white space that the template puts before a reply, if any."""
+        prompt = self._template(SENTINEL, conversation.system, conversation.history)
+        full = self._template(SENTINEL, conversation.system, conversation.history, reply=REPLY_SENTINEL)
+        if full.startswith(prompt):
+            between = full[len(prompt) :].partition(REPLY_SENTINEL)[0]
+            if not between.strip():
+                return between + target
+        return target
+
+    def end_of_turn(self) -> tuple[int, ...]:
+        """The special token that the template puts right after a reply, else the tokenizer's end of text, else none."""
+        full = self._template(SENTINEL, None, (), reply=REPLY_SENTINEL)
+        rest = full.partition(REPLY_SENTINEL)[2].strip()
+        ids = self.tokenizer(rest, add_special_tokens=False).input_ids if rest else []
+        if ids and ids[0] in self.tokenizer.all_special_ids:
+            return (ids[0],)
+        end = self.tokenizer.eos_token_id
+        return () if end is None else (end,)
+
+    # --- tokens ---------------------------------------------------------------------------------------------------
+    def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of whole conversations, one tokenizer call; the texts carry their own BOS."""
+        return self.tokenizer(list(texts), add_special_tokens=False).input_ids
+
+    def decode(self, ids: Sequence[Sequence[int]], context: Sequence[int] = ()) -> list[str]:
+        """Text of token lists as it reads after ``context``: some decoders drop white space at the very start."""
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        head = self.tokenizer.decode(list(context), **options) if context else ""
+        joined = self.tokenizer.batch_decode([[*context, *row] for row in ids], **options)
+        return [text[len(head) :] for text in joined]
+
+    def fidelity(self, texts: Sequence[str], expected: Sequence[Sequence[int]]) -> list[bool]:
+        """Whether each whole text, tokenised again, gives the expected ids. One tokenizer call."""
+        return [list(got) == list(ids) for got, ids in zip(self.tokenise(texts), expected, strict=True)]
+
+    def render(
+        self, conversation: Conversation, target: str | None = None, *, allow_trim: bool = False
+    ) -> Prompt:
+        """Render and locate.
+
+        Raises:
+            AttackPlaneError: the template rewrites the content (``allow_trim`` accepts removed outer white space),
+                or the target's tokens merge with the template's.
+        """
+        before, after = self.around_content(conversation)
+        text, content, trimmed = self.text(conversation), conversation.content, False
+        shift = len(before)
+        if text != before + content + after:
+            if allow_trim and text == before + content.strip() + after:
+                shift -= len(content) - len(content.lstrip())
+                content, trimmed = content.strip(), True
+            else:
+                raise AttackPlaneError(
+                    "the chat template rewrites the user content",
+                    where=self.loaded.spec,
+                    got=f"{content[:60]!r} became {text[len(before) : len(text) - len(after)][:60]!r}",
+                    remedy="remove white space at the ends of the content and special tokens inside it",
+                )
+        target_text = self.target_text(conversation, target) if target is not None else ""
+        encoded = self.tokenizer(text + target_text, add_special_tokens=False, return_offsets_mapping=True)
+        # a token covers [start, end); white space that the offsets leave out belongs to the token after it, and the
+        # several tokens of one character share its range
+        starts: list[int] = []
+        ends: list[int] = []
+        for start, end in encoded.offset_mapping:
+            starts.append(min(start, ends[-1] if ends else 0))
+            ends.append(max(end, ends[-1] if ends else 0))
+        boundary = sum(start < len(text) for start in starts)
+        if ends[boundary - 1] > len(text):
+            raise AttackPlaneError(
+                "the target merges with the template in one token",
+                where=self.loaded.spec,
+                got=f"target {target!r:.40} after {text[-20:]!r}",
+                remedy="begin the target string with another word",
+            )
+
+        def tokens(span: Span | None, offset: int) -> Span | None:
+            if span is None or len(span) == 0:
+                return None
+            low, high = span.start + offset, span.stop + offset
+            inside = [i for i in range(boundary) if ends[i] > low and starts[i] < high]
+            return Span(inside[0], inside[-1] + 1) if inside else None
+
+        content_span = tokens(Span(0, len(content)), len(before))
+        if content_span is None:
+            raise AttackPlaneError("the user content is empty", where=self.loaded.spec)
+        ids = encoded.input_ids
+        return Prompt(
+            text=text,
+            ids=tuple(ids[:boundary]),
+            content=content_span,
+            request=tokens(conversation.request, shift),
+            suffix=tokens(conversation.suffix, shift),
+            starts=tuple(starts[:boundary]),
+            target_text=target_text,
+            target_ids=tuple(ids[boundary:]),
+            trimmed=trimmed,
+        )

@@ -1,0 +1,213 @@
+"""A run folder: a manifest, append-only JSON lines, small state files.
+
+Every row is one line, flushed and synced to disk before the next is begun, so a killed run loses at most the row in
+flight. A torn last line is dropped with a warning and its row is made anew. Row ids are hashes of what the row was
+made from, so a repeated command does only what is missing. The manifest keeps the settings of each stage; the same
+stage with other settings in the same folder is refused, naming the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jsonlines
+from filelock import FileLock, Timeout
+
+from core.errors import AttackPlaneError
+from core.records import SCHEMA_VERSION, content_hash
+
+log = logging.getLogger(__name__)
+
+ATTACKS = "attacks.jsonl"
+REPLAYS = "replays.jsonl"
+BEHAVIOURS = "behaviours.jsonl"
+PLANE = "plane.jsonl"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write ``path`` so that a reader, or a run after a crash, finds the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_rows(path: Path, *, repair: bool = False) -> list[dict[str, Any]]:
+    """All rows of a JSON lines file; [] if it does not exist.
+
+    A last line without its newline is torn (the process died while writing it): it is left out with a warning and,
+    with ``repair``, cut from the file. A bad line anywhere else is an error.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole, newline, torn = content.rpartition(b"\n")
+    if torn:
+        log.warning("%s: dropped a torn last line of %d bytes; its row is redone", path, len(torn))
+        if repair:
+            with open(path, "r+b") as file:
+                file.truncate(len(whole) + len(newline))
+                os.fsync(file.fileno())
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(whole.split(b"\n") if newline else [], start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise AttackPlaneError(
+                "a line is not JSON",
+                where=f"{path}, line {number}",
+                got=f"{line[:80]!r} ({error})",
+                remedy="remove that line; its row is made anew by the same command",
+            ) from error
+        if not isinstance(row, dict):
+            raise AttackPlaneError(
+                "a line is not a JSON object", where=f"{path}, line {number}", got=line[:80]
+            )
+        rows.append(row)
+    return rows
+
+
+class RunFolder:
+    """A run folder on disk. Use as a context manager to write: that takes the folder's lock.
+
+    >>> with RunFolder("runs/x") as run:           # doctest: +SKIP
+    ...     run.begin_stage("gcg", {"num_steps": 500}, {"embedded": "b179..."})
+    ...     run.append("attacks.jsonl", artifact.to_row())
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = FileLock(str(self.path / ".lock"), timeout=0)
+
+    @classmethod
+    def existing(cls, path: str | Path) -> RunFolder:
+        """A folder that must already hold a run."""
+        if not (Path(path) / "manifest.json").exists():
+            raise AttackPlaneError(
+                "no run here",
+                where=path,
+                got="no manifest.json",
+                remedy="give the folder that `gcg` or `demo` wrote, for example --run runs/demo",
+            )
+        return cls(path)
+
+    def __enter__(self) -> RunFolder:
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise AttackPlaneError(
+                "another process is writing to this run",
+                where=self.path,
+                remedy="wait for it, or use another --run folder",
+            ) from error
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+    # --- manifest -----------------------------------------------------------------------------------------------
+    @property
+    def manifest(self) -> dict[str, Any]:
+        path = self.path / "manifest.json"
+        if not path.exists():
+            return {"schema_version": SCHEMA_VERSION, "stages": {}, "models": {}, "history": []}
+        return json.loads(path.read_text())
+
+    def begin_stage(self, stage: str, settings: dict[str, Any], models: dict[str, str]) -> str:
+        """Record a stage's settings and the fingerprints of its models; returns the settings' hash.
+
+        Raises:
+            AttackPlaneError: the folder holds the same stage with other settings, or another model under the same
+                spec; the message names each difference.
+        """
+        settings = json.loads(json.dumps(settings))
+        manifest = self.manifest
+        before = manifest["stages"].get(stage)
+        differences = []
+        if before is not None:
+            for key in sorted(before | settings):
+                if before.get(key) != settings.get(key):
+                    differences.append(
+                        f"{stage}.{key}: the run has {before.get(key)!r}, this command {settings.get(key)!r}"
+                    )
+        for spec, fingerprint in models.items():
+            known = manifest["models"].get(spec, fingerprint)
+            if known != fingerprint:
+                differences.append(f"model {spec}: its files changed ({known} in the run, now {fingerprint})")
+        if differences:
+            raise AttackPlaneError(
+                "this run was made with another configuration",
+                where=self.path,
+                got="; ".join(differences),
+                remedy="repeat the command with the run's settings, or choose another --run folder",
+            )
+        environment = environment_versions()
+        if not manifest["history"] or manifest["history"][-1] != environment:
+            if manifest["history"]:
+                log.warning("%s: continued with other versions than it was begun with", self.path)
+            manifest["history"].append(environment)
+        manifest["stages"][stage] = settings
+        manifest["models"].update(models)
+        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        return content_hash(settings)
+
+    # --- rows ---------------------------------------------------------------------------------------------------
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        return read_rows(self.path / name, repair=self._lock.is_locked)
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """Append one row and sync it to disk."""
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            with jsonlines.Writer(file, compact=True) as writer:
+                writer.write(row)
+            file.flush()
+            os.fsync(file.fileno())
+
+    # --- small states of work in progress -----------------------------------------------------------------------
+    def _state_path(self, name: str) -> Path:
+        return self.path / "state" / f"{name}.json"
+
+    def save_state(self, name: str, state: dict[str, Any]) -> None:
+        write_atomically(self._state_path(name), json.dumps(state))
+
+    def load_state(self, name: str) -> dict[str, Any] | None:
+        path = self._state_path(name)
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def drop_state(self, name: str) -> None:
+        self._state_path(name).unlink(missing_ok=True)
+
+
+def environment_versions() -> dict[str, Any]:
+    """Versions that a result depends on: Python, the main packages, this suite's git commit."""
+    packages = {}
+    for package in ("torch", "transformers", "tokenizers", "peft", "numpy"):
+        try:
+            packages[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            packages[package] = None
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    return {"python": platform.python_version(), **packages, "git_commit": commit or None}

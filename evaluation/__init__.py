@@ -1,0 +1,1 @@
+"""What is attacked and how it is scored: behaviour sets, judges, success rates."""

@@ -1,0 +1,1 @@
+"""Where prompts lie inside a model: activations, directions, layers, the harmfulness-refusal plane."""

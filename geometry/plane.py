@@ -1,0 +1,186 @@
+"""Project prompts onto the (harmfulness, refusal) plane and describe where each class of prompts lies.
+
+    x = (h[t_inst]      - harmless centroid at t_inst)      . harmfulness direction      at one layer
+    y = (h[t_post_inst] - harmless centroid at t_post_inst) . refusal direction
+
+Frame ``own``: directions and centroids of the model that read the prompt. Frame ``base``: those of one reference
+model, so that movement between checkpoints shows. More of x is more harmful, more of y more refusing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from core.errors import AttackPlaneError
+from core.records import Activations, Directions, PlanePoint
+from core.store import PLANE, write_atomically
+
+CLASSES = "plane_classes.jsonl"
+
+
+@dataclass(frozen=True)
+class PromptInfo:
+    """What a point says about its prompt besides where it lies."""
+
+    prompt_id: str
+    behaviour_id: str
+    kind: str
+    label: str
+    attack: str
+    source: str
+    jailbroken: bool | None
+
+
+def project(resid: Tensor, direction: Tensor, centroid: Tensor) -> tuple[Tensor, Tensor]:
+    """(prompt, d_model) -> dot product of the centred residual, and cosine of the uncentred one, with ``direction``."""
+    resid, direction = resid.double(), direction.double()
+    dot = (resid - centroid.double()) @ direction
+    return dot, (resid @ direction) / (resid.norm(dim=-1) * direction.norm()).clamp_min(1e-12)
+
+
+def points(
+    activations: Activations,
+    infos: Sequence[PromptInfo],
+    own: Directions,
+    base: Directions,
+    layer: int,
+) -> list[PlanePoint]:
+    """Points of all prompts in both frames, frame by frame, in the order of ``activations``."""
+    if own.harmfulness.shape != base.harmfulness.shape:
+        raise AttackPlaneError(
+            "the base frame is of another size",
+            where=f"{base.model} and {own.model}",
+            got=f"{tuple(base.harmfulness.shape)} and {tuple(own.harmfulness.shape)}",
+            remedy="give as --base a checkpoint of the same architecture",
+        )
+    if not 0 <= layer <= own.n_layers:
+        raise AttackPlaneError("no such layer", got=layer, remedy=f"0 to {own.n_layers}")
+    cosines = {
+        name: float(getattr(own, name)[layer] @ getattr(base, name)[layer])
+        for name in ("harmfulness", "refusal")
+    }
+    found = []
+    for frame, directions in (("base", base), ("own", own)):
+        h, r = directions.harmfulness[layer], directions.refusal[layer]
+        centre = directions.harmless_t_inst[layer]
+        x, x_cosine = project(activations.at("t_inst")[:, layer], h, centre)
+        x_goal, _ = project(activations.at("t_goal")[:, layer], h, centre)
+        y, y_cosine = project(
+            activations.at("t_post_inst")[:, layer], r, directions.harmless_t_post_inst[layer]
+        )
+        for i, info in enumerate(infos):
+            goal = float(x_goal[i])
+            found.append(
+                PlanePoint(
+                    prompt_id=info.prompt_id,
+                    behaviour_id=info.behaviour_id,
+                    kind=info.kind,
+                    label=info.label,
+                    attack=info.attack,
+                    source=info.source,
+                    target=activations.model,
+                    frame=frame,
+                    layer=layer,
+                    x=float(x[i]),
+                    y=float(y[i]),
+                    x_cosine=float(x_cosine[i]),
+                    y_cosine=float(y_cosine[i]),
+                    x_t_goal=None if np.isnan(goal) else goal,
+                    cos_base_own_harmfulness=cosines["harmfulness"],
+                    cos_base_own_refusal=cosines["refusal"],
+                    jailbroken=info.jailbroken,
+                )
+            )
+    return found
+
+
+def class_name(point: PlanePoint) -> str:
+    """The class that a point is drawn and summarised with."""
+    return point.attack if point.kind == "attack" else f"{point.label} (anchor)"
+
+
+def describe_classes(
+    all_points: Sequence[PlanePoint], *, seed: int = 0, resamples: int = 2000
+) -> list[dict[str, Any]]:
+    """Per target, frame and class: centroid with bootstrap interval, covariance, displacement from the plain request.
+
+    The displacement is the mean over behaviours of (attacked - plain) in the same frame, with its own interval.
+    Covariances need two points and are None with fewer.
+    """
+    groups: dict[tuple[str, str, str], list[PlanePoint]] = {}
+    plain: dict[tuple[str, str, str], tuple[float, float]] = {}
+    for p in all_points:
+        groups.setdefault((p.target, p.frame, class_name(p)), []).append(p)
+        if p.attack == "plain" and p.kind == "attack":
+            plain[p.target, p.frame, p.behaviour_id] = (p.x, p.y)
+    rows = []
+    for (target, frame, name), members in groups.items():
+        where = np.array([(p.x, p.y) for p in members])
+        moved = np.array(
+            [
+                (p.x - plain[key][0], p.y - plain[key][1])
+                for p in members
+                if (key := (target, frame, p.behaviour_id)) in plain and p.kind == "attack"
+            ]
+        ).reshape(-1, 2)
+        covariance = np.cov(where.T).tolist() if len(members) > 1 else None
+        judged = [p.jailbroken for p in members if p.jailbroken is not None]
+        rows.append(
+            {
+                "target": target,
+                "frame": frame,
+                "class": name,
+                "layer": members[0].layer,
+                "n": len(members),
+                "judged": len(judged),
+                "jailbroken": sum(judged),
+                "centroid": where.mean(0).tolist(),
+                "centroid_interval": _bootstrap(where, seed, resamples),
+                "covariance": covariance,
+                "displacement": moved.mean(0).tolist() if len(moved) and name != "plain" else None,
+                "displacement_interval": _bootstrap(moved, seed, resamples)
+                if len(moved) and name != "plain"
+                else None,
+            }
+        )
+    return rows
+
+
+def _bootstrap(values: np.ndarray, seed: int, resamples: int) -> list[list[float]]:
+    """(n, 2) -> [[x low, x high], [y low, y high]], 95 % percentile bootstrap of the mean."""
+    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    return np.quantile(values[drawn].mean(1), [0.025, 0.975], axis=0).T.tolist()
+
+
+def export(all_points: Sequence[PlanePoint], folder: Path) -> list[Path]:
+    """Write plane.csv, plane.jsonl, plane.parquet and plane_classes.jsonl; each replaced whole."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [p.to_row() for p in all_points]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    parquet = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), parquet)
+    classes = "".join(json.dumps(row) + "\n" for row in describe_classes(all_points))
+    written = {
+        "plane.csv": text.getvalue(),
+        PLANE: lines,
+        "plane.parquet": parquet.getvalue(),
+        CLASSES: classes,
+    }
+    for name, content in written.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in written]

@@ -1,0 +1,412 @@
+"""The stages, joined: each reads and writes a run folder. ``cli.py`` calls these; ``demo`` is the whole experiment.
+
+attack -> transfer -> directions -> plane           (train_sft makes targets; verify and show read)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from attacks.gcg import GCGConfig
+from attacks.run import Attacker
+from attacks.verify import Verification, verify_artifact
+from core.errors import AttackPlaneError
+from core.generate import complete
+from core.models import LoadedModel, load
+from core.prompt import Conversation, Prompt, Renderer
+from core.records import AttackArtifact, Behaviour, Directions, Replay, content_hash
+from core.store import ATTACKS, BEHAVIOURS, REPLAYS, RunFolder
+from evaluation.behaviours import load_behaviours
+from evaluation.judges import DEFAULT_JUDGES, is_refusal, make_judge
+from geometry.activations import collect
+from geometry.directions import EstimateConfig, best_layers, estimate
+from geometry.plane import PromptInfo, describe_classes, export, points
+from geometry.storage import directions_path, load_directions, save_directions
+from training.sft import SFTConfig, train
+from transfer.matrix import matrix, table
+from transfer.replay import ReplayConfig, replay_all
+
+log = logging.getLogger(__name__)
+CONTRAST = "contrast.jsonl"
+
+
+def artifacts_of(run: RunFolder) -> list[AttackArtifact]:
+    return [
+        AttackArtifact.from_row(row, f"{run.path / ATTACKS}, line {n}")
+        for n, row in enumerate(run.rows(ATTACKS), start=1)
+    ]
+
+
+def replays_of(run: RunFolder) -> list[Replay]:
+    return [
+        Replay.from_row(row, f"{run.path / REPLAYS}, line {n}")
+        for n, row in enumerate(run.rows(REPLAYS), start=1)
+    ]
+
+
+def opened(spec: str) -> LoadedModel:
+    """Load a model and say what it is."""
+    loaded = load(spec)
+    click.echo(loaded.describe())
+    return loaded
+
+
+# --- attack -----------------------------------------------------------------------------------------------------------
+def attack(
+    path: Path,
+    source: LoadedModel,
+    behaviours: Sequence[Behaviour],
+    config: GCGConfig,
+    *,
+    seed: int,
+    save_every: int,
+    baselines: bool,
+) -> list[AttackArtifact]:
+    with RunFolder(path) as run:
+        settings = {**asdict(config), "seed": seed}
+        run.begin_stage("gcg", settings, {source.spec: source.fingerprint})
+        return Attacker(run, source, config, seed, save_every).attack(behaviours, baselines=baselines)
+
+
+def attack_table(artifacts: Sequence[AttackArtifact]) -> str:
+    """Loss of the plain request, the initial, the random and the optimised suffix, a row a behaviour."""
+    losses: dict[str, dict[str, AttackArtifact]] = {}
+    for artifact in artifacts:
+        losses.setdefault(artifact.behaviour_id, {})[artifact.attack] = artifact
+    lines = [
+        "target loss in nats per token",
+        f"{'behaviour':28} plain  initial  random     gcg  step  fidelity",
+    ]
+    for behaviour, found in losses.items():
+
+        def loss(name: str, found: dict[str, AttackArtifact] = found) -> str:
+            value = found[name].loss if name in found else None
+            return "-" if value is None else f"{value:.3f}"
+
+        best = found.get("gcg")
+        lines.append(
+            f"{behaviour:28} {loss('plain'):>5}  {loss('initial_suffix'):>7}  {loss('random_suffix'):>6}  "
+            f"{loss('gcg'):>6}  {best.best_step if best else '-':>4}  "
+            f"{all(a.token_fidelity for a in found.values())}"
+        )
+    return "\n".join(lines)
+
+
+# --- transfer ---------------------------------------------------------------------------------------------------------
+def transfer(
+    path: Path, targets: Sequence[str], judges: Sequence[str], config: ReplayConfig, batch_size: int = 16
+) -> str:
+    """Replay every artifact on every target; returns the matrix as text."""
+    with RunFolder.existing(path) as run:
+        artifacts = artifacts_of(run)
+        if not artifacts:
+            raise AttackPlaneError("no artifacts in this run", where=path, remedy="run `gcg` first")
+        loaded_judges = [make_judge(spec) for spec in judges]
+        settings = {**asdict(config), "judges": list(judges)}
+        run.begin_stage("transfer", settings, {})
+        for spec in targets:
+            target = opened(spec)
+            run.begin_stage("transfer", settings, {spec: target.fingerprint})
+            replay_all(run, target, artifacts, loaded_judges, config, batch_size=batch_size)
+        cells = matrix(replays_of(run))
+        lines = [json.dumps(cell.to_row()) + "\n" for cell in cells]
+        (path / "matrix.jsonl").write_text("".join(lines))
+        return table(cells)
+
+
+# --- directions -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class DirectionsConfig:
+    """What directions are estimated on. ``reply_tokens``: of the model's own replies that say refused or accepted."""
+
+    contrast: str = "demonstration"
+    splits: tuple[str, ...] = ("train", "validation")
+    reply_tokens: int = 24
+    resamples: int = 200
+    seed: int = 0
+    system_prompt: str | None = None
+
+
+def contrast_set(config: DirectionsConfig) -> list[Behaviour]:
+    both = [
+        load_behaviours(config.contrast, label=label, splits=config.splits)
+        for label in ("harmful", "harmless")
+    ]
+    return both[0] + both[1]
+
+
+def rendered(renderer: Renderer, behaviours: Sequence[Behaviour], system: str | None) -> list[Prompt]:
+    return [renderer.render(Conversation.build(b.request, system=system)) for b in behaviours]
+
+
+def directions(
+    path: Path, specs: Sequence[str], estimators: Sequence[str], config: DirectionsConfig
+) -> list[Directions]:
+    """Estimate and save directions of each model; those already in the run with these settings are loaded."""
+    behaviours = contrast_set(config)
+    settings = json.loads(json.dumps(asdict(config)))
+    found = []
+    with RunFolder(path) as run:
+        run.begin_stage("directions", settings, {})
+        for spec in specs:
+            loaded = opened(spec)
+            run.begin_stage("directions", settings, {spec: loaded.fingerprint})
+            made_from = content_hash([settings, loaded.fingerprint, [b.request for b in behaviours]])
+            missing = [e for e in estimators if not _have(path, spec, e, made_from)]
+            if missing:
+                renderer = Renderer(loaded)
+                refused = contrast_replies(run, renderer, behaviours, config, made_from)
+                activations = collect(
+                    loaded,
+                    rendered(renderer, behaviours, config.system_prompt),
+                    [b.behaviour_id for b in behaviours],
+                )
+                harmful = [b.label == "harmful" for b in behaviours]
+                for estimator in missing:
+                    try:
+                        estimated = estimate(
+                            activations,
+                            harmful,
+                            estimator=estimator,
+                            refused=refused,
+                            config=EstimateConfig(config.resamples, config.seed),
+                        )
+                    except AttackPlaneError as error:
+                        if len(estimators) == 1:
+                            raise
+                        click.echo(f"{spec}: no {estimator} directions. {error}")
+                        continue
+                    save_directions(estimated, path, {"made_from": made_from})
+            for estimator in estimators:
+                if directions_path(path, spec, estimator).exists():
+                    found.append(load_directions(path, spec, estimator))
+                    click.echo(directions_table(found[-1]))
+    return found
+
+
+def _have(path: Path, spec: str, estimator: str, made_from: str) -> bool:
+    note = directions_path(path, spec, estimator).with_suffix(".json")
+    return note.exists() and json.loads(note.read_text()).get("made_from") == made_from
+
+
+def contrast_replies(
+    run: RunFolder,
+    renderer: Renderer,
+    behaviours: Sequence[Behaviour],
+    config: DirectionsConfig,
+    made_from: str,
+) -> list[bool | None]:
+    """Whether the model's own greedy reply refused each contrast prompt, by our refusal phrases."""
+    rows = [r for r in run.rows(CONTRAST) if r["made_from"] == made_from]
+    if not rows:
+        texts = [
+            renderer.text(Conversation.build(b.request, system=config.system_prompt)) for b in behaviours
+        ]
+        replies = complete(
+            renderer, texts, max_new_tokens=config.reply_tokens, batch_size=32, description="own replies"
+        )
+        row = {
+            "made_from": made_from,
+            "model": renderer.loaded.spec,
+            "replies": {b.behaviour_id: reply for b, reply in zip(behaviours, replies, strict=True)},
+        }
+        run.append(CONTRAST, row)
+        rows = [row]
+    return [is_refusal(rows[0]["replies"][b.behaviour_id]) for b in behaviours]
+
+
+def directions_table(found: Directions) -> str:
+    """Per layer: angles, their interval and nulls, separation and its nulls, layer score."""
+    s = found.statistics
+    lines = [
+        f"{found.model}: {found.estimator} directions from "
+        + ", ".join(f"{k} {v}" for k, v in found.sample_counts.items()),
+        "layer  cos(H,R)  interval         null: random, permuted   d'(H)  null   d'(R)  null   cos(harc,zhao)  score",
+    ]
+    for layer in range(found.n_layers + 1):
+        low, high = s["cos_harmfulness_refusal_interval"][layer].tolist()
+        zhao = f"{float(s['cos_harc_zhao'][layer]):14.2f}" if "cos_harc_zhao" in s else f"{'-':>14}"
+        score = float(s["layer_score"][layer])
+        lines.append(
+            f"{layer:5d}  {float(s['cos_harmfulness_refusal'][layer]):+8.2f}  [{low:+.2f}, {high:+.2f}]"
+            f"  {float(s['null_random_cos'][layer]):12.2f}, {float(s['null_permuted_cos'][layer]):8.2f}"
+            f"  {float(s['separation_harmfulness'][layer]):6.2f} {float(s['null_permuted_separation_harmfulness'][layer]):5.2f}"
+            f"  {float(s['separation_refusal'][layer]):6.2f} {float(s['null_permuted_separation_refusal'][layer]):5.2f}"
+            f"  {zhao}  {'-' if score != score else f'{score:.2f}':>5}"
+        )
+    return "\n".join(lines)
+
+
+# --- plane ------------------------------------------------------------------------------------------------------------
+def plane(
+    path: Path,
+    targets: Sequence[str],
+    *,
+    base: str,
+    estimator: str,
+    layer: int | None,
+    anchors: str,
+    anchor_splits: Sequence[str],
+) -> list[Path]:
+    """Project the run's prompts and the anchors on every target, export and draw."""
+    from plots import plane_html, plane_png
+
+    with RunFolder.existing(path) as run:
+        artifacts = artifacts_of(run)
+        anchor_rows = load_behaviours(anchors, splits=anchor_splits)
+        noted = {row["behaviour_id"] for row in run.rows(BEHAVIOURS)}
+        for anchor in anchor_rows:
+            if anchor.behaviour_id not in noted:
+                run.append(BEHAVIOURS, anchor.to_row())
+        verdicts = {(r.artifact_id, r.target_model): r.jailbroken for r in replays_of(run)}
+        frame = load_directions(path, base, estimator)
+        chosen = best_layers(frame)[0] if layer is None else layer
+        run.begin_stage("plane", {"base": base, "estimator": estimator, "layer": chosen}, {})
+        everything = []
+        for spec in targets:
+            own = load_directions(path, spec, estimator)
+            loaded = opened(spec)
+            run.begin_stage("plane", run.manifest["stages"]["plane"], {spec: loaded.fingerprint})
+            renderer = Renderer(loaded)
+            prompts = rendered(renderer, anchor_rows, None)
+            infos = [
+                PromptInfo(a.behaviour_id, a.behaviour_id, "anchor", a.label, "none", "none", None)
+                for a in anchor_rows
+            ]
+            for a in artifacts:
+                conversation = Conversation.of_prompt(
+                    a.prompt, request=a.request, suffix=a.suffix, system=a.system_prompt
+                )
+                prompts.append(renderer.render(conversation, allow_trim=True))
+                infos.append(
+                    PromptInfo(
+                        a.artifact_id,
+                        a.behaviour_id,
+                        "attack",
+                        "harmful",
+                        a.attack,
+                        a.source_model,
+                        verdicts.get((a.artifact_id, spec)),
+                    )
+                )
+            activations = collect(loaded, prompts, [i.prompt_id for i in infos])
+            everything += points(activations, infos, own, frame, chosen)
+        written = export(everything, path)
+        return [*written, plane_png.draw(path), plane_html.draw(path)]
+
+
+def classes_table(path: Path) -> str:
+    """Where each class lies: centroid and displacement with intervals."""
+    from core.records import PlanePoint
+
+    rows = [PlanePoint.from_row(r) for r in RunFolder(path).rows("plane.jsonl")]
+    lines = ["target  frame  class  n  jailbroken  centroid (H, R)  displacement from plain (H [..], R [..])"]
+    for c in describe_classes(rows):
+        moved = ""
+        if c["displacement"]:
+            moved = ", ".join(
+                f"{d:+.2f} [{low:+.2f}, {high:+.2f}]"
+                for d, (low, high) in zip(c["displacement"], c["displacement_interval"], strict=True)
+            )
+        x, y = c["centroid"]
+        judged = f"{c['jailbroken']}/{c['judged']}" if c["judged"] else "-"
+        lines.append(
+            f"{c['target']}  {c['frame']}  {c['class']}  {c['n']}  {judged}  ({x:+.2f}, {y:+.2f})  {moved}"
+        )
+    return "\n".join(lines)
+
+
+# --- train, verify ----------------------------------------------------------------------------------------------------
+def train_sft(spec: str, out: Path, config: SFTConfig, behaviours: str = "demonstration") -> list[Path]:
+    """Refusal fine-tuning on the training split of a behaviour set; checkpoints are folders ``out/step-N``."""
+    harmful = load_behaviours(behaviours, label="harmful", splits=["train"])
+    harmless = load_behaviours(behaviours, label="harmless", splits=["train"])
+    text = (Path(__file__).parent / "evaluation" / "data" / "refusals.txt").read_text()
+    phrases = text.strip().splitlines()
+    refusals = [(b.request, phrases[i % len(phrases)]) for i, b in enumerate(harmful)]
+
+    def own_replies(loaded: LoadedModel, requests: Sequence[str], tokens: int) -> list[tuple[str, bool]]:
+        renderer = Renderer(loaded)
+        texts = [renderer.text(Conversation.build(request)) for request in requests]
+        replies = complete(
+            renderer, texts, max_new_tokens=tokens, batch_size=32, description="base model's replies"
+        )
+        lengths = [len(ids) for ids in renderer.tokenise(replies)]
+        return [(reply, n < tokens - 1) for reply, n in zip(replies, lengths, strict=True)]
+
+    return train(spec, refusals, [b.request for b in harmless], config, out, own_replies=own_replies)
+
+
+def verify(path: Path, tolerance: float) -> Iterator[tuple[AttackArtifact, Verification]]:
+    """Check every artifact of a run, source model by source model."""
+    run = RunFolder.existing(path)
+    artifacts = artifacts_of(run)
+    recorded = run.manifest["models"]
+    for spec in dict.fromkeys(a.source_model for a in artifacts):
+        loaded = opened(spec)
+        if recorded.get(spec, loaded.fingerprint) != loaded.fingerprint:
+            raise AttackPlaneError(
+                "the source model's files changed since the run",
+                where=spec,
+                got=f"{recorded[spec]} in the run, now {loaded.fingerprint}",
+            )
+        renderer = Renderer(loaded)
+        for artifact in artifacts:
+            if artifact.source_model == spec:
+                yield artifact, verify_artifact(renderer, artifact, tolerance=tolerance)
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class DemoConfig:
+    """The demo's settings: the whole pipeline on the embedded model within 15 minutes on two CPU cores."""
+
+    behaviours: int = 4
+    gcg: GCGConfig = GCGConfig(num_steps=30, search_width=32, topk=64)
+    sft: SFTConfig = SFTConfig(
+        num_steps=24,
+        checkpoints=(6, 12, 24),
+        batch_size=8,
+        learning_rate=1e-3,
+        warmup_steps=2,
+        lora_rank=16,
+        lora_alpha=32,
+        lora_dropout=0.0,
+    )
+    replay: ReplayConfig = ReplayConfig(max_new_tokens=32)
+
+
+def demo(path: Path, config: DemoConfig = DemoConfig()) -> list[Path]:
+    """Train refusing checkpoints, attack, replay, estimate, project, export, draw. Returns the files written."""
+    click.echo(click.style("1/5 train: LoRA refusal fine-tuning of the embedded model", bold=True))
+    checkpoints = train_sft("embedded", path / "checkpoints", config.sft)
+    click.echo((path / "checkpoints" / "losses.csv").read_text().strip().splitlines()[-1])
+    targets = ["embedded", *(f"embedded+{c}" for c in checkpoints)]
+    source = targets[1]
+    click.echo(click.style(f"2/5 attack: GCG on {source}", bold=True))
+    chosen = load_behaviours(label="harmful", splits=["test"])[:: 16 // config.behaviours]
+    artifacts = attack(path, opened(source), chosen, config.gcg, seed=0, save_every=5, baselines=True)
+    click.echo(attack_table(artifacts))
+    click.echo(click.style("3/5 transfer: frozen prompts on the base and every checkpoint", bold=True))
+    asr = transfer(path, targets, DEFAULT_JUDGES, config.replay)
+    click.echo(click.style("4/5 directions of every target", bold=True))
+    directions(path, targets, ("harc", "zhao"), DirectionsConfig())
+    click.echo(click.style("5/5 plane: project, export, draw", bold=True))
+    written = plane(
+        path,
+        targets,
+        base="embedded",
+        estimator="harc",
+        layer=None,
+        anchors="demonstration",
+        anchor_splits=["test"],
+    )
+    click.echo(classes_table(path))
+    click.echo(asr)
+    return [path / ATTACKS, path / REPLAYS, path / "matrix.jsonl", path / "directions", *written]

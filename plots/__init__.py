@@ -1,0 +1,1 @@
+"""Pictures, drawn from a run's exports only."""

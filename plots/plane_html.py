@@ -1,0 +1,171 @@
+"""The plane as one self-contained HTML page: choose target and frame, hover for the prompt, hide classes."""
+
+from __future__ import annotations
+
+import html
+import math
+from pathlib import Path
+from typing import Any
+
+from core.store import ATTACKS, BEHAVIOURS, read_rows
+from plots.plane_png import FRAMES, ellipse_axes
+from plots.style import (
+    ANCHORS,
+    COLOURS,
+    PLOTLY_ANCHORS,
+    PLOTLY_MARKERS,
+    attack_names,
+    name_of,
+    read_exports,
+    short,
+)
+
+
+def draw(folder: Path) -> Path:
+    """Read the exports in ``folder`` and write ``plane.html`` there; the page needs no network."""
+    import plotly.graph_objects as go
+
+    rows, classes = read_exports(folder)
+    prompts = {r["artifact_id"]: r["prompt"] for r in read_rows(folder / ATTACKS)}
+    prompts |= {r["behaviour_id"]: r["request"] for r in read_rows(folder / BEHAVIOURS)}
+    targets = list(dict.fromkeys(r["target"] for r in rows))
+    names = attack_names(rows)
+    style = {n: (COLOURS[i % 8], PLOTLY_MARKERS[i % 8]) for i, n in enumerate(names)}
+    style |= {n: (colour, PLOTLY_ANCHORS[marker]) for n, (colour, marker) in ANCHORS.items()}
+    figure, owners = go.Figure(), []
+    views = [(t, f) for f in FRAMES for t in targets]
+    for view in views:
+        here = [r for r in rows if (r["target"], r["frame"]) == view]
+        centres = {c["class"]: c for c in classes if (c["target"], c["frame"]) == view}
+        for trace in _traces(here, centres, style, prompts):
+            trace.visible = view == views[0]
+            figure.add_trace(trace)
+            owners.append(view)
+    buttons = []
+    for view in views:
+        first = next(r for r in rows if (r["target"], r["frame"]) == view)
+        title = _title(first)
+        buttons.append(
+            {
+                "label": f"{short(view[0])}, {view[1]} frame",
+                "method": "update",
+                "args": [
+                    {"visible": [owner == view for owner in owners]},
+                    {"title.text": title},
+                ],
+            }
+        )
+    figure.update_layout(
+        title={"text": buttons[0]["args"][1]["title.text"], "font": {"size": 15}},
+        template="plotly_white",
+        updatemenus=[{"buttons": buttons, "x": 0.0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"}],
+        xaxis_title="harmfulness projection at t_inst (residual units)",
+        yaxis_title="refusal projection at t_post_inst (residual units)",
+        legend={"itemsizing": "constant"},
+        margin={"t": 130},
+        height=760,
+    )
+    path = folder / "plane.html"
+    figure.write_html(path, include_plotlyjs=True, full_html=True)
+    return path
+
+
+def _title(row: dict[str, Any]) -> str:
+    return (
+        f"Attack plane of {html.escape(short(row['target']))}, {row['frame']} frame, layer {row['layer']}"
+        f"<br><sub>cos(base, own): harmfulness {row['cos_base_own_harmfulness']:.2f}, refusal "
+        f"{row['cos_base_own_refusal']:.2f}. Filled: jailbroken, hollow: not. Ellipses: one standard deviation.</sub>"
+    )
+
+
+def _traces(
+    rows: list[dict[str, Any]],
+    centres: dict[str, Any],
+    style: dict[str, tuple[str, str]],
+    prompts: dict[str, str],
+) -> list[Any]:
+    import plotly.graph_objects as go
+
+    traces = []
+    plain = {r["behaviour_id"]: r for r in rows if r["attack"] == "plain"}
+    for name, (colour, symbol) in style.items():
+        members = [r for r in rows if name_of(r) == name]
+        if not members:
+            continue
+        attacked = members[0]["kind"] == "attack"
+        filled = [r["jailbroken"] is True or not attacked for r in members]
+        traces.append(
+            go.Scatter(
+                x=[r["x"] for r in members],
+                y=[r["y"] for r in members],
+                mode="markers",
+                name=name,
+                legendgroup=name,
+                marker={
+                    "symbol": symbol,
+                    "size": 11 if attacked else 8,
+                    "color": [colour if f else "white" for f in filled],
+                    "line": {"color": colour, "width": 2},
+                    "opacity": 0.95 if attacked else 0.6,
+                },
+                text=[_hover(r, prompts) for r in members],
+                hoverinfo="text",
+            )
+        )
+        centre = centres.get(name)
+        if centre and centre["covariance"] is not None and centre["n"] > 2:
+            x, y = _outline(centre["centroid"], centre["covariance"])
+            traces.append(_line(x, y, colour, name, 1, fill="toself"))
+        if attacked and name != "plain":
+            pairs = [(plain[r["behaviour_id"]], r) for r in members if r["behaviour_id"] in plain]
+            x, y = [], []
+            for a, b in pairs:
+                x += [a["x"], b["x"], None]
+                y += [a["y"], b["y"], None]
+            traces.append(_line(x, y, colour, name, 1, dash="dot", arrows=True))
+            if centre and "plain" in centres:
+                (x0, y0), (x1, y1) = centres["plain"]["centroid"], centre["centroid"]
+                traces.append(_line([x0, x1], [y0, y1], colour, name, 3, arrows=True))
+    return traces
+
+
+def _line(
+    x: list[Any], y: list[Any], colour: str, group: str, width: int, *,
+    fill: str | None = None, dash: str | None = None, arrows: bool = False,
+) -> Any:  # fmt: skip
+    import plotly.graph_objects as go
+
+    marker = {"symbol": "arrow", "angleref": "previous", "size": 9, "color": colour}
+    return go.Scatter(
+        x=x,
+        y=y,
+        mode="lines+markers" if arrows else "lines",
+        marker=marker if arrows else None,
+        line={"color": colour, "width": width, "dash": dash},
+        fill=fill,
+        opacity=0.35 if fill or width == 1 else 0.9,
+        legendgroup=group,
+        showlegend=False,
+        hoverinfo="skip",
+    )
+
+
+def _outline(centroid: list[float], covariance: list[list[float]]) -> tuple[list[float], list[float]]:
+    """Points of the one-standard-deviation ellipse."""
+    width, height, degrees = ellipse_axes(covariance)
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    x, y = [], []
+    for k in range(61):
+        u = width / 2 * math.cos(2 * math.pi * k / 60)
+        v = height / 2 * math.sin(2 * math.pi * k / 60)
+        x.append(centroid[0] + c * u - s * v)
+        y.append(centroid[1] + s * u + c * v)
+    return x, y
+
+
+def _hover(row: dict[str, Any], prompts: dict[str, str]) -> str:
+    prompt = prompts.get(row["prompt_id"], "")
+    lines = [html.escape(prompt[i : i + 80]) for i in range(0, len(prompt), 80)]
+    verdict = {True: "jailbroken", False: "not jailbroken", None: "not judged"}[row["jailbroken"]]
+    place = f"harmfulness {row['x']:.2f} (cos {row['x_cosine']:.2f}), refusal {row['y']:.2f} (cos {row['y_cosine']:.2f})"
+    return "<br>".join([f"<b>{name_of(row)}</b> {row['behaviour_id']}: {verdict}", place, *lines])

@@ -1,0 +1,123 @@
+"""The plane as a PNG: a panel a target, a row a frame.
+
+Colour and shape name the class, a filled marker is a success, a hollow one a failure, a dotted one not judged. Thin
+arrows run from the plain request to the attacked one, the bold one from centroid to centroid; ellipses are one
+standard deviation about the centroid.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from plots.style import ANCHORS, COLOURS, MARKERS, attack_names, name_of, read_exports, short
+
+FRAMES = ("base", "own")
+
+
+def draw(folder: Path) -> Path:
+    """Read the exports in ``folder`` and write ``plane.png`` there."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    rows, classes = read_exports(folder)
+    targets = list(dict.fromkeys(r["target"] for r in rows))
+    names = attack_names(rows)
+    style = {n: (COLOURS[i % 8], MARKERS[i % 8]) for i, n in enumerate(names)} | ANCHORS
+    figure = Figure(figsize=(1.2 + 3.9 * len(targets), 8.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(targets), squeeze=False, sharex="row", sharey="row")
+    for line, frame in enumerate(FRAMES):
+        for column, target in enumerate(targets):
+            panel = axes[line][column]
+            here = [r for r in rows if r["target"] == target and r["frame"] == frame]
+            _panel(panel, here, classes, style, names)
+            first = here[0]
+            panel.set_title(
+                f"{short(target)}\n{frame} frame, layer {first['layer']}, cos(base, own) "
+                f"H {first['cos_base_own_harmfulness']:.2f} R {first['cos_base_own_refusal']:.2f}",
+                fontsize=9,
+            )
+            if column == 0:
+                panel.set_ylabel("refusal projection at t_post_inst", fontsize=9)
+            if line == 1:
+                panel.set_xlabel("harmfulness projection at t_inst", fontsize=9)
+    present = {name_of(r) for r in rows}
+    handles = [
+        Line2D([], [], color=c, marker=m, linestyle="", label=n)
+        for n, (c, m) in style.items()
+        if n in present
+    ]
+    grey = "#555555"
+    handles += [
+        Line2D([], [], color=grey, marker="o", linestyle="", label="jailbroken"),
+        Line2D([], [], color=grey, marker="o", linestyle="", fillstyle="none", label="not jailbroken"),
+        Line2D([], [], color=grey, marker=r"$\rightarrow$", markersize=11, linestyle="",
+               label="from plain to attacked"),
+    ]  # fmt: skip
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=9)
+    figure.suptitle("Attack plane: projections relative to the harmless centroid", fontsize=12)
+    path = folder / "plane.png"
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _panel(
+    panel: Any,
+    rows: list[dict[str, Any]],
+    classes: list[dict[str, Any]],
+    style: dict[str, tuple[str, str]],
+    names: list[str],
+) -> None:
+    from matplotlib.patches import Ellipse
+
+    panel.axhline(0, color="#dddddd", linewidth=0.8, zorder=0)
+    panel.axvline(0, color="#dddddd", linewidth=0.8, zorder=0)
+    plain = {r["behaviour_id"]: r for r in rows if r["attack"] == "plain"}
+    for row in rows:
+        name = name_of(row)
+        colour, marker = style[name]
+        if row["kind"] == "anchor":
+            panel.plot(row["x"], row["y"], marker, color=colour, alpha=0.55, markersize=5, zorder=1)
+            continue
+        if name == names[0] and row["behaviour_id"] in plain:
+            start = plain[row["behaviour_id"]]
+            _arrow(panel, (start["x"], start["y"]), (row["x"], row["y"]), colour, 0.7, 0.45)
+        panel.plot(
+            *(row["x"], row["y"], marker),
+            markeredgecolor=colour,
+            markerfacecolor=colour if row["jailbroken"] else "white",
+            alpha=0.4 if row["jailbroken"] is None else 0.95,
+            markersize=6.5,
+            zorder=3,
+        )
+    centre = {
+        c["class"]: c for c in classes if c["target"] == rows[0]["target"] and c["frame"] == rows[0]["frame"]
+    }
+    for name, c in centre.items():
+        colour = style[name][0]
+        x, y = c["centroid"]
+        if c["covariance"] is not None and c["n"] > 2:
+            width, height, angle = ellipse_axes(c["covariance"])
+            shape = Ellipse((x, y), width, height, angle=angle, zorder=2)
+            shape.set(facecolor=colour, edgecolor=colour, alpha=0.10)
+            panel.add_patch(shape)
+        panel.plot(x, y, ".", color=colour, markersize=3, zorder=4)
+        if name in names and name != "plain" and "plain" in centre:
+            _arrow(panel, centre["plain"]["centroid"], (x, y), colour, 2.0, 0.9)
+    panel.tick_params(labelsize=8)
+
+
+def _arrow(panel: Any, start: Any, end: Any, colour: str, width: float, alpha: float) -> None:
+    style = {"arrowstyle": "->", "color": colour, "linewidth": width, "alpha": alpha}
+    panel.annotate("", xy=end, xytext=start, arrowprops={**style, "shrinkA": 2, "shrinkB": 3}, zorder=2)
+
+
+def ellipse_axes(covariance: list[list[float]]) -> tuple[float, float, float]:
+    """Full width and height (two standard deviations each) and angle in degrees of a covariance's ellipse."""
+    (a, b), (_, d) = covariance
+    middle, spread = (a + d) / 2, math.hypot((a - d) / 2, b)
+    angle = math.degrees(0.5 * math.atan2(2 * b, a - d))
+    return 2 * math.sqrt(max(0.0, middle + spread)), 2 * math.sqrt(max(0.0, middle - spread)), angle

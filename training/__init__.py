@@ -1,0 +1,1 @@
+"""Base model -> checkpoints, which are targets like any other."""

@@ -1,0 +1,1 @@
+"""Frozen prompts on target models: replays, and the matrix of success rates."""

@@ -1,0 +1,86 @@
+"""Send every artifact's prompt, verbatim, to a target model; keep the reply and what the judges say.
+
+The prompt is rendered by the target's own chat template with the artifact's system prompt. Rows are saved after each
+batch, so a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from tqdm import tqdm
+
+from core.errors import AttackPlaneError
+from core.generate import complete
+from core.models import LoadedModel
+from core.prompt import Conversation, Renderer
+from core.records import AttackArtifact, Replay, content_hash
+from core.store import REPLAYS, RunFolder
+from evaluation.judges import Exchange, Judge, judge_all
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """How replies are made. Greedy by default; with ``temperature`` > 0 sampled from ``seed``."""
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0:
+            raise AttackPlaneError("max_new_tokens >= 1 and temperature >= 0", got=self)
+
+
+def replay_id(artifact: AttackArtifact, loaded: LoadedModel, config: ReplayConfig) -> str:
+    return content_hash([artifact.artifact_id, loaded.spec, loaded.fingerprint, asdict(config)])
+
+
+def replay_all(
+    run: RunFolder,
+    loaded: LoadedModel,
+    artifacts: Sequence[AttackArtifact],
+    judges: Sequence[Judge],
+    config: ReplayConfig,
+    *,
+    batch_size: int = 16,
+) -> int:
+    """Replay what is missing on one target; returns how many replies were made."""
+    done = {row["replay_id"] for row in run.rows(REPLAYS)}
+    missing = [a for a in artifacts if replay_id(a, loaded, config) not in done]
+    renderer = Renderer(loaded)
+    texts = {a.artifact_id: renderer.text(Conversation(a.prompt, system=a.system_prompt)) for a in missing}
+    missing.sort(key=lambda a: len(texts[a.artifact_id]))
+    with tqdm(total=len(artifacts), desc=f"replay on {loaded.spec[-40:]}", unit="reply") as bar:
+        bar.update(len(artifacts) - len(missing))
+        for start in range(0, len(missing), batch_size):
+            part = missing[start : start + batch_size]
+            replies = complete(
+                renderer,
+                [texts[a.artifact_id] for a in part],
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                seed=int(content_hash([config.seed, part[0].artifact_id], 12), 16),
+                batch_size=batch_size,
+            )
+            exchanges = [
+                Exchange(a.request, reply, a.target_string) for a, reply in zip(part, replies, strict=True)
+            ]
+            verdicts = judge_all(judges, exchanges)
+            for artifact, reply, (scores, jailbroken) in zip(part, replies, verdicts, strict=True):
+                row = Replay(
+                    replay_id=replay_id(artifact, loaded, config),
+                    artifact_id=artifact.artifact_id,
+                    behaviour_id=artifact.behaviour_id,
+                    attack=artifact.attack,
+                    source_model=artifact.source_model,
+                    target_model=loaded.spec,
+                    reply=reply,
+                    judgements=scores,
+                    jailbroken=jailbroken,
+                    config_hash=content_hash(asdict(config)),
+                )
+                run.append(REPLAYS, row.to_row())
+            bar.update(len(part))
+    return len(missing)
