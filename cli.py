@@ -67,7 +67,11 @@ def quiet_libraries(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        import warnings
+
         from transformers.utils import logging as transformers_logging
+
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
         transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()

@@ -25,7 +25,7 @@ from core.store import ATTACKS, BEHAVIOURS, REPLAYS, RunFolder
 from evaluation.behaviours import load_behaviours
 from evaluation.judges import DEFAULT_JUDGES, is_refusal, make_judge
 from geometry.activations import collect
-from geometry.directions import EstimateConfig, best_layers, estimate
+from geometry.directions import EstimateConfig, best_layers, classes, estimate
 from geometry.plane import PromptInfo, describe_classes, export, points
 from geometry.storage import directions_path, load_directions, save_directions
 from training.sft import SFTConfig, train
@@ -170,18 +170,19 @@ def directions(
                 harmful = [b.label == "harmful" for b in behaviours]
                 for estimator in missing:
                     try:
-                        estimated = estimate(
-                            activations,
-                            harmful,
-                            estimator=estimator,
-                            refused=refused,
-                            config=EstimateConfig(config.resamples, config.seed),
-                        )
+                        classes(estimator, harmful, refused)
                     except AttackPlaneError as error:
                         if len(estimators) == 1:
                             raise
                         click.echo(f"{spec}: no {estimator} directions. {error}")
                         continue
+                    estimated = estimate(
+                        activations,
+                        harmful,
+                        estimator=estimator,
+                        refused=refused,
+                        config=EstimateConfig(config.resamples, config.seed),
+                    )
                     save_directions(estimated, path, {"made_from": made_from})
             for estimator in estimators:
                 if directions_path(path, spec, estimator).exists():

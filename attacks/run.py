@@ -95,9 +95,9 @@ class Attacker:
         return values if attack == GCG else {key: values[key] for key in BASELINE_SETTINGS}
 
     def artifact_id(self, attack: str, behaviour: Behaviour) -> str:
-        made_from = [attack, behaviour.request, behaviour.target_string, self.loaded.spec]
-        made_from += [self.loaded.fingerprint, self.settings(attack), self.seed]
-        return content_hash(made_from)
+        model = (self.loaded.spec, self.loaded.fingerprint)
+        about = (behaviour.request, behaviour.target_string)
+        return content_hash([attack, *about, *model, self.settings(attack), self.seed])
 
     def _keep(self, artifact: AttackArtifact, done: dict[str, dict[str, Any]]) -> None:
         row = artifact.to_row()

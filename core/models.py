@@ -210,11 +210,9 @@ def load(spec: str | ModelSpec, device: torch.device | str | None = None) -> Loa
     if parsed.adapter:
         from peft import PeftModel
 
-        wrapped = PeftModel.from_pretrained(model, parsed.adapter)
+        wrapped: Any = PeftModel.from_pretrained(model, parsed.adapter)
         # 4-bit weights cannot take a merge without rounding anew: there the adapter stays beside them.
-        model = (
-            wrapped.get_base_model() if parsed.load else wrapped.merge_and_unload()  # type: ignore[operator]
-        )
+        model = wrapped.get_base_model() if parsed.load else wrapped.merge_and_unload()
     model.eval().requires_grad_(False)
     return LoadedModel(parsed.text, model, tokenizer, model.device, fingerprint(parsed, source, model))
 
@@ -233,7 +231,7 @@ def load_base(spec: ModelSpec, device: torch.device) -> tuple[Any, Any, Path | N
         options |= _four_bit(spec, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=spec.revision)
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise AttackPlaneError(
             "cannot load the model",
@@ -254,7 +252,7 @@ def load_classifier(name: str) -> tuple[Any, Any]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForSequenceClassification.from_pretrained(name)
+        model: Any = AutoModelForSequenceClassification.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise AttackPlaneError(
             "cannot load the classifier", where=name, got=str(error).strip().splitlines()[0]

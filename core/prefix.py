@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from core.models import LoadedModel
+
+# Exactly these: their other subclasses keep more state than keys and values.
+PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class SharedPrefix:
@@ -20,7 +24,7 @@ class SharedPrefix:
 
     def __init__(self, loaded: LoadedModel, ids: torch.Tensor) -> None:
         self.length = int(ids.numel())
-        self._cache = DynamicCache(config=loaded.model.config)
+        self._cache: Any = DynamicCache(config=loaded.model.config)
         if self.length:
             with torch.no_grad():
                 loaded.decoder(
@@ -29,7 +33,7 @@ class SharedPrefix:
                     use_cache=True,
                 )
         self.usable = self.length > 0 and all(
-            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized
+            isinstance(layer, DynamicLayer) and type(layer) in PLAIN_LAYERS and layer.is_initialized
             for layer in self._cache.layers
         )
 

@@ -273,8 +273,8 @@ class Directions:
         for name in ("harmfulness", "refusal"):
             lengths = getattr(self, name).norm(dim=-1)
             _require(
-                bool(((lengths - 1).abs() < 1e-4).all()),
-                f"{name} must be unit vectors",
+                bool((((lengths - 1).abs() < 1e-4) | (lengths == 0)).all()),
+                f"{name} must be unit vectors, or zeros where the classes do not differ",
                 self,
                 lengths.tolist(),
             )

@@ -193,7 +193,7 @@ class RunFolder:
 
 def environment_versions() -> dict[str, Any]:
     """Versions that a result depends on: Python, the main packages, this suite's git commit."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for package in ("torch", "transformers", "tokenizers", "peft", "numpy"):
         try:
             packages[package] = metadata.version(package)

@@ -134,7 +134,7 @@ def read_file(path: Path, default_label: str, *, benchmark: str | None = None) -
 def read_hub(name: str) -> list[Behaviour]:
     """Behaviours of a public set, through the package ``datasets`` (extra ``hub-sets``)."""
     try:
-        from datasets import load_dataset  # type: ignore[import-not-found]
+        from datasets import load_dataset
     except ImportError as error:
         raise AttackPlaneError(
             f"the hub set {name!r} needs the package datasets",
@@ -179,7 +179,7 @@ def _csv(text: str, path: Path) -> Numbered:
                 raise AttackPlaneError(
                     "a row has more fields than the header",
                     where=f"{path}, line {line}",
-                    got=row[None],  # type: ignore[call-overload]
+                    got=row[None],
                     remedy="put fields that hold commas in double quotes",
                 )
             rows.append((max(line, 2), row))

@@ -135,7 +135,7 @@ class JudgeZoo:
 
     def __init__(self, name: str) -> None:
         try:
-            from judgezoo import Judge as ZooJudge  # type: ignore[import-not-found]
+            from judgezoo import Judge as ZooJudge
         except ImportError as error:
             raise AttackPlaneError(
                 f"the judge judgezoo:{name} needs the package judgezoo",
@@ -156,7 +156,10 @@ class JudgeZoo:
         return [None if p is None or p != p else float(p) for p in found]
 
 
-BUILT_IN = {RefusalPhrases.name: RefusalPhrases, TargetPrefix.name: TargetPrefix}
+BUILT_IN: dict[str, type[RefusalPhrases] | type[TargetPrefix]] = {
+    RefusalPhrases.name: RefusalPhrases,
+    TargetPrefix.name: TargetPrefix,
+}
 DEFAULT_JUDGES = (RefusalPhrases.name, TargetPrefix.name)
 
 

@@ -61,7 +61,8 @@ def captured(loaded: LoadedModel, rows: Tensor, columns: Tensor, out: Tensor) ->
 def shared_length(ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> int:
     """How many leading tokens all prompts share, ending before the first wanted position."""
     limit = min(min(p) for p in positions)
-    first, last = min(ids), max(ids)
+    # whatever the lexicographically first and last share, all between them share too
+    first, last = min(map(tuple, ids)), max(map(tuple, ids))
     for index in range(min(limit, len(first), len(last))):
         if first[index] != last[index]:
             return index

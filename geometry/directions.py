@@ -5,7 +5,8 @@
     refusal, ``zhao``  n( mean(t_post_inst | refused) - mean(t_post_inst | accepted) )   by the model's own reply [Zhao];
                        its harmfulness uses harmful prompts refused and harmless ones accepted
 
-n(.) makes a unit vector; every layer has its own. Directions point towards harmful and towards refused. Means are
+n(.) makes a unit vector (zeros where the classes do not differ, as at layer 0 on a template token); every layer
+has its own. Directions point towards harmful and towards refused. Means are
 accumulated in float64. On sets that are not filtered by the model's own behaviour the two concepts are confounded, so
 cos(harc, zhao) is reported where both exist.
 
@@ -21,7 +22,7 @@ Statistics per layer (``Directions.statistics``), all from the activations at ha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,14 +100,60 @@ def interval(draws: Tensor) -> Tensor:
     return draws.quantile(ends, dim=0).T.contiguous()
 
 
-def _resampled(index: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """(draw, n) bootstrap resamples of an index vector."""
-    return index[torch.randint(len(index), (draws, len(index)), generator=generator)]
+@dataclass(frozen=True)
+class _Draws:
+    """Weights (draw, n) of the bootstrap and of the permuted labels, and the permutations themselves."""
+
+    bootstrap: Tensor
+    permuted: Tensor
+    orders: Tensor
 
 
-def _permutations(n: int, draws: int, generator: torch.Generator) -> Tensor:
-    """(draw, n) random permutations."""
-    return torch.rand(draws, n, generator=generator).argsort(1)
+def _draw(sides: tuple[Tensor, Tensor], n: int, draws: int, generator: torch.Generator) -> _Draws:
+    positive, negative = (
+        side[torch.randint(len(side), (draws, len(side)), generator=generator)] for side in sides
+    )
+    both, count = torch.cat(sides), len(sides[0])
+    orders = torch.rand(draws, len(both), generator=generator).argsort(1)
+    permuted = class_weights(both[orders[:, :count]], both[orders[:, count:]], n)
+    return _Draws(class_weights(positive, negative, n), permuted, orders)
+
+
+@dataclass(frozen=True)
+class _Estimated:
+    """One direction (layer, d_model), its norm (layer,), its draws (draw, layer, d_model), its statistics."""
+
+    direction: Tensor
+    norm: Tensor
+    resampled: Tensor
+    permuted: Tensor
+    statistics: dict[str, Tensor]
+
+
+def _one_direction(
+    name: str, resid: Tensor, sides: tuple[Tensor, Tensor], drawn: _Draws, generator: torch.Generator
+) -> _Estimated:
+    raw = mean_difference(resid, *sides)
+    # At layer 0 every prompt may have the same residual at t_post_inst (the same template token): rounding is no
+    # direction, so such layers get zeros.
+    alive = (raw.norm(dim=-1) > 1e-6 * resid.double().norm(dim=-1).mean(0)).float()
+    direction = unit(raw).float() * alive[:, None]
+    resampled = unit(differences(drawn.bootstrap, resid)) * alive[:, None]
+    null = differences(drawn.permuted, resid) * alive[:, None]
+    vectors = unit(torch.randn(len(drawn.orders), resid.shape[2], generator=generator))
+    scores = torch.einsum("nld,kd->nkl", resid, vectors)
+    statistics = {
+        f"stability_{name}": interval((resampled * direction).sum(-1)),
+        f"separation_{name}": held_out_separation(resid, *sides) * alive,
+        f"null_permuted_norm_{name}": null.norm(dim=-1).quantile(0.95, dim=0),
+        f"null_permuted_separation_{name}": held_out_separation(resid, *sides, drawn.orders)
+        .abs()
+        .quantile(0.95, dim=0),
+        f"null_random_separation_{name}": d_prime(*(scores[side] for side in sides))
+        .abs()
+        .quantile(0.95, dim=0),
+    }
+    return _Estimated(direction, raw.norm(dim=-1).float() * alive, resampled, unit(null), statistics)
 
 
 @dataclass(frozen=True)
@@ -117,37 +164,38 @@ class Classes:
     refusal: tuple[Tensor, Tensor]
 
 
+def indices(keep: Iterable[bool]) -> Tensor:
+    """Indices where ``keep`` holds."""
+    return torch.tensor([i for i, kept in enumerate(keep) if kept], dtype=torch.long)
+
+
+def refused_and_accepted(refused: Sequence[bool | None]) -> tuple[Tensor, Tensor]:
+    """Indices of refused and of accepted prompts; those not judged are in neither."""
+    return indices(r is True for r in refused), indices(r is False for r in refused)
+
+
 def classes(estimator: str, harmful: Sequence[bool], refused: Sequence[bool | None] | None) -> Classes:
     """Which prompts stand on which side, by estimator.
 
     Raises:
         AttackPlaneError: unknown estimator, ``zhao`` without replies, or fewer than four prompts on a side.
     """
-
-    def where(keep: list[bool]) -> Tensor:
-        return torch.tensor([i for i, k in enumerate(keep) if k], dtype=torch.long)
-
     if estimator == "harc":
-        sides = where(list(harmful)), where([not h for h in harmful])
+        sides = indices(harmful), indices(not h for h in harmful)
         found = Classes(sides, sides)
     elif estimator == "zhao":
         if refused is None:
             raise AttackPlaneError("the zhao estimator needs the model's own replies")
         pairs = list(zip(harmful, refused, strict=True))
-        found = Classes(
-            (
-                where([h and r is True for h, r in pairs]),
-                where([not h and r is False for h, r in pairs]),
-            ),
-            (where([r is True for _, r in pairs]), where([r is False for _, r in pairs])),
-        )
+        agreeing = indices(h and r is True for h, r in pairs), indices(not h and r is False for h, r in pairs)
+        found = Classes(agreeing, refused_and_accepted(refused))
     else:
         raise AttackPlaneError("unknown estimator", got=estimator, remedy=f"one of {', '.join(ESTIMATORS)}")
-    for name, sides in (("harmfulness", found.harmfulness), ("refusal", found.refusal)):
-        if min(map(len, sides)) < SMALLEST_CLASS:
+    for name, (positive, negative) in vars(found).items():
+        if min(len(positive), len(negative)) < SMALLEST_CLASS:
             raise AttackPlaneError(
                 f"too few prompts for the {name} direction ({estimator})",
-                got=f"{len(sides[0])} on the harmful or refused side, {len(sides[1])} on the other",
+                got=f"{len(positive)} on the harmful or refused side, {len(negative)} on the other",
                 remedy=f"at least {SMALLEST_CLASS} on each side; a model that never (or always) refuses has no "
                 "zhao direction: use harc",
             )
@@ -171,69 +219,38 @@ def estimate(
     sides = classes(estimator, harmful, refused)
     at_inst, at_post = activations.at("t_inst"), activations.at("t_post_inst")
     generator = torch.Generator().manual_seed(config.seed)
-    raw = {
-        "harmfulness": mean_difference(at_inst, *sides.harmfulness),
-        "refusal": mean_difference(at_post, *sides.refusal),
+    drawn_h = _draw(sides.harmfulness, at_inst.shape[0], config.resamples, generator)
+    # Directions that contrast the same prompts share the resampled prompts and the permuted labels.
+    same = estimator == "harc"
+    drawn_r = drawn_h if same else _draw(sides.refusal, at_post.shape[0], config.resamples, generator)
+    h = _one_direction("harmfulness", at_inst, sides.harmfulness, drawn_h, generator)
+    r = _one_direction("refusal", at_post, sides.refusal, drawn_r, generator)
+    cosine = (h.direction * r.direction).sum(-1)
+    pairs = unit(torch.randn(2, 10 * config.resamples, at_inst.shape[2], generator=generator))
+    statistics = {
+        **h.statistics,
+        **r.statistics,
+        "cos_harmfulness_refusal": cosine,
+        "cos_harmfulness_refusal_interval": interval((h.resampled * r.resampled).sum(-1)),
+        "null_permuted_cos": (h.permuted * r.permuted).sum(-1).abs().quantile(0.95, dim=0),
+        "null_random_cos": (pairs[0] * pairs[1]).sum(-1).abs().quantile(0.95).repeat(len(cosine)),
+        "layer_score": layer_score(
+            cosine, h.statistics["separation_harmfulness"], r.statistics["separation_refusal"]
+        ),
     }
-    direction = {name: unit(value).float() for name, value in raw.items()}
-    cosine = (direction["harmfulness"] * direction["refusal"]).sum(-1)
-    statistics: dict[str, Tensor] = {"cos_harmfulness_refusal": cosine}
-    resid = {"harmfulness": at_inst, "refusal": at_post}
-    split = {"harmfulness": sides.harmfulness, "refusal": sides.refusal}
-    draws, n = config.resamples, at_inst.shape[0]
-
-    # Bootstrap: where both directions contrast the same prompts, they share the resampled prompts.
-    shared = estimator == "harc"
-    boot: dict[str, Tensor] = {}
-    permuted: dict[str, Tensor] = {}
-    for name in ("harmfulness", "refusal"):
-        if name == "harmfulness" or not shared:
-            weights = class_weights(*(_resampled(side, draws, generator) for side in split[name]), n)
-            both = torch.cat(split[name])
-            orders = _permutations(len(both), draws, generator)
-            count = len(split[name][0])
-            null_weights = class_weights(both[orders[:, :count]], both[orders[:, count:]], n)
-        boot[name] = unit(differences(weights, resid[name]))
-        null = differences(null_weights, resid[name])
-        permuted[name] = unit(null)
-        statistics[f"null_permuted_norm_{name}"] = null.norm(dim=-1).quantile(0.95, dim=0)
-        statistics[f"stability_{name}"] = interval((boot[name] * direction[name]).sum(-1))
-        statistics[f"separation_{name}"] = held_out_separation(resid[name], *split[name])
-        statistics[f"null_permuted_separation_{name}"] = (
-            held_out_separation(resid[name], *split[name], orders).abs().quantile(0.95, dim=0)
-        )
-        vectors = unit(torch.randn(draws, at_inst.shape[2], generator=generator))
-        scores = torch.einsum("nld,kd->nkl", resid[name], vectors)
-        statistics[f"null_random_separation_{name}"] = (
-            d_prime(*(scores[side] for side in split[name])).abs().quantile(0.95, dim=0)
-        )
-    statistics["cos_harmfulness_refusal_interval"] = interval((boot["harmfulness"] * boot["refusal"]).sum(-1))
-    statistics["null_permuted_cos"] = (
-        (permuted["harmfulness"] * permuted["refusal"]).sum(-1).abs().quantile(0.95, dim=0)
-    )
-    pairs = unit(torch.randn(2, draws * 10, at_inst.shape[2], generator=generator))
-    statistics["null_random_cos"] = (
-        (pairs[0] * pairs[1]).sum(-1).abs().quantile(0.95).expand(cosine.shape).clone()
-    )
-    statistics["layer_score"] = layer_score(
-        cosine, statistics["separation_harmfulness"], statistics["separation_refusal"]
-    )
     if estimator == "harc" and refused is not None:
-        try:
-            zhao = classes("zhao", harmful, refused)
-        except AttackPlaneError:
-            pass  # a model that never refuses has no zhao direction; the statistic is then absent
-        else:
-            other = unit(mean_difference(at_post, *zhao.refusal)).float()
-            statistics["cos_harc_zhao"] = (direction["refusal"] * other).sum(-1)
+        zhao = refused_and_accepted(refused)
+        if min(map(len, zhao)) >= SMALLEST_CLASS:
+            other = unit(mean_difference(at_post, *zhao)).float()
+            statistics["cos_harc_zhao"] = (r.direction * other).sum(-1)
     harmless = sides.harmfulness[1]
     return Directions(
         model=activations.model,
         estimator=estimator,
-        harmfulness=direction["harmfulness"],
-        refusal=direction["refusal"],
-        harmfulness_norm=raw["harmfulness"].norm(dim=-1).float(),
-        refusal_norm=raw["refusal"].norm(dim=-1).float(),
+        harmfulness=h.direction,
+        refusal=r.direction,
+        harmfulness_norm=h.norm,
+        refusal_norm=r.norm,
         harmless_t_inst=at_inst[harmless].double().mean(0).float(),
         harmless_t_post_inst=at_post[harmless].double().mean(0).float(),
         sample_counts={

@@ -175,7 +175,7 @@ def export(all_points: Sequence[PlanePoint], folder: Path) -> list[Path]:
     parquet = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), parquet)
     classes = "".join(json.dumps(row) + "\n" for row in describe_classes(all_points))
-    written = {
+    written: dict[str, str | bytes] = {
         "plane.csv": text.getvalue(),
         PLANE: lines,
         "plane.parquet": parquet.getvalue(),

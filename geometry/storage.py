@@ -55,5 +55,5 @@ def load_directions(folder: Path, model: str, estimator: str) -> Directions:
         sample_counts=description["sample_counts"],
         settings=description["settings"],
         statistics={n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
-        **{n: tensors[n] for n in Directions.TENSORS},
+        **{n: tensors[n] for n in Directions.TENSORS},  # type: ignore[arg-type]
     )

@@ -41,7 +41,7 @@ def draw(folder: Path) -> Path:
             trace.visible = view == views[0]
             figure.add_trace(trace)
             owners.append(view)
-    buttons = []
+    buttons: list[dict[str, Any]] = []
     for view in views:
         first = next(r for r in rows if (r["target"], r["frame"]) == view)
         title = _title(first)
@@ -114,11 +114,12 @@ def _traces(
         )
         centre = centres.get(name)
         if centre and centre["covariance"] is not None and centre["n"] > 2:
-            x, y = _outline(centre["centroid"], centre["covariance"])
-            traces.append(_line(x, y, colour, name, 1, fill="toself"))
+            outline = _outline(centre["centroid"], centre["covariance"])
+            traces.append(_line(*outline, colour, name, 1, fill="toself"))
         if attacked and name != "plain":
             pairs = [(plain[r["behaviour_id"]], r) for r in members if r["behaviour_id"] in plain]
-            x, y = [], []
+            x: list[Any] = []
+            y: list[Any] = []
             for a, b in pairs:
                 x += [a["x"], b["x"], None]
                 y += [a["y"], b["y"], None]

@@ -1,0 +1,166 @@
+"""The command line, end to end on a tiny model: every stage, errors without tracebacks, exit codes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cli import cli
+
+ROOT = Path(__file__).parent.parent
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(cli, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def small_gcg(model, run, *more):
+    return ("gcg", "--model", model, "--run", run, "--steps", 4, "--width", 6, "--topk", 8, "--limit", 2,
+            "--suffix-length", 4, "--save-every", 1, *more)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_folders):
+    """One run through all stages on a tiny model, shared by the tests below."""
+    path = tmp_path_factory.mktemp("cli") / "run"
+    model = tiny_folders["qwen2"]
+    outputs = {"gcg": call(*small_gcg(model, path))}
+    outputs["transfer"] = call("transfer", "--run", path, "--target", model, "--max-new-tokens", 3)
+    outputs["directions"] = call("directions", "--run", path, "--model", model, "--resamples", 20)
+    outputs["plane"] = call("plane", "--run", path, "--target", model)
+    return path, model, outputs
+
+
+def test_the_stages_write_the_run_folder_of_the_design(run):
+    path, _, outputs = run
+    for name in ("manifest.json", "attacks.jsonl", "replays.jsonl", "plane.csv", "plane.jsonl",
+                 "plane.parquet", "plane.png", "plane.html", "matrix.jsonl"):  # fmt: skip
+        assert (path / name).stat().st_size > 0, name
+    assert list((path / "directions").glob("*.harc.safetensors"))
+    assert "ASR" in outputs["transfer"] and "cos(H,R)" in outputs["directions"] and "gcg" in outputs["plane"]
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert set(manifest["stages"]) == {"gcg", "transfer", "directions", "plane"}
+    assert manifest["history"][0]["torch"] and manifest["models"]
+
+
+def test_a_repeated_command_does_only_what_is_missing(run):
+    path, model, _ = run
+    before = {p.name: p.read_bytes() for p in path.glob("*.jsonl")}
+    call(*small_gcg(model, path))
+    call("transfer", "--run", path, "--target", model, "--max-new-tokens", 3)
+    call("directions", "--run", path, "--model", model, "--resamples", 20)
+    call("plane", "--run", path, "--target", model)
+    assert {p.name: p.read_bytes() for p in path.glob("*.jsonl")} == before
+
+
+def test_verify_passes_and_finds_a_tampered_artifact(run, tmp_path):
+    path, _, _ = run
+    assert "8 of 8 artifacts hold" in call("verify", "--run", path)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    rows = [json.loads(line) for line in (path / "attacks.jsonl").read_text().splitlines()]
+    rows[-1]["loss_history"][rows[-1]["best_step"]] = rows[-1]["loss"] = rows[-1]["loss"] + 0.01
+    (copy / "attacks.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (copy / "manifest.json").write_text((path / "manifest.json").read_text())
+    assert "7 of 8 artifacts hold" in call("verify", "--run", copy, code=3)
+
+
+def test_show_prints_losses_rates_and_classes(run):
+    output = call("show", "--run", run[0])
+    for word in ("target loss", "ASR", "displacement", "search_width=6"):
+        assert word in output
+
+
+def test_another_configuration_in_the_same_run_is_refused(run):
+    path, model, _ = run
+    output = call(*small_gcg(model, path, "--seed", 1), code=1)
+    assert "gcg.seed: the run has 0, this command 1" in output and "Traceback" not in output
+
+
+def test_the_plane_of_a_target_without_directions_says_what_to_run(run, tiny_folders):
+    output = call("plane", "--run", run[0], "--target", tiny_folders["qwen3"], "--base", run[1], code=1)
+    assert "cli.py directions" in output
+
+
+def test_bad_input_is_a_clean_error(tmp_path):
+    assert "forms: embedded" in call("gcg", "--model", "nonsense", code=1)
+    assert "no run here" in call("show", "--run", tmp_path / "absent", code=1)
+    assert "Usage" in call("transfer", "--run", tmp_path, code=2)
+
+
+def test_debug_shows_the_error_itself():
+    result = CliRunner().invoke(cli, ["--debug", "gcg", "--model", "nonsense"])
+    assert type(result.exception).__name__ == "AttackPlaneError"
+
+
+def test_every_command_has_help_with_an_example():
+    for command in (
+        "gcg",
+        "transfer",
+        "directions",
+        "plane",
+        "train sft",
+        "verify",
+        "show",
+        "models",
+        "demo",
+    ):
+        output = call(*command.split(), "--help")
+        assert "Example" in output and f"python cli.py {command.split()[0]}" in output
+
+
+def test_models_lists_the_forms(tiny_folders):
+    assert "ORG/NAME" in call("models")
+    assert "GPT2LMHeadModel, 3 layers" in call("models", tiny_folders["gpt2"])
+
+
+def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path, tiny_folders, monkeypatch):
+    from core.store import RunFolder
+
+    model = tiny_folders["qwen2"]
+    call(*small_gcg(model, tmp_path / "whole"))
+    save = RunFolder.save_state
+
+    def interrupted(self, name, state):
+        save(self, name, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_state", interrupted)
+        assert "goes on from here" in call(*small_gcg(model, tmp_path / "stopped"), code=130)
+    call(*small_gcg(model, tmp_path / "stopped"))
+    name = "attacks.jsonl"
+    assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_kill_9_ten_times_at_random_moments_gives_the_same_file(tmp_path, tiny_folders):
+    arguments = ["--steps", "60", "--width", "32", "--topk", "16", "--limit", "3", "--save-every", "3"]
+
+    def start(run):
+        command = [sys.executable, "cli.py", "gcg", "--model", str(tiny_folders["qwen2"]), "--run", str(run)]
+        return subprocess.Popen(
+            [*command, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    begun = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    seconds = time.monotonic() - begun
+    generator = random.Random(0)
+    for _ in range(10):
+        process = start(tmp_path / "killed")
+        time.sleep(generator.uniform(0.3, 0.9) * seconds)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert start(tmp_path / "killed").wait() == 0
+    name = "attacks.jsonl"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

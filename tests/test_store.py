@@ -1,0 +1,103 @@
+"""Run folders: rows survive crashes, repeated commands add nothing, other configurations are refused by name."""
+
+import json
+import logging
+
+import pytest
+
+from core.errors import AttackPlaneError
+from core.records import AttackArtifact, Behaviour, PlanePoint, config_from_dict, content_hash
+from core.store import RunFolder, read_rows, write_atomically
+
+
+def test_a_torn_last_line_is_dropped_with_a_warning_and_cut_when_writing(tmp_path, caplog):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a":1}\n{"a":2}\n{"a":')
+    with caplog.at_level(logging.WARNING):
+        assert read_rows(path) == [{"a": 1}, {"a": 2}]
+    assert "torn" in caplog.text and path.read_bytes().endswith(b'{"a":')
+    with RunFolder(tmp_path) as run:
+        assert run.rows("rows.jsonl") == [{"a": 1}, {"a": 2}]
+        run.append("rows.jsonl", {"a": 3})
+    assert path.read_bytes() == b'{"a":1}\n{"a":2}\n{"a":3}\n'
+
+
+def test_a_bad_line_in_the_middle_is_an_error_with_its_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a":1}\nnonsense\n{"a":3}\n')
+    with pytest.raises(AttackPlaneError, match=r"rows\.jsonl, line 2"):
+        read_rows(path)
+
+
+def test_another_configuration_is_refused_naming_the_difference(tmp_path):
+    with RunFolder(tmp_path) as run:
+        run.begin_stage("gcg", {"search_width": 64, "seed": 0}, {"m": "abc"})
+        run.begin_stage("gcg", {"search_width": 64, "seed": 0}, {"m": "abc"})
+        with pytest.raises(AttackPlaneError, match=r"gcg\.search_width: the run has 64, this command 128"):
+            run.begin_stage("gcg", {"search_width": 128, "seed": 0}, {"m": "abc"})
+        with pytest.raises(AttackPlaneError, match="model m: its files changed"):
+            run.begin_stage("gcg", {"search_width": 64, "seed": 0}, {"m": "xyz"})
+    assert json.loads((tmp_path / "manifest.json").read_text())["stages"]["gcg"]["search_width"] == 64
+
+
+def test_two_writers_at_once_are_refused(tmp_path):
+    with RunFolder(tmp_path), pytest.raises(AttackPlaneError, match="another process"), RunFolder(tmp_path):
+        pass
+
+
+def test_a_folder_without_a_run_is_a_clear_error(tmp_path):
+    with pytest.raises(AttackPlaneError, match="no run here"):
+        RunFolder.existing(tmp_path / "nothing")
+
+
+def test_states_are_replaced_whole_and_dropped(tmp_path):
+    with RunFolder(tmp_path) as run:
+        run.save_state("x", {"step": 1})
+        run.save_state("x", {"step": 2})
+        assert run.load_state("x") == {"step": 2}
+        run.drop_state("x")
+        assert run.load_state("x") is None
+
+
+def test_an_interrupted_write_leaves_the_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_hashes_depend_on_content_and_not_on_key_order():
+    assert content_hash({"a": 1, "b": [2, "é"]}) == content_hash({"b": [2, "é"], "a": 1})
+    assert content_hash({"a": 1}) != content_hash({"a": 2})
+
+
+def test_unknown_and_missing_fields_are_named_with_the_nearest():
+    row = Behaviour("b", "request", None, "c", "harmful", "x").to_row()
+    with pytest.raises(AttackPlaneError, match="did you mean 'category'"):
+        Behaviour.from_row({**row, "categry": "c"})
+    with pytest.raises(AttackPlaneError, match="lacks label"):
+        Behaviour.from_row({k: v for k, v in row.items() if k != "label"})
+    with pytest.raises(AttackPlaneError, match="schema"):
+        Behaviour.from_row({**row, "schema_version": 99})
+    with pytest.raises(AttackPlaneError, match="did you mean 'search_width'"):
+        from attacks.gcg import GCGConfig
+
+        config_from_dict(GCGConfig, {"serch_width": 3}, "a config")
+
+
+def test_records_refuse_what_cannot_be():
+    with pytest.raises(AttackPlaneError, match="label"):
+        Behaviour("b", "request", None, "c", "evil", "x")
+    good = {
+        "artifact_id": "a", "behaviour_id": "b", "attack": "gcg", "source_model": "m", "request": "r", "prompt": "r ! !",
+        "suffix": " ! !", "suffix_ids": [1, 2], "target_string": "t", "loss": 1.0, "loss_history": [2.0, 1.0],
+        "best_step": 1, "seed": 0, "config_hash": "c", "token_fidelity": True,
+    }  # fmt: skip
+    AttackArtifact(**good)
+    for change in ({"suffix": "x x"}, {"loss": float("nan")}, {"best_step": 0}, {"prompt": ""}):
+        with pytest.raises(AttackPlaneError):
+            AttackArtifact(**{**good, **change})
+    with pytest.raises(AttackPlaneError, match="frame"):
+        PlanePoint(*["x"] * 7, "third", 1, 0, 0, 0, 0, None, 1, 1, None)
