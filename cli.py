@@ -143,7 +143,8 @@ def gcg(model: str, run: Path | None, behaviours: str, label: str, splits: tuple
     from core.models import canonical_name, default_device
     from core.records import content_hash
     from evaluation.behaviours import load_behaviours
-    from pipeline import attack, attack_table, opened
+    from pipeline import attack, opened
+    from reports import attack_table
 
     if preset == "auto":
         preset = "quick" if default_device().type == "cpu" else "paper"
@@ -244,8 +245,8 @@ def plane(run: Path, targets: tuple[str, ...], base: str | None, estimator: str,
     Example:
       python cli.py plane --run runs/first --target embedded
     """
-    from pipeline import classes_table
     from pipeline import plane as stage
+    from reports import classes_table
 
     written = stage(
         run,
@@ -344,8 +345,9 @@ def show(run: Path) -> None:
       python cli.py show --run runs/demo
     """
     from core.store import RunFolder
-    from pipeline import artifacts_of, attack_table, classes_table, replays_of
-    from transfer.matrix import matrix, table
+    from pipeline import artifacts_of, replays_of
+    from reports import attack_table, classes_table, matrix_table
+    from transfer.matrix import matrix
 
     folder = RunFolder.existing(run)
     for stage, settings in folder.manifest["stages"].items():
@@ -356,7 +358,7 @@ def show(run: Path) -> None:
         click.echo(f"\nsource {source}")
         click.echo(attack_table([a for a in artifacts if a.source_model == source]))
     if replays:
-        click.echo("\n" + table(matrix(replays)))
+        click.echo("\n" + matrix_table(matrix(replays)))
     if (run / "plane.jsonl").exists():
         click.echo("\n" + classes_table(run))
 

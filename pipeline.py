@@ -26,10 +26,11 @@ from evaluation.behaviours import load_behaviours
 from evaluation.judges import DEFAULT_JUDGES, is_refusal, make_judge
 from geometry.activations import collect
 from geometry.directions import EstimateConfig, best_layers, classes, estimate
-from geometry.plane import PromptInfo, describe_classes, export, points
+from geometry.plane import PromptInfo, export, points
 from geometry.storage import directions_path, load_directions, save_directions
+from reports import attack_table, classes_table, directions_table, matrix_table
 from training.sft import SFTConfig, train
-from transfer.matrix import matrix, table
+from transfer.matrix import matrix
 from transfer.replay import ReplayConfig, replay_all
 
 log = logging.getLogger(__name__)
@@ -74,30 +75,6 @@ def attack(
         return Attacker(run, source, config, seed, save_every).attack(behaviours, baselines=baselines)
 
 
-def attack_table(artifacts: Sequence[AttackArtifact]) -> str:
-    """Loss of the plain request, the initial, the random and the optimised suffix, a row a behaviour."""
-    losses: dict[str, dict[str, AttackArtifact]] = {}
-    for artifact in artifacts:
-        losses.setdefault(artifact.behaviour_id, {})[artifact.attack] = artifact
-    lines = [
-        "target loss in nats per token",
-        f"{'behaviour':28} plain  initial  random     gcg  step  fidelity",
-    ]
-    for behaviour, found in losses.items():
-
-        def loss(name: str, found: dict[str, AttackArtifact] = found) -> str:
-            value = found[name].loss if name in found else None
-            return "-" if value is None else f"{value:.3f}"
-
-        best = found.get("gcg")
-        lines.append(
-            f"{behaviour:28} {loss('plain'):>5}  {loss('initial_suffix'):>7}  {loss('random_suffix'):>6}  "
-            f"{loss('gcg'):>6}  {best.best_step if best else '-':>4}  "
-            f"{all(a.token_fidelity for a in found.values())}"
-        )
-    return "\n".join(lines)
-
-
 # --- transfer ---------------------------------------------------------------------------------------------------------
 def transfer(
     path: Path, targets: Sequence[str], judges: Sequence[str], config: ReplayConfig, batch_size: int = 16
@@ -117,7 +94,7 @@ def transfer(
         cells = matrix(replays_of(run))
         lines = [json.dumps(cell.to_row()) + "\n" for cell in cells]
         (path / "matrix.jsonl").write_text("".join(lines))
-        return table(cells)
+        return matrix_table(cells)
 
 
 # --- directions -------------------------------------------------------------------------------------------------------
@@ -146,9 +123,14 @@ def rendered(renderer: Renderer, behaviours: Sequence[Behaviour], system: str | 
 
 
 def directions(
-    path: Path, specs: Sequence[str], estimators: Sequence[str], config: DirectionsConfig
+    path: Path,
+    specs: Sequence[str],
+    estimators: Sequence[str],
+    config: DirectionsConfig,
+    *,
+    only_best_layers: int | None = None,
 ) -> list[Directions]:
-    """Estimate and save directions of each model; those already in the run with these settings are loaded."""
+    """Estimate, save and print directions of each model; those already in the run with these settings are loaded."""
     behaviours = contrast_set(config)
     settings = json.loads(json.dumps(asdict(config)))
     found = []
@@ -187,7 +169,7 @@ def directions(
             for estimator in estimators:
                 if directions_path(path, spec, estimator).exists():
                     found.append(load_directions(path, spec, estimator))
-                    click.echo(directions_table(found[-1]))
+                    click.echo(directions_table(found[-1], only_best_layers))
     return found
 
 
@@ -220,28 +202,6 @@ def contrast_replies(
         run.append(CONTRAST, row)
         rows = [row]
     return [is_refusal(rows[0]["replies"][b.behaviour_id]) for b in behaviours]
-
-
-def directions_table(found: Directions) -> str:
-    """Per layer: angles, their interval and nulls, separation and its nulls, layer score."""
-    s = found.statistics
-    lines = [
-        f"{found.model}: {found.estimator} directions from "
-        + ", ".join(f"{k} {v}" for k, v in found.sample_counts.items()),
-        "layer  cos(H,R)  interval         null: random, permuted   d'(H)  null   d'(R)  null   cos(harc,zhao)  score",
-    ]
-    for layer in range(found.n_layers + 1):
-        low, high = s["cos_harmfulness_refusal_interval"][layer].tolist()
-        zhao = f"{float(s['cos_harc_zhao'][layer]):14.2f}" if "cos_harc_zhao" in s else f"{'-':>14}"
-        score = float(s["layer_score"][layer])
-        lines.append(
-            f"{layer:5d}  {float(s['cos_harmfulness_refusal'][layer]):+8.2f}  [{low:+.2f}, {high:+.2f}]"
-            f"  {float(s['null_random_cos'][layer]):12.2f}, {float(s['null_permuted_cos'][layer]):8.2f}"
-            f"  {float(s['separation_harmfulness'][layer]):6.2f} {float(s['null_permuted_separation_harmfulness'][layer]):5.2f}"
-            f"  {float(s['separation_refusal'][layer]):6.2f} {float(s['null_permuted_separation_refusal'][layer]):5.2f}"
-            f"  {zhao}  {'-' if score != score else f'{score:.2f}':>5}"
-        )
-    return "\n".join(lines)
 
 
 # --- plane ------------------------------------------------------------------------------------------------------------
@@ -302,27 +262,6 @@ def plane(
         return [*written, plane_png.draw(path), plane_html.draw(path)]
 
 
-def classes_table(path: Path) -> str:
-    """Where each class lies: centroid and displacement with intervals."""
-    from core.records import PlanePoint
-
-    rows = [PlanePoint.from_row(r) for r in RunFolder(path).rows("plane.jsonl")]
-    lines = ["target  frame  class  n  jailbroken  centroid (H, R)  displacement from plain (H [..], R [..])"]
-    for c in describe_classes(rows):
-        moved = ""
-        if c["displacement"]:
-            moved = ", ".join(
-                f"{d:+.2f} [{low:+.2f}, {high:+.2f}]"
-                for d, (low, high) in zip(c["displacement"], c["displacement_interval"], strict=True)
-            )
-        x, y = c["centroid"]
-        judged = f"{c['jailbroken']}/{c['judged']}" if c["judged"] else "-"
-        lines.append(
-            f"{c['target']}  {c['frame']}  {c['class']}  {c['n']}  {judged}  ({x:+.2f}, {y:+.2f})  {moved}"
-        )
-    return "\n".join(lines)
-
-
 # --- train, verify ----------------------------------------------------------------------------------------------------
 def train_sft(spec: str, out: Path, config: SFTConfig, behaviours: str = "demonstration") -> list[Path]:
     """Refusal fine-tuning on the training split of a behaviour set; checkpoints are folders ``out/step-N``."""
@@ -368,8 +307,8 @@ def verify(path: Path, tolerance: float) -> Iterator[tuple[AttackArtifact, Verif
 class DemoConfig:
     """The demo's settings: the whole pipeline on the embedded model within 15 minutes on two CPU cores."""
 
-    behaviours: int = 4
-    gcg: GCGConfig = GCGConfig(num_steps=30, search_width=32, topk=64)
+    behaviours: int = 6
+    gcg: GCGConfig = GCGConfig(num_steps=24, search_width=32, topk=64)
     sft: SFTConfig = SFTConfig(
         num_steps=24,
         checkpoints=(6, 12, 24),
@@ -391,13 +330,15 @@ def demo(path: Path, config: DemoConfig = DemoConfig()) -> list[Path]:
     targets = ["embedded", *(f"embedded+{c}" for c in checkpoints)]
     source = targets[1]
     click.echo(click.style(f"2/5 attack: GCG on {source}", bold=True))
-    chosen = load_behaviours(label="harmful", splits=["test"])[:: 16 // config.behaviours]
+    chosen = load_behaviours(label="harmful", splits=["test"])[:: 16 // config.behaviours][
+        : config.behaviours
+    ]
     artifacts = attack(path, opened(source), chosen, config.gcg, seed=0, save_every=5, baselines=True)
     click.echo(attack_table(artifacts))
     click.echo(click.style("3/5 transfer: frozen prompts on the base and every checkpoint", bold=True))
     asr = transfer(path, targets, DEFAULT_JUDGES, config.replay)
     click.echo(click.style("4/5 directions of every target", bold=True))
-    directions(path, targets, ("harc", "zhao"), DirectionsConfig())
+    directions(path, targets, ("harc", "zhao"), DirectionsConfig(), only_best_layers=2)
     click.echo(click.style("5/5 plane: project, export, draw", bold=True))
     written = plane(
         path,
@@ -408,6 +349,6 @@ def demo(path: Path, config: DemoConfig = DemoConfig()) -> list[Path]:
         anchors="demonstration",
         anchor_splits=["test"],
     )
-    click.echo(classes_table(path))
+    click.echo(classes_table(path, frames=["own"], anchors=False))
     click.echo(asr)
     return [path / ATTACKS, path / REPLAYS, path / "matrix.jsonl", path / "directions", *written]

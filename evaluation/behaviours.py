@@ -173,7 +173,7 @@ def _csv(text: str, path: Path) -> Numbered:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: Numbered = []
     try:
-        line = reader.line_num + 1
+        line = 2
         for row in reader:
             if None in row:
                 raise AttackPlaneError(
@@ -182,7 +182,7 @@ def _csv(text: str, path: Path) -> Numbered:
                     got=row[None],
                     remedy="put fields that hold commas in double quotes",
                 )
-            rows.append((max(line, 2), row))
+            rows.append((line, row))
             line = reader.line_num + 1
     except csv.Error as error:
         raise AttackPlaneError(

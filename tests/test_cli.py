@@ -76,7 +76,7 @@ def test_verify_passes_and_finds_a_tampered_artifact(run, tmp_path):
 
 def test_show_prints_losses_rates_and_classes(run):
     output = call("show", "--run", run[0])
-    for word in ("target loss", "ASR", "displacement", "search_width=6"):
+    for word in ("token fidelity", "ASR", "H moved", "search_width=6"):
         assert word in output
 
 

@@ -1,5 +1,7 @@
 """The real small model: losses, gradient and residuals of the fast paths against plain ones."""
 
+import copy
+
 import pytest
 import torch
 
@@ -37,18 +39,20 @@ def test_candidate_losses_equal_one_plain_pass_each(embedded, slot):
 
 
 def test_token_gradient_equals_autograd_through_one_hot_vectors(embedded, slot):
+    # the reference in float64: in float32 it is itself 1e-5 off, ours 1.3e-6 (docs/lab-log.md)
     suffix = torch.tensor(slot.initial_ids)
     _, gradient = TargetLoss(embedded, slot).token_gradient(suffix)
-    table, embed = embedded.embedding_table, embedded.model.get_input_embeddings()
-    one_hot = torch.nn.functional.one_hot(suffix, table.shape[0]).float().requires_grad_(True)
+    model = copy.deepcopy(embedded.model).double()
+    embed = model.get_input_embeddings()
+    one_hot = torch.nn.functional.one_hot(suffix, embed.weight.shape[0]).double().requires_grad_(True)
     rest = torch.tensor([*slot.after_ids, *slot.target_ids])
-    whole = torch.cat([embed(torch.tensor(slot.before_ids)), one_hot @ table, embed(rest)])
+    whole = torch.cat([embed(torch.tensor(slot.before_ids)), one_hot @ embed.weight, embed(rest)])
     n = len(slot.target_ids)
-    logits = embedded.model(inputs_embeds=whole[None]).logits[0, -n - 1 : -1]
+    logits = model(inputs_embeds=whole[None]).logits[0, -n - 1 : -1]
     (expected,) = torch.autograd.grad(
         torch.nn.functional.cross_entropy(logits, torch.tensor(slot.target_ids)), one_hot
     )
-    assert torch.allclose(gradient, expected, atol=1e-5)
+    assert (gradient - expected).abs().max() < 1e-5
 
 
 def test_residuals_do_not_depend_on_the_batch(embedded):

@@ -75,14 +75,14 @@ def test_hooks_are_gone_after_collection_and_after_an_error(qwen, monkeypatch):
     def hooks():
         return sum(len(b._forward_hooks) + len(b._forward_pre_hooks) for b in qwen.blocks)
 
-    prompts = prompts_of(qwen)
+    prompts, before = prompts_of(qwen), hooks()
     collect(qwen, prompts, REQUESTS)
-    assert hooks() == 0
+    assert hooks() == before
     with monkeypatch.context() as patch:
         patch.setattr(qwen.blocks[1], "forward", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             collect(qwen, prompts, REQUESTS)
-    assert hooks() == 0
+    assert hooks() == before
 
 
 def test_prompts_without_a_request_span_have_nan_at_t_goal_only(qwen):
@@ -92,7 +92,7 @@ def test_prompts_without_a_request_span_have_nan_at_t_goal_only(qwen):
 
 
 # --- directions: planted truth ----------------------------------------------------------------------------------------
-def planted(n=80, d=48, layers=3, *, confounded=False, seed=0, strength=4.0):
+def planted(n=240, d=48, layers=3, *, confounded=False, seed=0, strength=4.0):
     """Activations with a harmfulness direction at t_inst and a refusal direction at t_post_inst, in noise.
 
     Half the harmful prompts are accepted and (unless confounded) half the harmless ones refused, so that harm and
@@ -298,7 +298,7 @@ def test_exports_agree_with_each_other_and_pictures_are_drawn(tmp_path):
 def test_frames_of_other_sizes_and_layers_out_of_range_are_refused():
     _, directions, activations = plane_of()
     small = Activations(activations.resid[..., :24], POSITIONS, activations.prompt_ids, "small")
-    other = estimate(small, [i % 2 == 0 for i in range(80)], config=EstimateConfig(20))
+    other = estimate(small, [i % 2 == 0 for i in range(240)], config=EstimateConfig(20))
     with pytest.raises(AttackPlaneError, match="another size"):
         points(activations, [], directions, other, 1)
     with pytest.raises(AttackPlaneError, match="no such layer"):

@@ -10,8 +10,9 @@ from core.records import Replay
 from core.store import REPLAYS, RunFolder
 from evaluation.asr import bootstrap_mean, wilson
 from evaluation.judges import make_judge
+from reports import matrix_table
 from tests.test_gcg import run_attacker
-from transfer.matrix import matrix, table
+from transfer.matrix import matrix
 from transfer.replay import ReplayConfig, replay_all
 
 
@@ -44,7 +45,7 @@ def test_rates_gains_and_missing_judgements_by_hand():
 
 def test_a_cell_without_judgements_is_not_judged_rather_than_zero():
     (cell,) = matrix([replay("gcg", "b1", None)])
-    assert cell.asr is None and cell.wilson is None and "not judged" in table([cell])
+    assert cell.asr is None and cell.wilson is None and "not judged" in matrix_table([cell])
 
 
 def test_several_replies_of_one_behaviour_count_as_one():
@@ -61,7 +62,7 @@ def test_wilson_is_the_textbook_interval():
     # 7 of 10: centre (0.7 + 0.192) / 1.384, half-width 0.248
     low, high = wilson(7, 10)
     assert low == pytest.approx(0.3968, abs=1e-3) and high == pytest.approx(0.8922, abs=1e-3)
-    assert wilson(0, 4)[0] == 0.0 and wilson(4, 4)[1] == 1.0
+    assert wilson(0, 4)[0] == 0.0 and wilson(4, 4)[1] == pytest.approx(1.0)
     assert all(math.isnan(v) for v in wilson(0, 0))
 
 

@@ -71,25 +71,3 @@ def matrix(replays: Sequence[Replay], *, seed: int = 0) -> list[Cell]:
             )
         )
     return cells
-
-
-def table(cells: Sequence[Cell]) -> str:
-    """The matrix as text: a row per attack, source and target."""
-
-    def interval(value: Interval | None) -> str:
-        return f"[{value[0]:.2f}, {value[1]:.2f}]" if value else ""
-
-    header = ("attack", "source", "target", "n", "ASR", "bootstrap", "Wilson", "gain on plain", "")
-    rows = [header]
-    for c in cells:
-        asr = "not judged" if c.asr is None else f"{c.asr:.2f}"
-        gain = "" if c.gain is None else f"{c.gain:+.2f}"
-        rows.append(
-            (
-                *(c.attack, c.source, c.target, f"{c.judged}/{c.replays}", asr),
-                *(interval(c.bootstrap), interval(c.wilson), gain, interval(c.gain_bootstrap)),
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)) for r in rows]
-    return "\n".join(line.rstrip() for line in lines)

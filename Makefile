@@ -1,0 +1,37 @@
+# make demo   sets up and runs the whole pipeline on the embedded model (under 15 minutes on 2 CPU cores)
+# make test   sets up and runs linter, type checker and fast tests (needs no network once set up)
+# make slow   the long tests
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test slow format clean
+
+setup: $(VENV)/.ready
+	@$(BIN)/python cli.py models --fetch
+
+$(VENV)/.ready: requirements.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+demo: setup
+	$(BIN)/python cli.py demo --run runs/demo
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+slow: setup
+	$(BIN)/python -m pytest -m slow
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache
