@@ -8,6 +8,7 @@ own, so neither the order nor the choice of behaviours changes a result.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +26,10 @@ from core.prompt import Conversation, Renderer
 from core.records import AttackArtifact, Behaviour, content_hash
 from core.store import ATTACKS, BEHAVIOURS, RunFolder
 
+log = logging.getLogger(__name__)
 GCG = "gcg"
+ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+"""By how much (nats per token) batched, cached scoring may differ from one plain pass before we say so."""
 BASELINE_SETTINGS = ("suffix_length", "init_suffix", "placement", "system_prompt", "ascii_only")
 
 
@@ -177,7 +181,12 @@ class Attacker:
             suffix, prompt = slot.suffix_texts([suffix_ids])[0], slot.content(suffix_ids)
             rendered = renderer.render(Conversation(prompt, system=system), behaviour.target_string)
             expected = (*slot.before_ids, *suffix_ids, *slot.after_ids, *slot.target_ids)
-        loss = state.best_loss if state else plain_loss(self.loaded, rendered.ids, rendered.target_ids)
+        loss = plain_loss(self.loaded, rendered.ids, rendered.target_ids)
+        if state and not abs(loss - state.best_loss) <= ROUNDING[self.loaded.dtype]:
+            log.warning(
+                "%s: the search saw loss %.4f, a plain pass gives %.4f on %s; please report this",
+                *(behaviour.behaviour_id, state.best_loss, loss, self.loaded.spec),
+            )
         return AttackArtifact(
             artifact_id=self.artifact_id(attack, behaviour),
             behaviour_id=behaviour.behaviour_id,

@@ -113,8 +113,9 @@ class AttackArtifact(Record):
 
     ``prompt`` is the user content, verbatim. ``suffix`` is its optimised part, exactly as it stands in ``prompt``
     (a leading space belongs to it), and ``suffix_ids`` the tokens optimised. ``loss`` is the mean negative
-    log-likelihood of ``target_string`` in nats per target token on the source model; for an optimised attack it is
-    the best seen, at step ``best_step`` of ``loss_history`` (index 0 is the initial suffix).
+    log-likelihood of ``target_string`` in nats per target token on the source model, by one plain forward pass over the
+    whole sequence. For an optimised attack the suffix is the best seen, at step ``best_step`` of ``loss_history``
+    (index 0 is the initial suffix), which holds the losses that the search saw: equal to rounding.
     ``token_fidelity`` says whether the whole rendered conversation, tokenised again from its text, gives the ids
     that were scored.
     """
@@ -148,10 +149,10 @@ class AttackArtifact(Record):
         _require(self.loss is None or math.isfinite(self.loss), "loss must be finite", self, self.loss)
         if self.best_step is not None:
             _require(
-                self.loss_history[self.best_step] == self.loss,
-                "loss must be the one of best_step",
+                0 <= self.best_step < len(self.loss_history),
+                "best_step must lie in loss_history",
                 self,
-                (self.best_step, self.loss),
+                (self.best_step, len(self.loss_history)),
             )
 
 

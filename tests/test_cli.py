@@ -68,7 +68,7 @@ def test_verify_passes_and_finds_a_tampered_artifact(run, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
     rows = [json.loads(line) for line in (path / "attacks.jsonl").read_text().splitlines()]
-    rows[-1]["loss_history"][rows[-1]["best_step"]] = rows[-1]["loss"] = rows[-1]["loss"] + 0.01
+    rows[-1]["loss"] += 0.01
     (copy / "attacks.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (copy / "manifest.json").write_text((path / "manifest.json").read_text())
     assert "7 of 8 artifacts hold" in call("verify", "--run", copy, code=3)

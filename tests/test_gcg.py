@@ -275,12 +275,22 @@ def test_a_run_stopped_between_saves_gives_the_same_file(tmp_path, qwen, monkeyp
     assert not list((tmp_path / "broken" / "state").glob("*"))
 
 
+def test_the_recorded_loss_is_a_plain_pass_and_a_search_that_saw_another_is_warned_of(
+    tmp_path, qwen, monkeypatch, caplog
+):
+    artifact = run_attacker(tmp_path / "good", qwen, count=1)[-1]
+    assert artifact.loss == pytest.approx(artifact.loss_history[artifact.best_step], abs=1e-4)
+    assert "plain pass" not in caplog.text
+    losses = TargetLoss.losses
+    monkeypatch.setattr(TargetLoss, "losses", lambda self, s: losses(self, s) + 0.01)
+    run_attacker(tmp_path / "off", qwen, count=1)
+    assert "a plain pass gives" in caplog.text
+
+
 def test_verify_names_a_changed_loss_and_changed_tokens(tmp_path, qwen):
     artifact = run_attacker(tmp_path, qwen, count=1)[-1]
     renderer = Renderer(qwen)
-    assert artifact.best_step is not None
-    history = [loss + 0.01 for loss in artifact.loss_history]
-    worse = dataclasses.replace(artifact, loss=history[artifact.best_step], loss_history=history)
+    worse = dataclasses.replace(artifact, loss=artifact.loss + 0.01)
     assert "recorded" in str(verify_artifact(renderer, worse).fault)
     assert artifact.suffix_ids is not None
     other = dataclasses.replace(artifact, suffix_ids=[*artifact.suffix_ids[:-1], 7])

@@ -96,7 +96,7 @@ def test_records_refuse_what_cannot_be():
         "best_step": 1, "seed": 0, "config_hash": "c", "token_fidelity": True,
     }  # fmt: skip
     AttackArtifact(**good)
-    for change in ({"suffix": "x x"}, {"loss": float("nan")}, {"best_step": 0}, {"prompt": ""}):
+    for change in ({"suffix": "x x"}, {"loss": float("nan")}, {"best_step": 2}, {"prompt": ""}):
         with pytest.raises(AttackPlaneError):
             AttackArtifact(**{**good, **change})
     with pytest.raises(AttackPlaneError, match="frame"):
