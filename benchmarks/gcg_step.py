@@ -26,7 +26,7 @@ from core.models import DTYPES, LoadedModel, default_device, load
 from core.prompt import Renderer
 from evaluation.behaviours import load_behaviours
 
-RANDOM = {
+RANDOM: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
