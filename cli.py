@@ -92,11 +92,17 @@ RUN = click.option(
     "--behaviours", default="demonstration", help="demonstration, a CSV/JSON/JSONL/TXT file, or a hub set."
 )
 @click.option("--label", default="harmful", help="Only behaviours with this label; 'any' for all.")
-@click.option("--split", "splits", multiple=True, help="Only these splits (train, validation, test).")
 @click.option(
-    "--limit", type=click.IntRange(1), default=4, help="At most so many behaviours; 0 is refused, use --all."
+    "--split",
+    "splits",
+    multiple=True,
+    help="Only these splits [default: test of the demonstration set, else all]",
 )
-@click.option("--all", "everything", is_flag=True, help="All behaviours, whatever --limit says.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    help="Only the first so many [default: 4 of the demonstration set, else all]",
+)
 @click.option(
     "--preset",
     type=click.Choice(["auto", "paper", "quick"]),
@@ -125,24 +131,26 @@ RUN = click.option(
     "--baselines/--no-baselines", default=True, help="Also save plain, initial and random suffixes."
 )
 @quiet_libraries
-def gcg(model: str, run: Path | None, behaviours: str, label: str, splits: tuple[str, ...], limit: int,
-        everything: bool, preset: str, steps: int | None, width: int | None, topk: int | None, n_replace: int,
+def gcg(model: str, run: Path | None, behaviours: str, label: str, splits: tuple[str, ...], limit: int | None,
+        preset: str, steps: int | None, width: int | None, topk: int | None, n_replace: int,
         suffix_length: int, init_suffix: str | None, placement: str, system: str | None, any_token: bool,
         stop_loss: float, seed: int, save_every: int, baselines: bool) -> None:  # fmt: skip
-    """Optimise adversarial suffixes on a source model with GCG.
+    """Optimise adversarial suffixes (GCG).
+
+    Saves each prompt as an artifact of the run, with its baselines; the same command goes on after a stop.
 
     \b
     Examples:
       python cli.py gcg
-      python cli.py gcg --model embedded+runs/demo/checkpoints/step-12 --run runs/second --all
-      python cli.py gcg --model ORG/NAME --behaviours goals.csv --preset paper --all
+      python cli.py gcg --model embedded+runs/demo/checkpoints/step-12 --run runs/second --limit 16
+      python cli.py gcg --model ORG/NAME --behaviours goals.csv --preset paper
     """
     from dataclasses import asdict
 
     from attacks.gcg import GCGConfig
     from core.models import canonical_name, default_device
     from core.records import content_hash
-    from evaluation.behaviours import load_behaviours
+    from evaluation.behaviours import DEMONSTRATION, load_behaviours
     from pipeline import attack, opened
     from reports import attack_table
 
@@ -162,11 +170,15 @@ def gcg(model: str, run: Path | None, behaviours: str, label: str, splits: tuple
         ascii_only=not any_token,
         stop_loss=stop_loss,
     )
-    chosen = load_behaviours(behaviours, label=None if label == "any" else label, splits=splits)
-    chosen = chosen if everything else chosen[:limit]
+    built_in = behaviours == DEMONSTRATION
+    splits = splits or (("test",) if built_in else ())
+    found = load_behaviours(behaviours, label=None if label == "any" else label, splits=splits)
+    chosen = found[: limit or (4 if built_in else None)]
     path = run or Path("runs") / f"gcg-{canonical_name(model)}-{content_hash([asdict(config), seed], 8)}"
     source = opened(model)
-    click.echo(f"{len(chosen)} behaviours, {config.num_steps} steps, width {config.search_width} -> {path}")
+    click.echo(
+        f"{len(chosen)} of {len(found)} behaviours, {config.num_steps} steps, width {config.search_width} -> {path}"
+    )
     artifacts = attack(path, source, chosen, config, seed=seed, save_every=save_every, baselines=baselines)
     click.echo(attack_table(artifacts))
     click.echo(f"next: python cli.py transfer --run {path} --target '{model}'")
@@ -188,7 +200,9 @@ def gcg(model: str, run: Path | None, behaviours: str, label: str, splits: tuple
 @quiet_libraries
 def transfer(run: Path, targets: tuple[str, ...], judges: tuple[str, ...], max_new_tokens: int, temperature: float,
              seed: int, batch_size: int) -> None:  # fmt: skip
-    """Replay a run's frozen prompts on target models and judge the replies.
+    """Replay frozen prompts on targets and judge.
+
+    Every artifact of the run is sent verbatim; replies and judgements are kept.
 
     \b
     Example:
@@ -212,7 +226,9 @@ def transfer(run: Path, targets: tuple[str, ...], judges: tuple[str, ...], max_n
 @quiet_libraries
 def directions(run: Path, models: tuple[str, ...], estimator: str, contrast: str, splits: tuple[str, ...],
                resamples: int, system: str | None, seed: int) -> None:  # fmt: skip
-    """Estimate harmfulness and refusal directions at every layer, with intervals and nulls.
+    """Estimate directions at every layer.
+
+    Harmfulness and refusal, by difference of means, with intervals and nulls.
 
     \b
     Example:
@@ -239,7 +255,9 @@ def directions(run: Path, models: tuple[str, ...], estimator: str, contrast: str
 @quiet_libraries
 def plane(run: Path, targets: tuple[str, ...], base: str | None, estimator: str, layer: int | None, anchors: str,
           anchor_splits: tuple[str, ...]) -> None:  # fmt: skip
-    """Project a run's prompts on the (harmfulness, refusal) plane; export CSV, JSONL, Parquet, PNG, HTML.
+    """Project, export and draw the plane.
+
+    Writes CSV, JSONL, Parquet, PNG and HTML into the run folder.
 
     \b
     Example:
@@ -316,7 +334,9 @@ def sft(model: str, out: Path, behaviours: str, steps: int, checkpoints: tuple[i
 )
 @quiet_libraries
 def verify(run: Path, tolerance: float) -> None:
-    """Load every artifact, render and score it anew; exit 3 where loss or token fidelity does not hold.
+    """Render and score every artifact anew.
+
+    Exits with 3 where loss or token fidelity does not hold.
 
     \b
     Example:
@@ -338,7 +358,9 @@ def verify(run: Path, tolerance: float) -> None:
 @cli.command()
 @RUN
 def show(run: Path) -> None:
-    """Print what a run holds: settings, losses, success rates, classes on the plane.
+    """Print what a run holds.
+
+    Settings, losses, success rates, classes on the plane.
 
     \b
     Example:
@@ -368,7 +390,9 @@ def show(run: Path) -> None:
 @click.option("--fetch", is_flag=True, help="Fetch and convert the embedded model now.")
 @quiet_libraries
 def models(spec: str | None, fetch: bool) -> None:
-    """Say what model specs are and what is cached; with SPEC, load it and describe it.
+    """List spec forms and cached models.
+
+    With SPEC, load that model and describe it.
 
     \b
     Examples:
@@ -399,7 +423,9 @@ def models(spec: str | None, fetch: bool) -> None:
 @click.option("--run", type=click.Path(path_type=Path), default=Path("runs/demo"), help="Run folder.")
 @quiet_libraries
 def demo(run: Path) -> None:
-    """The whole way on the embedded model: train, attack, transfer, directions, plane (under 15 minutes on 2 cores).
+    """Run every stage on the embedded model.
+
+    Trains refusing checkpoints, attacks one, replays, estimates directions, draws the plane. Under 15 minutes on 2 cores.
 
     \b
     Example:

@@ -18,7 +18,7 @@ from attacks.run import Attacker
 from attacks.verify import Verification, verify_artifact
 from core.errors import AttackPlaneError
 from core.generate import complete
-from core.models import LoadedModel, load
+from core.models import LoadedModel, load, parse_spec
 from core.prompt import Conversation, Prompt, Renderer
 from core.records import AttackArtifact, Behaviour, Directions, Replay, content_hash
 from core.store import ATTACKS, BEHAVIOURS, REPLAYS, RunFolder
@@ -51,6 +51,12 @@ def replays_of(run: RunFolder) -> list[Replay]:
     ]
 
 
+def check_specs(specs: Sequence[str]) -> None:
+    """Refuse a mistyped spec before hours of work on the others."""
+    for spec in specs:
+        parse_spec(spec)
+
+
 def opened(spec: str) -> LoadedModel:
     """Load a model and say what it is."""
     loaded = load(spec)
@@ -80,6 +86,7 @@ def transfer(
     path: Path, targets: Sequence[str], judges: Sequence[str], config: ReplayConfig, batch_size: int = 16
 ) -> str:
     """Replay every artifact on every target; returns the matrix as text."""
+    check_specs(targets)
     with RunFolder.existing(path) as run:
         artifacts = artifacts_of(run)
         if not artifacts:
@@ -131,6 +138,7 @@ def directions(
     only_best_layers: int | None = None,
 ) -> list[Directions]:
     """Estimate, save and print directions of each model; those already in the run with these settings are loaded."""
+    check_specs(specs)
     behaviours = contrast_set(config)
     settings = json.loads(json.dumps(asdict(config)))
     found = []
@@ -218,6 +226,7 @@ def plane(
     """Project the run's prompts and the anchors on every target, export and draw."""
     from plots import plane_html, plane_png
 
+    check_specs([*targets, base])
     with RunFolder.existing(path) as run:
         artifacts = artifacts_of(run)
         anchor_rows = load_behaviours(anchors, splits=anchor_splits)

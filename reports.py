@@ -7,18 +7,11 @@ from pathlib import Path
 
 from core.records import AttackArtifact, Directions
 from core.store import read_rows
+from core.text import aligned
 from evaluation.asr import Interval
 from geometry.directions import best_layers
 from geometry.plane import CLASSES
 from transfer.matrix import Cell
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text in columns."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 def attack_table(artifacts: Sequence[AttackArtifact]) -> str:

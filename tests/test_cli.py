@@ -143,24 +143,42 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path, tiny_folder
 
 
 @pytest.mark.slow
-def test_kill_9_ten_times_at_random_moments_gives_the_same_file(tmp_path, tiny_folders):
-    arguments = ["--steps", "60", "--width", "32", "--topk", "16", "--limit", "3", "--save-every", "3"]
+@pytest.mark.parametrize("model,size", [("qwen2", (150, 48)), ("embedded", (14, 12))])
+def test_kill_9_ten_times_at_random_moments_gives_the_same_file(tmp_path, tiny_folders, request, model, size):
+    if model == "embedded":
+        request.getfixturevalue("embedded")
+    spec = str(tiny_folders.get(model, model))
+    arguments = [
+        "--steps",
+        str(size[0]),
+        "--width",
+        str(size[1]),
+        "--topk",
+        "64",
+        "--limit",
+        "2",
+        "--save-every",
+        "2",
+    ]
 
     def start(run):
-        command = [sys.executable, "cli.py", "gcg", "--model", str(tiny_folders["qwen2"]), "--run", str(run)]
-        return subprocess.Popen(
-            [*command, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        command = [sys.executable, "cli.py", "gcg", "--model", spec, "--run", str(run), *arguments]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     begun = time.monotonic()
     assert start(tmp_path / "whole").wait() == 0
     seconds = time.monotonic() - begun
-    generator = random.Random(0)
-    for _ in range(10):
-        process = start(tmp_path / "killed")
-        time.sleep(generator.uniform(0.3, 0.9) * seconds)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert start(tmp_path / "killed").wait() == 0
-    name = "attacks.jsonl"
-    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    expected = (tmp_path / "whole" / "attacks.jsonl").read_bytes()
+    generator, kills, runs = random.Random(0), 0, 0
+    while kills < 10:  # a run that ends before its next kill is compared, and another is begun
+        process = start(tmp_path / f"killed-{runs}")
+        try:
+            assert process.wait(timeout=generator.uniform(0.1, 0.5) * seconds) == 0
+            assert (tmp_path / f"killed-{runs}" / "attacks.jsonl").read_bytes() == expected
+            runs += 1
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert start(tmp_path / f"killed-{runs}").wait() == 0
+    assert (tmp_path / f"killed-{runs}" / "attacks.jsonl").read_bytes() == expected

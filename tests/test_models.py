@@ -74,6 +74,23 @@ def test_a_folder_without_a_model_and_an_unreachable_hub_name_are_clear_errors(t
         load("no-such-org-here/no-such-model", "cpu")
 
 
+def test_hub_names_load_with_their_revision(tmp_path):
+    # the hub's own cache layout, filled by hand: the real loading code runs, without network
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    repository = Path(HF_HUB_CACHE) / "models--some-org--tiny-model"
+    (repository / "refs").mkdir(parents=True)
+    for seed, revision in enumerate(("main", "step-100")):
+        commit = str(seed) * 40
+        make_model(repository / "snapshots" / commit, "qwen2", seed=seed)
+        (repository / "refs" / revision).write_text(commit)
+    first, second = load("some-org/tiny-model", "cpu"), load("some-org/tiny-model@step-100", "cpu")
+    assert first.fingerprint != second.fingerprint
+    assert not torch.equal(first.embedding_table, second.embedding_table)
+    with pytest.raises(AttackPlaneError, match="cannot load the model"):
+        load("some-org/tiny-model@step-200", "cpu")
+
+
 def test_four_bit_without_cuda_says_what_it_needs(tiny_folders):
     with pytest.raises(AttackPlaneError, match="bitsandbytes"):
         load(f"{tiny_folders['qwen2']}?load=4bit", "cpu")
