@@ -23,9 +23,17 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except AttackPlaneError as error:
-            if ctx.params.get("debug"):
+            if ctx.find_root().params.get("debug"):
                 raise
             click.echo(f"error: {error}", err=True)
+            ctx.exit(EXIT_ERROR)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if ctx.find_root().params.get("debug"):
+                raise
+            click.echo(f"unexpected error: {type(error).__name__}: {error}", err=True)
+            click.echo("repeat with --debug before the command for the traceback", err=True)
             ctx.exit(EXIT_ERROR)
         except KeyboardInterrupt:
             click.echo("\nstopped; the same command goes on from here", err=True)
@@ -244,9 +252,7 @@ def directions(run: Path, models: tuple[str, ...], estimator: str, contrast: str
 
 @cli.command()
 @RUN
-@click.option(
-    "--target", "targets", multiple=True, required=True, help="Target model (a model spec); repeatable."
-)
+@click.option("--target", "targets", multiple=True, help="Target model; repeatable [default: all of the run]")
 @click.option("--base", help="Model of the base frame [default: the first target]")
 @click.option("--estimator", type=click.Choice(["harc", "zhao"]), default="harc")
 @click.option("--layer", type=click.IntRange(0), help="Layer [default: the base model's best layer score]")
@@ -257,11 +263,11 @@ def plane(run: Path, targets: tuple[str, ...], base: str | None, estimator: str,
           anchor_splits: tuple[str, ...]) -> None:  # fmt: skip
     """Project, export and draw the plane.
 
-    Writes CSV, JSONL, Parquet, PNG and HTML into the run folder.
+    Writes CSV, JSONL, Parquet, PNG and HTML into the run folder, in place of an earlier plane.
 
     \b
     Example:
-      python cli.py plane --run runs/first --target embedded
+      python cli.py plane --run runs/first
     """
     from pipeline import plane as stage
     from reports import classes_table
@@ -269,7 +275,7 @@ def plane(run: Path, targets: tuple[str, ...], base: str | None, estimator: str,
     written = stage(
         run,
         targets,
-        base=base or targets[0],
+        base=base,
         estimator=estimator,
         layer=layer,
         anchors=anchors,
@@ -292,7 +298,10 @@ def train() -> None:
     "--behaviours", default="demonstration", help="Behaviours with splits; the training split is used."
 )
 @click.option("--steps", type=click.IntRange(1), default=500, help="Optimiser steps.")
-@click.option("--checkpoint", "checkpoints", multiple=True, type=int, default=(50, 100, 250, 500))
+@click.option(
+    "--checkpoint", "checkpoints", multiple=True, type=int,
+    help="Step to save at; repeatable [default: those of 50, 100, 250, 500 within the steps, and the last]",
+)  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=16)
 @click.option("--learning-rate", type=float, default=2e-5)
 @click.option("--rank", type=click.IntRange(1), default=64, help="LoRA rank.")
@@ -314,7 +323,7 @@ def sft(model: str, out: Path, behaviours: str, steps: int, checkpoints: tuple[i
 
     config = SFTConfig(
         num_steps=steps,
-        checkpoints=tuple(sorted(set(checkpoints))),
+        checkpoints=tuple(sorted({*(checkpoints or [c for c in (50, 100, 250) if c < steps] + [steps])})),
         batch_size=batch_size,
         learning_rate=learning_rate,
         lora_rank=rank,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -20,13 +20,13 @@ from core.errors import AttackPlaneError
 from core.generate import complete
 from core.models import LoadedModel, load, parse_spec
 from core.prompt import Conversation, Prompt, Renderer
-from core.records import AttackArtifact, Behaviour, Directions, Replay, content_hash
-from core.store import ATTACKS, BEHAVIOURS, REPLAYS, RunFolder
+from core.records import AttackArtifact, Behaviour, Directions, PlanePoint, Replay, content_hash
+from core.store import ATTACKS, REPLAYS, RunFolder, write_atomically
 from evaluation.behaviours import load_behaviours
 from evaluation.judges import DEFAULT_JUDGES, is_refusal, make_judge
 from geometry.activations import collect
 from geometry.directions import EstimateConfig, best_layers, classes, estimate
-from geometry.plane import PromptInfo, export, points
+from geometry.plane import Nulls, PromptInfo, displacement_nulls, export, points
 from geometry.storage import directions_path, load_directions, save_directions
 from reports import attack_table, classes_table, directions_table, matrix_table
 from training.sft import SFTConfig, train
@@ -100,7 +100,7 @@ def transfer(
             replay_all(run, target, artifacts, loaded_judges, config, batch_size=batch_size)
         cells = matrix(replays_of(run))
         lines = [json.dumps(cell.to_row()) + "\n" for cell in cells]
-        (path / "matrix.jsonl").write_text("".join(lines))
+        write_atomically(path / "matrix.jsonl", "".join(lines))
         return matrix_table(cells)
 
 
@@ -173,9 +173,10 @@ def directions(
                         refused=refused,
                         config=EstimateConfig(config.resamples, config.seed),
                     )
+                    estimated.settings["system_prompt"] = config.system_prompt
                     save_directions(estimated, path, {"made_from": made_from})
             for estimator in estimators:
-                if directions_path(path, spec, estimator).exists():
+                if _have(path, spec, estimator, made_from):
                     found.append(load_directions(path, spec, estimator))
                     click.echo(directions_table(found[-1], only_best_layers))
     return found
@@ -209,7 +210,8 @@ def contrast_replies(
         }
         run.append(CONTRAST, row)
         rows = [row]
-    return [is_refusal(rows[0]["replies"][b.behaviour_id]) for b in behaviours]
+    replies = [rows[0]["replies"][b.behaviour_id] for b in behaviours]
+    return [is_refusal(reply) if reply.strip() else None for reply in replies]
 
 
 # --- plane ------------------------------------------------------------------------------------------------------------
@@ -217,58 +219,93 @@ def plane(
     path: Path,
     targets: Sequence[str],
     *,
-    base: str,
+    base: str | None,
     estimator: str,
     layer: int | None,
     anchors: str,
     anchor_splits: Sequence[str],
 ) -> list[Path]:
-    """Project the run's prompts and the anchors on every target, export and draw."""
+    """Project the run's prompts and the anchors on every target, export and draw; replaces an earlier plane.
+
+    Without ``targets``: every target that the run has replays on. Without ``base``: the first target.
+    """
     from plots import plane_html, plane_png
 
-    check_specs([*targets, base])
     with RunFolder.existing(path) as run:
         artifacts = artifacts_of(run)
-        anchor_rows = load_behaviours(anchors, splits=anchor_splits)
-        noted = {row["behaviour_id"] for row in run.rows(BEHAVIOURS)}
-        for anchor in anchor_rows:
-            if anchor.behaviour_id not in noted:
-                run.append(BEHAVIOURS, anchor.to_row())
-        verdicts = {(r.artifact_id, r.target_model): r.jailbroken for r in replays_of(run)}
+        replays = replays_of(run)
+        targets = targets or list(dict.fromkeys(r.target_model for r in replays))
+        if not targets:
+            raise AttackPlaneError("no targets", where=path, remedy="give --target, or run `transfer` first")
+        base = base or targets[0]
+        check_specs([*targets, base])
         frame = load_directions(path, base, estimator)
+        own = {spec: load_directions(path, spec, estimator) for spec in targets}
         chosen = best_layers(frame)[0] if layer is None else layer
-        run.begin_stage("plane", {"base": base, "estimator": estimator, "layer": chosen}, {})
-        everything = []
+        anchor_rows = load_behaviours(anchors, splits=anchor_splits)
+        run.note_behaviours(anchor_rows)
+        system = frame.settings.get("system_prompt")
+        if any(a.system_prompt != system for a in artifacts):
+            click.echo(
+                "note: directions and attacks have different system prompts; part of a point is the system prompt"
+            )
+        infos = prompt_infos(run, artifacts, anchor_rows)
+        verdicts = {(r.artifact_id, r.target_model): r.jailbroken for r in replays}
+        everything: list[PlanePoint] = []
+        nulls: Nulls = {}
+        settings = {"base": base, "estimator": estimator, "layer": chosen, "targets": list(targets)}
+        settings |= {"anchors": anchors, "anchor_splits": list(anchor_splits)}
         for spec in targets:
-            own = load_directions(path, spec, estimator)
             loaded = opened(spec)
-            run.begin_stage("plane", run.manifest["stages"]["plane"], {spec: loaded.fingerprint})
+            run.begin_stage("plane", settings, {spec: loaded.fingerprint}, derived=True)
             renderer = Renderer(loaded)
-            prompts = rendered(renderer, anchor_rows, None)
-            infos = [
-                PromptInfo(a.behaviour_id, a.behaviour_id, "anchor", a.label, "none", "none", None)
-                for a in anchor_rows
-            ]
+            prompts = rendered(renderer, anchor_rows, system)
             for a in artifacts:
                 conversation = Conversation.of_prompt(
                     a.prompt, request=a.request, suffix=a.suffix, system=a.system_prompt
                 )
                 prompts.append(renderer.render(conversation, allow_trim=True))
-                infos.append(
-                    PromptInfo(
-                        a.artifact_id,
-                        a.behaviour_id,
-                        "attack",
-                        "harmful",
-                        a.attack,
-                        a.source_model,
-                        verdicts.get((a.artifact_id, spec)),
-                    )
-                )
+            judged = [replace(i, jailbroken=verdicts.get((i.prompt_id, spec))) for i in infos]
             activations = collect(loaded, prompts, [i.prompt_id for i in infos])
-            everything += points(activations, infos, own, frame, chosen)
-        written = export(everything, path)
+            everything += points(activations, judged, own[spec], frame, chosen)
+            nulls |= displacement_nulls(activations, judged, own[spec], frame, chosen)
+        written = export(everything, path, nulls)
         return [*written, plane_png.draw(path), plane_html.draw(path)]
+
+
+def prompt_infos(
+    run: RunFolder, artifacts: Sequence[AttackArtifact], anchors: Sequence[Behaviour]
+) -> list[PromptInfo]:
+    """What the plane says about each prompt, anchors first; verdicts are filled in target by target."""
+    labels = {b.behaviour_id: b.label for b in run.behaviours().values()}
+    several = len({a.source_model for a in artifacts}) > 1
+    infos = [
+        PromptInfo(
+            prompt_id=b.behaviour_id,
+            behaviour_id=b.behaviour_id,
+            kind="anchor",
+            class_name=f"{b.label} (anchor)",
+            label=b.label,
+            attack="none",
+            source="none",
+            jailbroken=None,
+        )
+        for b in anchors
+    ]
+    infos += [
+        PromptInfo(
+            prompt_id=a.artifact_id,
+            behaviour_id=a.behaviour_id,
+            kind="attack",
+            class_name=f"{a.attack} from {a.source_model}" if several else a.attack,
+            label=labels.get(a.behaviour_id, "harmful"),
+            attack=a.attack,
+            source=a.source_model,
+            jailbroken=None,
+        )
+        for a in artifacts
+    ]
+    return infos
 
 
 # --- train, verify ----------------------------------------------------------------------------------------------------
@@ -296,14 +333,17 @@ def verify(path: Path, tolerance: float) -> Iterator[tuple[AttackArtifact, Verif
     """Check every artifact of a run, source model by source model."""
     run = RunFolder.existing(path)
     artifacts = artifacts_of(run)
+    if not artifacts:
+        raise AttackPlaneError("no artifacts to verify in this run", where=path / ATTACKS)
     recorded = run.manifest["models"]
     for spec in dict.fromkeys(a.source_model for a in artifacts):
         loaded = opened(spec)
         if recorded.get(spec, loaded.fingerprint) != loaded.fingerprint:
             raise AttackPlaneError(
-                "the source model's files changed since the run",
+                "the source model is not the one of the run (other files or precision)",
                 where=spec,
                 got=f"{recorded[spec]} in the run, now {loaded.fingerprint}",
+                remedy="give the precision in the spec (?dtype=...) so that it is the same on every device",
             )
         renderer = Renderer(loaded)
         for artifact in artifacts:
@@ -352,7 +392,7 @@ def demo(path: Path, config: DemoConfig = DemoConfig()) -> list[Path]:
     written = plane(
         path,
         targets,
-        base="embedded",
+        base=None,
         estimator="harc",
         layer=None,
         anchors="demonstration",

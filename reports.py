@@ -36,7 +36,7 @@ def attack_table(artifacts: Sequence[AttackArtifact]) -> str:
 
 def classes_table(path: Path, *, frames: Sequence[str] = ("base", "own"), anchors: bool = True) -> str:
     """Where each class lies: centroid, and displacement from the plain request with its 95 % interval."""
-    header = ("target", "frame", "class", "n", "jailbroken", "H", "R", "H moved", "R moved")
+    header = ("target", "frame", "class", "n", "jailbroken", "H", "R", "H moved", "R moved", "null H, R")
     rows: list[tuple[str, ...]] = [header]
     for c in read_rows(path / CLASSES):
         if c["frame"] not in frames or not (anchors or c["displacement"] or c["class"] == "plain"):
@@ -45,10 +45,13 @@ def classes_table(path: Path, *, frames: Sequence[str] = ("base", "own"), anchor
         if c["displacement"]:
             ends = zip(c["displacement"], c["displacement_interval"], strict=True)
             moved = [f"{d:+.1f} [{low:+.1f}, {high:+.1f}]" for d, (low, high) in ends]
+        null = ", ".join(
+            f"{max(a, b):.1f}" for a, b in zip(c["null_random"] or [], c["null_permuted"] or [], strict=True)
+        )
         judged = f"{c['jailbroken']}/{c['judged']}" if c["judged"] else "-"
         x, y = c["centroid"]
         where = (c["target"], c["frame"], c["class"], str(c["n"]), judged)
-        rows.append((*where, f"{x:+.1f}", f"{y:+.1f}", *moved))
+        rows.append((*where, f"{x:+.1f}", f"{y:+.1f}", *moved, null))
     return aligned(rows)
 
 

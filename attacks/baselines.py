@@ -8,9 +8,7 @@ import torch
 
 from attacks.slot import SuffixSlot
 from core.errors import AttackPlaneError
-
-PLAIN, INITIAL, RANDOM = "plain", "initial_suffix", "random_suffix"
-NAMES = (PLAIN, INITIAL, RANDOM)
+from core.records import INITIAL_SUFFIX, PLAIN, RANDOM_SUFFIX
 
 
 def random_suffix(
@@ -42,13 +40,14 @@ def random_suffix(
         "found no random suffix that keeps its tokens",
         where=slot.renderer.loaded.spec,
         got=f"{len(waiting)} of {len(suffix)} positions left after {rounds} rounds",
+        remedy="run with --no-baselines, or choose another --init-suffix",
     )
 
 
 def baseline_suffixes(
     slot: SuffixSlot, allowed: torch.Tensor, generator: torch.Generator
 ) -> Iterator[tuple[str, list[int] | None]]:
-    """(name, suffix ids or None) of each baseline, in the order of ``NAMES``."""
+    """(name, suffix ids or None) of each baseline, in the order of ``BASELINES``."""
     yield PLAIN, None
-    yield INITIAL, list(slot.initial_ids)
-    yield RANDOM, random_suffix(slot, allowed, generator)
+    yield INITIAL_SUFFIX, list(slot.initial_ids)
+    yield RANDOM_SUFFIX, random_suffix(slot, allowed, generator)

@@ -42,8 +42,6 @@ class GCGConfig:
         for name in ("num_steps", "search_width", "topk", "n_replace", "suffix_length"):
             if getattr(self, name) < (0 if name == "num_steps" else 1):
                 raise AttackPlaneError(f"{name} is too small", where="gcg", got=getattr(self, name))
-        if self.init_suffix is None and self.n_replace > self.suffix_length:
-            raise AttackPlaneError("n_replace is larger than the suffix", where="gcg", got=self.n_replace)
 
 
 @dataclass
@@ -94,6 +92,12 @@ def run_gcg(
     Raises:
         AttackPlaneError: the loss is not finite (a precision too narrow for this model).
     """
+    if config.n_replace > len(slot.initial_ids):
+        raise AttackPlaneError(
+            "more positions to replace than the suffix has tokens",
+            where="gcg n_replace",
+            got=f"{config.n_replace}, suffix of {len(slot.initial_ids)} tokens",
+        )
     generator = torch.Generator().manual_seed(seed)
     if state is None:
         state = GCGState(list(slot.initial_ids), [], objective.batch.value)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from attacks.baselines import NAMES, baseline_suffixes
+from attacks.baselines import baseline_suffixes
 from attacks.candidates import allowed_tokens
 from attacks.gcg import GCGConfig, GCGState, run_gcg
 from attacks.objective import TargetLoss, plain_loss
@@ -23,8 +23,8 @@ from attacks.slot import SuffixSlot, default_slot
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.prompt import Conversation, Renderer
-from core.records import AttackArtifact, Behaviour, content_hash
-from core.store import ATTACKS, BEHAVIOURS, RunFolder
+from core.records import BASELINES, AttackArtifact, Behaviour, content_hash
+from core.store import ATTACKS, RunFolder
 
 log = logging.getLogger(__name__)
 GCG = "gcg"
@@ -62,10 +62,7 @@ class Attacker:
                 remedy="add a column target ('Sure, here is ...') to the behaviours file",
             )
         done = {row["artifact_id"]: row for row in self.run.rows(ATTACKS)}
-        noted = {row["behaviour_id"] for row in self.run.rows(BEHAVIOURS)}
-        for behaviour in behaviours:
-            if behaviour.behaviour_id not in noted:
-                self.run.append(BEHAVIOURS, behaviour.to_row())
+        self.run.note_behaviours(behaviours)
         renderer = Renderer(self.loaded)
         allowed = allowed_tokens(
             self.loaded.tokenizer,
@@ -75,7 +72,7 @@ class Attacker:
         wanted: list[str] = []
         if baselines:
             for behaviour in behaviours:
-                ids = [self.artifact_id(name, behaviour) for name in NAMES]
+                ids = [self.artifact_id(name, behaviour) for name in BASELINES]
                 wanted += ids
                 if not all(i in done for i in ids):
                     for artifact in self._baselines(renderer, behaviour, allowed):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from core.errors import AttackPlaneError
 from core.prompt import Conversation, Renderer
+
+log = logging.getLogger(__name__)
 
 DEFAULT_WORDS = ("!", "x")
 """Words that an initial suffix repeats: the paper's, then one that never merges with punctuation or line ends."""
@@ -120,8 +123,12 @@ def default_slot(
     for word in DEFAULT_WORDS:
         initial = " ".join([word] * length)
         try:
-            return make_slot(renderer, request, target, suffix=initial, placement=placement, system=system)
+            slot = make_slot(renderer, request, target, suffix=initial, placement=placement, system=system)
         except AttackPlaneError as error:
             fault = fault or error
+        else:
+            if fault is not None:
+                log.info("%r merges with its neighbours here: the suffix repeats %r", DEFAULT_WORDS[0], word)
+            return slot
     assert fault is not None
     raise fault

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attacks.objective import plain_loss
+from core.errors import AttackPlaneError
 from core.prompt import Conversation, Renderer
 from core.records import AttackArtifact
 
@@ -27,7 +28,10 @@ def verify_artifact(renderer: Renderer, artifact: AttackArtifact, *, tolerance: 
         suffix=artifact.suffix,
         system=artifact.system_prompt,
     )
-    prompt = renderer.render(conversation, artifact.target_string)
+    try:
+        prompt = renderer.render(conversation, artifact.target_string)
+    except AttackPlaneError as error:
+        return Verification(artifact.artifact_id, artifact.loss, None, str(error))
     faults = []
     if artifact.suffix_ids is not None:
         span = prompt.suffix

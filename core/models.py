@@ -19,12 +19,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from core.embedded import convert_gguf, embedded_folder
@@ -115,7 +116,10 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to be attacked or read: frozen parameters, evaluation mode, adapter merged."""
+    """A model ready to be attacked or read: frozen parameters, evaluation mode, adapter merged.
+
+    ``fingerprint`` stands for weights and precision: what a result depends on besides the code.
+    """
 
     spec: str
     model: Any
@@ -210,11 +214,25 @@ def load(spec: str | ModelSpec, device: torch.device | str | None = None) -> Loa
     if parsed.adapter:
         from peft import PeftModel
 
-        wrapped: Any = PeftModel.from_pretrained(model, parsed.adapter)
+        try:
+            wrapped: Any = PeftModel.from_pretrained(model, parsed.adapter)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise AttackPlaneError(
+                "cannot load the adapter",
+                where=f"model spec {parsed.text!r}",
+                got=_first_line(error),
+                remedy="it must be a LoRA folder with weights, trained on this base",
+            ) from error
         # 4-bit weights cannot take a merge without rounding anew: there the adapter stays beside them.
         model = wrapped.get_base_model() if parsed.load else wrapped.merge_and_unload()
     model.eval().requires_grad_(False)
-    return LoadedModel(parsed.text, model, tokenizer, model.device, fingerprint(parsed, source, model))
+    weights = fingerprint(parsed, source, model)
+    precision = parsed.load or str(model.dtype).removeprefix("torch.")
+    return LoadedModel(parsed.text, model, tokenizer, model.device, f"{weights}-{precision}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_base(spec: ModelSpec, device: torch.device) -> tuple[Any, Any, Path | None]:
@@ -232,11 +250,11 @@ def load_base(spec: ModelSpec, device: torch.device) -> tuple[Any, Any, Path | N
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=spec.revision)
         model: Any = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise AttackPlaneError(
             "cannot load the model",
             where=f"model spec {spec.text!r}",
-            got=str(error).strip().splitlines()[0],
+            got=_first_line(error),
             remedy="check the name, the network and, for a gated model, your access token; " + FORMS,
         ) from error
     if model.config.is_encoder_decoder:
@@ -253,10 +271,8 @@ def load_classifier(name: str) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForSequenceClassification.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise AttackPlaneError(
-            "cannot load the classifier", where=name, got=str(error).strip().splitlines()[0]
-        ) from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise AttackPlaneError("cannot load the classifier", where=name, got=_first_line(error)) from error
     return model.eval().requires_grad_(False).to(default_device()), tokenizer
 
 
@@ -315,8 +331,3 @@ def fingerprint(spec: ModelSpec, folder: Path | None, model: Any = None) -> str:
 def canonical_name(spec: str) -> str:
     """A file name for a spec."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in spec).strip("_.") or "model"
-
-
-def without_adapter(spec: ModelSpec) -> ModelSpec:
-    """The same base without adapter."""
-    return replace(spec, adapter=None, text=spec.text.partition("+")[0])

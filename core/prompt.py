@@ -35,6 +35,7 @@ SENTINEL = "ZQXcontentXQZ"
 REPLY_SENTINEL = "ZQXreplyXQZ"
 # Some templates print today's date; a prompt must render the same tomorrow.
 FIXED = {"date_string": "26 Jul 2024"}
+FIXED_TODAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,8 @@ class Renderer:
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": reply is None}
         if not self.loaded.has_chat_template:
             options["chat_template"] = PLAIN_TEMPLATE
+        elif "strftime_now" in self.tokenizer.chat_template:
+            options["chat_template"] = FIXED_TODAY + self.tokenizer.chat_template
         try:
             text = self.tokenizer.apply_chat_template(messages, **options, **FIXED)
         except Exception as error:  # templates raise jinja2 errors of their own choosing

@@ -23,6 +23,9 @@ T = TypeVar("T")
 SCHEMA_VERSION = 1
 LABELS = ("harmful", "harmless", "pseudo_harmful")
 SPLITS = ("train", "validation", "test")
+PLAIN, INITIAL_SUFFIX, RANDOM_SUFFIX = "plain", "initial_suffix", "random_suffix"
+BASELINES = (PLAIN, INITIAL_SUFFIX, RANDOM_SUFFIX)
+"""Names of the attack classes that nothing was optimised for."""
 
 
 def content_hash(content: Any, length: int = 16) -> str:
@@ -185,12 +188,14 @@ class PlanePoint(Record):
     refusal direction, both at ``layer`` and relative to the harmless centroid of the frame's model, in units of the
     residual stream; ``x_cosine`` and ``y_cosine`` are cosines of the uncentred residual with the same directions.
     ``frame`` says whose directions: ``base`` or ``own``; the two ``cos_base_own_*`` tell how far those differ.
-    ``kind`` is ``attack`` or ``anchor`` (a held-out plain prompt).
+    ``kind`` is ``attack`` or ``anchor`` (a held-out plain prompt); ``class_name`` is what the point is drawn and
+    summarised with: the attack (with its source, where a run has several) or the anchor's label.
     """
 
     prompt_id: str
     behaviour_id: str
     kind: str
+    class_name: str
     label: str
     attack: str
     source: str

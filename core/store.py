@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import jsonlines
 from filelock import FileLock, Timeout
 
 from core.errors import AttackPlaneError
-from core.records import SCHEMA_VERSION, content_hash
+from core.records import SCHEMA_VERSION, Behaviour, content_hash
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +105,8 @@ class RunFolder:
         return cls(path)
 
     def __enter__(self) -> RunFolder:
-        self.path.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout as error:
             raise AttackPlaneError(
@@ -113,6 +114,8 @@ class RunFolder:
                 where=self.path,
                 remedy="wait for it, or use another --run folder",
             ) from error
+        except OSError as error:
+            raise AttackPlaneError("cannot write a run there", where=self.path, got=error) from error
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -126,8 +129,12 @@ class RunFolder:
             return {"schema_version": SCHEMA_VERSION, "stages": {}, "models": {}, "history": []}
         return json.loads(path.read_text())
 
-    def begin_stage(self, stage: str, settings: dict[str, Any], models: dict[str, str]) -> str:
-        """Record a stage's settings and the fingerprints of its models; returns the settings' hash.
+    def begin_stage(
+        self, stage: str, settings: dict[str, Any], models: dict[str, str], *, derived: bool = False
+    ) -> str:
+        """Record a stage's settings and the identities of its models; returns the settings' hash.
+
+        What a ``derived`` stage writes is replaced whole each time, so its settings may change.
 
         Raises:
             AttackPlaneError: the folder holds the same stage with other settings, or another model under the same
@@ -137,16 +144,19 @@ class RunFolder:
         manifest = self.manifest
         before = manifest["stages"].get(stage)
         differences = []
-        if before is not None:
+        if before is not None and not derived:
             for key in sorted(before | settings):
                 if before.get(key) != settings.get(key):
                     differences.append(
-                        f"{stage}.{key}: the run has {before.get(key)!r}, this command {settings.get(key)!r}"
+                        f"{stage}.{key}: the run has {_short(before.get(key))}, "
+                        f"this command {_short(settings.get(key))}"
                     )
         for spec, fingerprint in models.items():
             known = manifest["models"].get(spec, fingerprint)
             if known != fingerprint:
-                differences.append(f"model {spec}: its files changed ({known} in the run, now {fingerprint})")
+                differences.append(
+                    f"model {spec}: other files or precision ({known} in the run, now {fingerprint})"
+                )
         if differences:
             raise AttackPlaneError(
                 "this run was made with another configuration",
@@ -176,6 +186,30 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
+    def behaviours(self) -> dict[str, Behaviour]:
+        """Behaviours that the run knows, by id."""
+        rows = [Behaviour.from_row(row) for row in self.rows(BEHAVIOURS)]
+        return {b.behaviour_id: b for b in rows}
+
+    def note_behaviours(self, behaviours: Sequence[Behaviour]) -> None:
+        """Keep behaviours with the run, each once.
+
+        Raises:
+            AttackPlaneError: an id that the run knows for another request, which results would be merged with.
+        """
+        known = self.behaviours()
+        for behaviour in behaviours:
+            before = known.get(behaviour.behaviour_id)
+            if before is None:
+                self.append(BEHAVIOURS, behaviour.to_row())
+            elif (before.request, before.label) != (behaviour.request, behaviour.label):
+                raise AttackPlaneError(
+                    f"the run knows the behaviour id {behaviour.behaviour_id!r} for another request",
+                    where=self.path / BEHAVIOURS,
+                    got=f"{behaviour.label} {behaviour.request!r}, in the run {before.label} {before.request!r}",
+                    remedy="use another --run folder, or give the behaviours other ids",
+                )
+
     # --- small states of work in progress -----------------------------------------------------------------------
     def _state_path(self, name: str) -> Path:
         return self.path / "state" / f"{name}.json"
@@ -189,6 +223,11 @@ class RunFolder:
 
     def drop_state(self, name: str) -> None:
         self._state_path(name).unlink(missing_ok=True)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({content_hash(value, 8)})"
 
 
 def environment_versions() -> dict[str, Any]:

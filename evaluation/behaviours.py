@@ -127,7 +127,11 @@ def read_file(path: Path, default_label: str, *, benchmark: str | None = None) -
             remedy="save it as UTF-8",
         ) from error
     return to_behaviours(
-        reader(text, path), where=path, benchmark=benchmark or path.stem, label=default_label
+        reader(text, path),
+        where=path,
+        benchmark=benchmark or path.stem,
+        label=default_label,
+        unit="row" if reader is _json else "line",
     )
 
 
@@ -151,6 +155,16 @@ def read_hub(name: str) -> list[Behaviour]:
             remedy="check the network and, for a gated set, your access token; or give a file",
         ) from error
     numbered = [(index, dict(row)) for index, row in enumerate(table, start=1)]
+    # Alpaca's instructions may speak of an input that stands beside them
+    numbered = [
+        (
+            i,
+            {**row, "instruction": f"{row['instruction']}\n\n{row['input']}"}
+            if "instruction" in row and row.get("input")
+            else row,
+        )
+        for i, row in numbered
+    ]
     label = known.label
     if callable(label):
         numbered = [(i, {**row, "label": label(row)}) for i, row in numbered]
@@ -162,6 +176,7 @@ def read_hub(name: str) -> list[Behaviour]:
         benchmark=name,
         label=label if isinstance(label, str) else "harmful",
         merge_duplicates=True,
+        unit="row",
     )
 
 
@@ -173,8 +188,10 @@ def _csv(text: str, path: Path) -> Numbered:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: Numbered = []
     try:
-        line = 2
         for row in reader:
+            # the reader stands at the row's last line; line breaks inside quotes lie before it
+            breaks = sum(value.count("\n") for value in row.values() if isinstance(value, str))
+            line = reader.line_num - breaks
             if None in row:
                 raise AttackPlaneError(
                     "a row has more fields than the header",
@@ -183,7 +200,6 @@ def _csv(text: str, path: Path) -> Numbered:
                     remedy="put fields that hold commas in double quotes",
                 )
             rows.append((line, row))
-            line = reader.line_num + 1
     except csv.Error as error:
         raise AttackPlaneError(
             "not a CSV file", where=f"{path}, line {reader.line_num}", got=error
@@ -223,7 +239,7 @@ def _jsonl(text: str, path: Path) -> Numbered:
 
 
 def _txt(text: str, path: Path) -> Numbered:
-    return [(n, {"request": line}) for n, line in enumerate(text.splitlines(), start=1) if line]
+    return [(n, {"request": line}) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
 # --- rows to behaviours -----------------------------------------------------------------------------------------------
@@ -234,7 +250,13 @@ def _column(row: dict[str, Any], names: Sequence[str]) -> str | None:
 
 
 def to_behaviours(
-    rows: Numbered, *, where: object, benchmark: str, label: str, merge_duplicates: bool = False
+    rows: Numbered,
+    *,
+    where: object,
+    benchmark: str,
+    label: str,
+    merge_duplicates: bool = False,
+    unit: str = "line",
 ) -> list[Behaviour]:
     """Turn numbered rows into behaviours; every fault is collected and named with its line."""
     if not rows:
@@ -243,7 +265,7 @@ def to_behaviours(
     if request_column is None:
         raise AttackPlaneError(
             "no column with the requests",
-            where=f"{where}, line {rows[0][0]}",
+            where=f"{where}, {unit} {rows[0][0]}",
             got=f"columns {', '.join(map(str, rows[0][1]))}",
             remedy=f"name it one of {', '.join(REQUEST_COLUMNS)}",
         )
@@ -260,26 +282,26 @@ def to_behaviours(
 
         request = row.get(request_column)
         if not isinstance(request, str) or not request.strip():
-            faults.append(f"line {line}: empty request")
+            faults.append(f"{unit} {line}: empty request")
             continue
         request = request.strip()
         if request in lines:
             if not merge_duplicates:
-                faults.append(f"line {line}: the same request as line {lines[request]}")
+                faults.append(f"{unit} {line}: the same request as {unit} {lines[request]}")
             continue
         lines[request] = line
         own_label, split = value(("label",)) or label, value(("split",))
         own_label = {"safe": "harmless", "unsafe": "harmful"}.get(own_label, own_label)
         if own_label not in LABELS:
-            faults.append(f"line {line}: label {own_label!r} is none of {', '.join(LABELS)}")
+            faults.append(f"{unit} {line}: label {own_label!r} is none of {', '.join(LABELS)}")
             continue
         if split is not None and split not in SPLITS:
-            faults.append(f"line {line}: split {split!r} is none of {', '.join(SPLITS)}")
+            faults.append(f"{unit} {line}: split {split!r} is none of {', '.join(SPLITS)}")
             continue
         target = value(TARGET_COLUMNS)
         behaviour_id = value(ID_COLUMNS) or content_hash([benchmark, request, target], 12)
         if behaviour_id in ids:
-            faults.append(f"line {line}: the same id {behaviour_id!r} as line {ids[behaviour_id]}")
+            faults.append(f"{unit} {line}: the same id {behaviour_id!r} as {unit} {ids[behaviour_id]}")
             continue
         ids[behaviour_id] = line
         behaviours.append(
@@ -299,6 +321,6 @@ def to_behaviours(
             f"{len(faults)} of {len(rows)} rows have faults",
             where=where,
             got=shown,
-            remedy="mend or remove these lines; nothing was loaded",
+            remedy="mend or remove them; nothing was loaded",
         )
     return behaviours

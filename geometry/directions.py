@@ -17,7 +17,9 @@ Statistics per layer (``Directions.statistics``), all from the activations at ha
     separation_*                       held-out d' = (difference of class means) / (pooled s.d.) along a direction that
                                        was estimated on the other half (two folds, averaged)
     null_random_*                      95th percentile over random unit directions
-    null_permuted_*                    95th percentile over permuted labels, everything re-estimated
+    null_permuted_*                    95th percentile over permuted prompts, everything re-estimated
+    null_permuted_directions_*         40 of those directions, (draw, layer, d_model), for nulls on the plane
+    cos_harc_zhao                      cosine of the two refusal estimators, where the model refuses and accepts enough
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from core.records import Activations, Directions
 
 ESTIMATORS = ("harc", "zhao")
 SMALLEST_CLASS = 4
+KEPT_NULLS = 40
 
 
 @dataclass(frozen=True)
@@ -73,25 +76,21 @@ def d_prime(positive: Tensor, negative: Tensor) -> Tensor:
     return (positive.mean(0) - negative.mean(0)) / pooled
 
 
-def held_out_separation(
-    resid: Tensor, positive: Tensor, negative: Tensor, orders: Tensor | None = None
-) -> Tensor:
+def held_out_separation(resid: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """Two-fold held-out d' per layer: the direction from one half, d' on the other, both ways, averaged.
 
-    ``positive`` and ``negative`` index prompts. With ``orders`` (draw, n_positive + n_negative), permutations of
-    their concatenation, labels are permuted and the result is (draw, layer), else (layer,).
+    ``positive`` and ``negative`` are (n,) prompt indices, or (draw, n) for many labellings at once; the result is
+    (layer,) or (draw, layer).
     """
-    both = torch.cat([positive, negative])
-    rows = both[orders if orders is not None else torch.arange(len(both))[None]]
-    a, b = rows[:, : len(positive)], rows[:, len(positive) :]
-    total = torch.zeros(len(rows), resid.shape[1])
+    a, b = torch.atleast_2d(positive), torch.atleast_2d(negative)
+    total = torch.zeros(len(a), resid.shape[1])
     for fold in (0, 1):
         weights = class_weights(a[:, fold::2], b[:, fold::2], resid.shape[0])
         scores = torch.einsum("nld,kld->knl", resid, unit(differences(weights, resid)))
-        draws = torch.arange(len(rows))[:, None]
+        draws = torch.arange(len(a))[:, None]
         sides = scores[draws, a[:, 1 - fold :: 2]], scores[draws, b[:, 1 - fold :: 2]]
         total += d_prime(*(side.transpose(0, 1) for side in sides)) / 2
-    return total if orders is not None else total[0]
+    return total if positive.dim() == 2 else total[0]
 
 
 def interval(draws: Tensor) -> Tensor:
@@ -100,23 +99,44 @@ def interval(draws: Tensor) -> Tensor:
     return draws.quantile(ends, dim=0).T.contiguous()
 
 
+Sides = tuple[Tensor, Tensor]
+"""Prompt indices on the positive and on the negative side of a contrast."""
+
+
 @dataclass(frozen=True)
 class _Draws:
-    """Weights (draw, n) of the bootstrap and of the permuted labels, and the permutations themselves."""
+    """(draw, n) how often each prompt is drawn in a bootstrap sample, and (draw, n) permutations of the prompts.
 
-    bootstrap: Tensor
-    permuted: Tensor
-    orders: Tensor
+    One set serves all directions of a model, so that what they share by sharing prompts stays shared under resampling
+    and under the null. Prompts are resampled within strata: those that stand on the same sides everywhere.
+    """
+
+    counts: Tensor
+    permutations: Tensor
 
 
-def _draw(sides: tuple[Tensor, Tensor], n: int, draws: int, generator: torch.Generator) -> _Draws:
-    positive, negative = (
-        side[torch.randint(len(side), (draws, len(side)), generator=generator)] for side in sides
-    )
-    both, count = torch.cat(sides), len(sides[0])
-    orders = torch.rand(draws, len(both), generator=generator).argsort(1)
-    permuted = class_weights(both[orders[:, :count]], both[orders[:, count:]], n)
-    return _Draws(class_weights(positive, negative, n), permuted, orders)
+def _draw(contrasts: Sequence[Sides], n: int, draws: int, generator: torch.Generator) -> _Draws:
+    sides = torch.zeros(n, len(contrasts), dtype=torch.long)
+    for column, (positive, negative) in enumerate(contrasts):
+        sides[positive, column], sides[negative, column] = 1, 2
+    counts = torch.zeros(draws, n)
+    permutations = torch.arange(n).repeat(draws, 1)
+    for stratum in sides.unique(dim=0):
+        members = (sides == stratum).all(1).nonzero()[:, 0]
+        drawn = members[torch.randint(len(members), (draws, len(members)), generator=generator)]
+        counts.scatter_add_(1, drawn, torch.ones(drawn.shape))
+    used = sides.any(1).nonzero()[:, 0]
+    order = torch.rand(draws, len(used), generator=generator).argsort(1)
+    permutations[:, used] = used[order]
+    return _Draws(counts, permutations)
+
+
+def _bootstrap_weights(counts: Tensor, sides: Sides) -> Tensor:
+    """(draw, n) weights of the resampled mean difference."""
+    weights = torch.zeros_like(counts)
+    for side, sign in zip(sides, (1.0, -1.0), strict=True):
+        weights[:, side] = sign * counts[:, side] / counts[:, side].sum(1, keepdim=True)
+    return weights
 
 
 @dataclass(frozen=True)
@@ -131,28 +151,28 @@ class _Estimated:
 
 
 def _one_direction(
-    name: str, resid: Tensor, sides: tuple[Tensor, Tensor], drawn: _Draws, generator: torch.Generator
+    name: str, resid: Tensor, sides: Sides, drawn: _Draws, generator: torch.Generator
 ) -> _Estimated:
     raw = mean_difference(resid, *sides)
     # At layer 0 every prompt may have the same residual at t_post_inst (the same template token): rounding is no
     # direction, so such layers get zeros.
     alive = (raw.norm(dim=-1) > 1e-6 * resid.double().norm(dim=-1).mean(0)).float()
     direction = unit(raw).float() * alive[:, None]
-    resampled = unit(differences(drawn.bootstrap, resid)) * alive[:, None]
-    null = differences(drawn.permuted, resid) * alive[:, None]
-    vectors = unit(torch.randn(len(drawn.orders), resid.shape[2], generator=generator))
+    resampled = unit(differences(_bootstrap_weights(drawn.counts, sides), resid)) * alive[:, None]
+    shuffled = drawn.permutations[:, sides[0]], drawn.permutations[:, sides[1]]
+    null = differences(class_weights(*shuffled, resid.shape[0]), resid) * alive[:, None]
+    vectors = unit(torch.randn(len(drawn.counts), resid.shape[2], generator=generator))
     scores = torch.einsum("nld,kd->nkl", resid, vectors)
     statistics = {
         f"stability_{name}": interval((resampled * direction).sum(-1)),
         f"separation_{name}": held_out_separation(resid, *sides) * alive,
         f"null_permuted_norm_{name}": null.norm(dim=-1).quantile(0.95, dim=0),
-        f"null_permuted_separation_{name}": held_out_separation(resid, *sides, drawn.orders)
-        .abs()
-        .quantile(0.95, dim=0),
+        f"null_permuted_separation_{name}": held_out_separation(resid, *shuffled).abs().quantile(0.95, dim=0),
         f"null_random_separation_{name}": d_prime(*(scores[side] for side in sides))
         .abs()
         .quantile(0.95, dim=0),
     }
+    statistics[f"null_permuted_directions_{name}"] = unit(null[:KEPT_NULLS])
     return _Estimated(direction, raw.norm(dim=-1).float() * alive, resampled, unit(null), statistics)
 
 
@@ -160,8 +180,8 @@ def _one_direction(
 class Classes:
     """Index vectors of the two classes that each direction contrasts."""
 
-    harmfulness: tuple[Tensor, Tensor]
-    refusal: tuple[Tensor, Tensor]
+    harmfulness: Sides
+    refusal: Sides
 
 
 def indices(keep: Iterable[bool]) -> Tensor:
@@ -169,7 +189,7 @@ def indices(keep: Iterable[bool]) -> Tensor:
     return torch.tensor([i for i, kept in enumerate(keep) if kept], dtype=torch.long)
 
 
-def refused_and_accepted(refused: Sequence[bool | None]) -> tuple[Tensor, Tensor]:
+def refused_and_accepted(refused: Sequence[bool | None]) -> Sides:
     """Indices of refused and of accepted prompts; those not judged are in neither."""
     return indices(r is True for r in refused), indices(r is False for r in refused)
 
@@ -219,12 +239,13 @@ def estimate(
     sides = classes(estimator, harmful, refused)
     at_inst, at_post = activations.at("t_inst"), activations.at("t_post_inst")
     generator = torch.Generator().manual_seed(config.seed)
-    drawn_h = _draw(sides.harmfulness, at_inst.shape[0], config.resamples, generator)
-    # Directions that contrast the same prompts share the resampled prompts and the permuted labels.
-    same = estimator == "harc"
-    drawn_r = drawn_h if same else _draw(sides.refusal, at_post.shape[0], config.resamples, generator)
-    h = _one_direction("harmfulness", at_inst, sides.harmfulness, drawn_h, generator)
-    r = _one_direction("refusal", at_post, sides.refusal, drawn_r, generator)
+    crossed = refused_and_accepted(refused) if refused is not None and estimator == "harc" else None
+    if crossed is not None and min(map(len, crossed)) < SMALLEST_CLASS:
+        crossed = None  # a model that never refuses has no zhao direction to compare with
+    contrasts = [sides.harmfulness, sides.refusal, *([crossed] if crossed else [])]
+    drawn = _draw(contrasts, len(at_inst), config.resamples, generator)
+    h = _one_direction("harmfulness", at_inst, sides.harmfulness, drawn, generator)
+    r = _one_direction("refusal", at_post, sides.refusal, drawn, generator)
     cosine = (h.direction * r.direction).sum(-1)
     pairs = unit(torch.randn(2, 10 * config.resamples, at_inst.shape[2], generator=generator))
     statistics = {
@@ -238,11 +259,13 @@ def estimate(
             cosine, h.statistics["separation_harmfulness"], r.statistics["separation_refusal"]
         ),
     }
-    if estimator == "harc" and refused is not None:
-        zhao = refused_and_accepted(refused)
-        if min(map(len, zhao)) >= SMALLEST_CLASS:
-            other = unit(mean_difference(at_post, *zhao)).float()
-            statistics["cos_harc_zhao"] = (r.direction * other).sum(-1)
+    if crossed:
+        z = _one_direction("zhao", at_post, crossed, drawn, generator)
+        statistics["cos_harc_zhao"] = (r.direction * z.direction).sum(-1)
+        statistics["cos_harc_zhao_interval"] = interval((r.resampled * z.resampled).sum(-1))
+        statistics["null_permuted_cos_harc_zhao"] = (
+            (r.permuted * z.permuted).sum(-1).abs().quantile(0.95, dim=0)
+        )
     harmless = sides.harmfulness[1]
     return Directions(
         model=activations.model,
@@ -268,10 +291,10 @@ def layer_score(cosine: Tensor, separation_h: Tensor, separation_r: Tensor) -> T
     """(layer,) score (1 - |cos(harmfulness, refusal)|) * mean held-out d' of the two directions.
 
     HARC's Eq. 6 without response-side directions: its first factor times the class separation. Layers outside
-    [4, n_layers - 4] score NaN (fewer are cut from models of less than 12 layers: a third of the depth in all).
+    [4, n_layers - 4] score NaN (a sixth of the depth at each end in models of less than 12 layers).
     """
     n_layers = len(cosine) - 1
-    edge = min(4, n_layers // 6)
+    edge = 4 if n_layers >= 12 else n_layers // 6
     score = (1 - cosine.abs()) * (separation_h + separation_r) / 2
     score[:edge] = torch.nan
     score[n_layers - edge + 1 :] = torch.nan

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from core.errors import AttackPlaneError
-from core.records import Activations, Directions, PlanePoint
+from core.records import PLAIN, Activations, Directions, PlanePoint
 from core.store import PLANE, write_atomically
 
 CLASSES = "plane_classes.jsonl"
@@ -34,6 +35,7 @@ class PromptInfo:
     prompt_id: str
     behaviour_id: str
     kind: str
+    class_name: str
     label: str
     attack: str
     source: str
@@ -84,6 +86,7 @@ def points(
                     prompt_id=info.prompt_id,
                     behaviour_id=info.behaviour_id,
                     kind=info.kind,
+                    class_name=info.class_name,
                     label=info.label,
                     attack=info.attack,
                     source=info.source,
@@ -103,53 +106,96 @@ def points(
     return found
 
 
-def class_name(point: PlanePoint) -> str:
-    """The class that a point is drawn and summarised with."""
-    return point.attack if point.kind == "attack" else f"{point.label} (anchor)"
+Nulls = dict[tuple[str, str, str], dict[str, list[float]]]
+
+
+def displacement_nulls(
+    activations: Activations,
+    infos: Sequence[PromptInfo],
+    own: Directions,
+    base: Directions,
+    layer: int,
+    *,
+    draws: int = 2000,
+) -> Nulls:
+    """How far each class would seem to move along directions that mean nothing.
+
+    The mean displacement of a class from its plain requests is projected on random unit vectors and on the directions
+    that permuted labels gave (``Directions.statistics["null_permuted_directions_*"]``); kept is the 95th percentile of
+    the absolute value, by (target, frame, class): {"null_random": [x, y], "null_permuted": [x, y]}.
+    """
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(draws, activations.resid.shape[-1], generator=generator)
+    random = random / random.norm(dim=1, keepdim=True)
+    plain = {(i.source, i.behaviour_id): n for n, i in enumerate(infos) if i.attack == PLAIN}
+    pairs: dict[str, list[tuple[int, int]]] = {}
+    for n, info in enumerate(infos):
+        if info.kind == "attack" and info.attack != PLAIN and (info.source, info.behaviour_id) in plain:
+            pairs.setdefault(info.class_name, []).append((n, plain[info.source, info.behaviour_id]))
+    found: Nulls = {}
+    for name, members in pairs.items():
+        attacked, start = (torch.tensor(side) for side in zip(*members, strict=True))
+        for frame, directions in (("base", base), ("own", own)):
+            ends: dict[str, list[float]] = {"null_random": [], "null_permuted": []}
+            for position, axis in (("t_inst", "harmfulness"), ("t_post_inst", "refusal")):
+                resid = activations.at(position)[:, layer]
+                moved = (resid[attacked] - resid[start]).mean(0)
+                permuted = directions.statistics[f"null_permuted_directions_{axis}"][:, layer]
+                for key, vectors in (("null_random", random), ("null_permuted", permuted)):
+                    ends[key].append(float((vectors @ moved).abs().quantile(0.95)))
+            found[activations.model, frame, name] = ends
+    return found
 
 
 def describe_classes(
-    all_points: Sequence[PlanePoint], *, seed: int = 0, resamples: int = 2000
+    all_points: Sequence[PlanePoint],
+    nulls: Nulls | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = 2000,
 ) -> list[dict[str, Any]]:
     """Per target, frame and class: centroid with bootstrap interval, covariance, displacement from the plain request.
 
-    The displacement is the mean over behaviours of (attacked - plain) in the same frame, with its own interval.
-    Covariances need two points and are None with fewer.
+    The displacement is the mean over behaviours of (attacked - plain) of the same source in the same frame, with its
+    own interval and nulls. Covariances need two points and are None with fewer.
     """
     groups: dict[tuple[str, str, str], list[PlanePoint]] = {}
-    plain: dict[tuple[str, str, str], tuple[float, float]] = {}
+    plain: dict[tuple[str, str, str, str], tuple[float, float]] = {}
     for p in all_points:
-        groups.setdefault((p.target, p.frame, class_name(p)), []).append(p)
-        if p.attack == "plain" and p.kind == "attack":
-            plain[p.target, p.frame, p.behaviour_id] = (p.x, p.y)
+        groups.setdefault((p.target, p.frame, p.class_name), []).append(p)
+        if p.attack == PLAIN:
+            plain[p.target, p.frame, p.source, p.behaviour_id] = (p.x, p.y)
     rows = []
     for (target, frame, name), members in groups.items():
+        first = members[0]
         where = np.array([(p.x, p.y) for p in members])
         moved = np.array(
             [
                 (p.x - plain[key][0], p.y - plain[key][1])
                 for p in members
-                if (key := (target, frame, p.behaviour_id)) in plain and p.kind == "attack"
+                if (key := (target, frame, p.source, p.behaviour_id)) in plain and p.attack != PLAIN
             ]
         ).reshape(-1, 2)
-        covariance = np.cov(where.T).tolist() if len(members) > 1 else None
         judged = [p.jailbroken for p in members if p.jailbroken is not None]
+        none = {"null_random": None, "null_permuted": None}
         rows.append(
             {
                 "target": target,
                 "frame": frame,
                 "class": name,
-                "layer": members[0].layer,
+                "kind": first.kind,
+                "attack": first.attack,
+                "source": first.source,
+                "layer": first.layer,
                 "n": len(members),
                 "judged": len(judged),
                 "jailbroken": sum(judged),
                 "centroid": where.mean(0).tolist(),
                 "centroid_interval": _bootstrap(where, seed, resamples),
-                "covariance": covariance,
-                "displacement": moved.mean(0).tolist() if len(moved) and name != "plain" else None,
-                "displacement_interval": _bootstrap(moved, seed, resamples)
-                if len(moved) and name != "plain"
-                else None,
+                "covariance": np.cov(where.T).tolist() if len(members) > 1 else None,
+                "displacement": moved.mean(0).tolist() if len(moved) else None,
+                "displacement_interval": _bootstrap(moved, seed, resamples) if len(moved) else None,
+                **(nulls or {}).get((target, frame, name), none),
             }
         )
     return rows
@@ -161,7 +207,7 @@ def _bootstrap(values: np.ndarray, seed: int, resamples: int) -> list[list[float
     return np.quantile(values[drawn].mean(1), [0.025, 0.975], axis=0).T.tolist()
 
 
-def export(all_points: Sequence[PlanePoint], folder: Path) -> list[Path]:
+def export(all_points: Sequence[PlanePoint], folder: Path, nulls: Nulls | None = None) -> list[Path]:
     """Write plane.csv, plane.jsonl, plane.parquet and plane_classes.jsonl; each replaced whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -174,7 +220,7 @@ def export(all_points: Sequence[PlanePoint], folder: Path) -> list[Path]:
     writer.writerows(rows)
     parquet = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), parquet)
-    classes = "".join(json.dumps(row) + "\n" for row in describe_classes(all_points))
+    classes = "".join(json.dumps(row) + "\n" for row in describe_classes(all_points, nulls))
     written: dict[str, str | bytes] = {
         "plane.csv": text.getvalue(),
         PLANE: lines,

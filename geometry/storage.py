@@ -44,9 +44,17 @@ def load_directions(folder: Path, model: str, estimator: str) -> Directions:
             f"no {estimator} directions of this model in the run",
             where=path,
             got=model,
-            remedy=f"python cli.py directions --run {folder} --model '{model}'",
+            remedy=f"python cli.py directions --run {folder} --model '{model}' --estimator {estimator}"
+            + (" (a model that never refuses has none: use harc)" if estimator == "zhao" else ""),
         )
     description = json.loads(path.with_suffix(".json").read_text())
+    if description["model"] != model:
+        raise AttackPlaneError(
+            "these directions are of another model",
+            where=path,
+            got=description["model"],
+            remedy=f"expected {model}",
+        )
     tensors = load_file(path)
     prefix = "statistics."
     return Directions(

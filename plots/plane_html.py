@@ -7,15 +7,18 @@ import math
 from pathlib import Path
 from typing import Any
 
+from core.records import PLAIN
 from core.store import ATTACKS, BEHAVIOURS, read_rows
 from plots.plane_png import FRAMES, ellipse_axes
 from plots.style import (
     ANCHORS,
     COLOURS,
+    NOT_JUDGED,
     PLOTLY_ANCHORS,
     PLOTLY_MARKERS,
     attack_names,
-    name_of,
+    centres_of,
+    plain_of,
     read_exports,
     short,
 )
@@ -36,8 +39,7 @@ def draw(folder: Path) -> Path:
     views = [(t, f) for f in FRAMES for t in targets]
     for view in views:
         here = [r for r in rows if (r["target"], r["frame"]) == view]
-        centres = {c["class"]: c for c in classes if (c["target"], c["frame"]) == view}
-        for trace in _traces(here, centres, style, prompts):
+        for trace in _traces(here, classes, style, prompts):
             trace.visible = view == views[0]
             figure.add_trace(trace)
             owners.append(view)
@@ -74,26 +76,27 @@ def _title(row: dict[str, Any]) -> str:
     return (
         f"Attack plane of {html.escape(short(row['target']))}, {row['frame']} frame, layer {row['layer']}"
         f"<br><sub>cos(base, own): harmfulness {row['cos_base_own_harmfulness']:.2f}, refusal "
-        f"{row['cos_base_own_refusal']:.2f}. Filled: jailbroken, hollow: not. Ellipses: one standard deviation.</sub>"
+        f"{row['cos_base_own_refusal']:.2f}. Filled: jailbroken, hollow: not, grey: not judged. Ellipses: one standard deviation.</sub>"
     )
 
 
 def _traces(
     rows: list[dict[str, Any]],
-    centres: dict[str, Any],
+    classes: list[dict[str, Any]],
     style: dict[str, tuple[str, str]],
     prompts: dict[str, str],
 ) -> list[Any]:
     import plotly.graph_objects as go
 
     traces = []
-    plain = {r["behaviour_id"]: r for r in rows if r["attack"] == "plain"}
+    plain = plain_of(rows)
+    centres, plain_centre = centres_of(classes, rows[0]["target"], rows[0]["frame"])
     for name, (colour, symbol) in style.items():
-        members = [r for r in rows if name_of(r) == name]
+        members = [r for r in rows if r["class_name"] == name]
         if not members:
             continue
         attacked = members[0]["kind"] == "attack"
-        filled = [r["jailbroken"] is True or not attacked for r in members]
+        fill = {True: colour, False: "white", None: NOT_JUDGED if attacked else colour}
         traces.append(
             go.Scatter(
                 x=[r["x"] for r in members],
@@ -104,7 +107,7 @@ def _traces(
                 marker={
                     "symbol": symbol,
                     "size": 11 if attacked else 8,
-                    "color": [colour if f else "white" for f in filled],
+                    "color": [fill[r["jailbroken"]] for r in members],
                     "line": {"color": colour, "width": 2},
                     "opacity": 0.95 if attacked else 0.6,
                 },
@@ -116,16 +119,17 @@ def _traces(
         if centre and centre["covariance"] is not None and centre["n"] > 2:
             outline = _outline(centre["centroid"], centre["covariance"])
             traces.append(_line(*outline, colour, name, 1, fill="toself"))
-        if attacked and name != "plain":
-            pairs = [(plain[r["behaviour_id"]], r) for r in members if r["behaviour_id"] in plain]
+        if attacked and members[0]["attack"] != PLAIN:
+            pairs = [(plain[key], r) for r in members if (key := (r["source"], r["behaviour_id"])) in plain]
             x: list[Any] = []
             y: list[Any] = []
             for a, b in pairs:
                 x += [a["x"], b["x"], None]
                 y += [a["y"], b["y"], None]
             traces.append(_line(x, y, colour, name, 1, dash="dot", arrows=True))
-            if centre and "plain" in centres:
-                (x0, y0), (x1, y1) = centres["plain"]["centroid"], centre["centroid"]
+            start = plain_centre.get(members[0]["source"])
+            if centre and start:
+                (x0, y0), (x1, y1) = start["centroid"], centre["centroid"]
                 traces.append(_line([x0, x1], [y0, y1], colour, name, 3, arrows=True))
     return traces
 
@@ -169,4 +173,6 @@ def _hover(row: dict[str, Any], prompts: dict[str, str]) -> str:
     lines = [html.escape(prompt[i : i + 80]) for i in range(0, len(prompt), 80)]
     verdict = {True: "jailbroken", False: "not jailbroken", None: "not judged"}[row["jailbroken"]]
     place = f"harmfulness {row['x']:.2f} (cos {row['x_cosine']:.2f}), refusal {row['y']:.2f} (cos {row['y_cosine']:.2f})"
-    return "<br>".join([f"<b>{name_of(row)}</b> {row['behaviour_id']}: {verdict}", place, *lines])
+    return "<br>".join(
+        [f"<b>{html.escape(row['class_name'])}</b> {row['behaviour_id']}: {verdict}", place, *lines]
+    )

@@ -1,6 +1,6 @@
 """The plane as a PNG: a panel a target, a row a frame.
 
-Colour and shape name the class, a filled marker is a success, a hollow one a failure, a dotted one not judged. Thin
+Colour and shape name the class, a filled marker is a success, a hollow one a failure, a grey one was not judged. Thin
 arrows run from the plain request to the attacked one, the bold one from centroid to centroid; ellipses are one
 standard deviation about the centroid.
 """
@@ -11,7 +11,18 @@ import math
 from pathlib import Path
 from typing import Any
 
-from plots.style import ANCHORS, COLOURS, MARKERS, attack_names, name_of, read_exports, short
+from core.records import PLAIN
+from plots.style import (
+    ANCHORS,
+    COLOURS,
+    MARKERS,
+    NOT_JUDGED,
+    attack_names,
+    centres_of,
+    plain_of,
+    read_exports,
+    short,
+)
 
 FRAMES = ("base", "own")
 
@@ -44,7 +55,7 @@ def draw(folder: Path) -> Path:
                 panel.set_ylabel("refusal projection at t_post_inst", fontsize=9)
             if line == 1:
                 panel.set_xlabel("harmfulness projection at t_inst", fontsize=9)
-    present = {name_of(r) for r in rows}
+    present = {r["class_name"] for r in rows}
     handles = [
         Line2D([], [], color=c, marker=m, linestyle="", label=n)
         for n, (c, m) in style.items()
@@ -54,6 +65,7 @@ def draw(folder: Path) -> Path:
     handles += [
         Line2D([], [], color=grey, marker="o", linestyle="", label="jailbroken"),
         Line2D([], [], color=grey, marker="o", linestyle="", fillstyle="none", label="not jailbroken"),
+        Line2D([], [], color=grey, marker="o", linestyle="", markerfacecolor=NOT_JUDGED, label="not judged"),
         Line2D([], [], color=grey, marker=r"$\rightarrow$", markersize=11, linestyle="",
                label="from plain to attacked"),
     ]  # fmt: skip
@@ -75,27 +87,25 @@ def _panel(
 
     panel.axhline(0, color="#dddddd", linewidth=0.8, zorder=0)
     panel.axvline(0, color="#dddddd", linewidth=0.8, zorder=0)
-    plain = {r["behaviour_id"]: r for r in rows if r["attack"] == "plain"}
+    plain = plain_of(rows)
     for row in rows:
-        name = name_of(row)
+        name = row["class_name"]
         colour, marker = style[name]
         if row["kind"] == "anchor":
             panel.plot(row["x"], row["y"], marker, color=colour, alpha=0.55, markersize=5, zorder=1)
             continue
-        if name == names[0] and row["behaviour_id"] in plain:
-            start = plain[row["behaviour_id"]]
+        if name == names[0] and (row["source"], row["behaviour_id"]) in plain:
+            start = plain[row["source"], row["behaviour_id"]]
             _arrow(panel, (start["x"], start["y"]), (row["x"], row["y"]), colour, 0.7, 0.45)
         panel.plot(
             *(row["x"], row["y"], marker),
             markeredgecolor=colour,
-            markerfacecolor=colour if row["jailbroken"] else "white",
-            alpha=0.4 if row["jailbroken"] is None else 0.95,
+            markerfacecolor={True: colour, False: "white", None: NOT_JUDGED}[row["jailbroken"]],
+            alpha=0.95,
             markersize=6.5,
             zorder=3,
         )
-    centre = {
-        c["class"]: c for c in classes if c["target"] == rows[0]["target"] and c["frame"] == rows[0]["frame"]
-    }
+    centre, plain_centre = centres_of(classes, rows[0]["target"], rows[0]["frame"])
     for name, c in centre.items():
         colour = style[name][0]
         x, y = c["centroid"]
@@ -105,8 +115,8 @@ def _panel(
             shape.set(facecolor=colour, edgecolor=colour, alpha=0.10)
             panel.add_patch(shape)
         panel.plot(x, y, ".", color=colour, markersize=3, zorder=4)
-        if name in names and name != "plain" and "plain" in centre:
-            _arrow(panel, centre["plain"]["centroid"], (x, y), colour, 2.0, 0.9)
+        if c["kind"] == "attack" and c["attack"] != PLAIN and c["source"] in plain_centre:
+            _arrow(panel, plain_centre[c["source"]]["centroid"], (x, y), colour, 2.0, 0.9)
     panel.tick_params(labelsize=8)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
+from core.records import BASELINES, PLAIN
 from core.store import read_rows
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
@@ -18,6 +19,8 @@ ANCHORS = {
     "harmless (anchor)": ("#1b7837", "+"),
     "pseudo_harmful (anchor)": ("#998200", "1"),
 }
+NOT_JUDGED = "#bbbbbb"
+"""Fill of points that no judge has judged; failures are white."""
 PLOTLY_ANCHORS = {"x": "x-thin", "+": "cross-thin", "1": "y-down"}
 
 
@@ -33,15 +36,23 @@ def read_exports(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
     return rows, classes
 
 
-def name_of(row: dict[str, Any]) -> str:
-    return row["attack"] if row["kind"] == "attack" else f"{row['label']} (anchor)"
-
-
 def attack_names(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Attack classes, optimised ones first, in order of appearance."""
-    names = list(dict.fromkeys(r["attack"] for r in rows if r["kind"] == "attack"))
-    baselines = ("plain", "initial_suffix", "random_suffix")
-    return [n for n in names if n not in baselines] + [n for n in baselines if n in names]
+    """Names of the attack classes, optimised ones first, in order of appearance."""
+    found = {r["class_name"]: r["attack"] for r in rows if r["kind"] == "attack"}
+    return sorted(found, key=lambda name: found[name] in BASELINES)
+
+
+def plain_of(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The plain request's row by source and behaviour: where displacements start."""
+    return {(r["source"], r["behaviour_id"]): r for r in rows if r["attack"] == PLAIN}
+
+
+def centres_of(
+    classes: Sequence[dict[str, Any]], target: str, frame: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Class rows of one panel by class name, and those of the plain requests by source."""
+    here = [c for c in classes if (c["target"], c["frame"]) == (target, frame)]
+    return {c["class"]: c for c in here}, {c["source"]: c for c in here if c["attack"] == PLAIN}
 
 
 def short(spec: str) -> str:

@@ -244,11 +244,14 @@ def plane_of(shift=0.0):
     moved[:, :, 2] -= 1 * directions.refusal
     resid = torch.cat([base, moved, activations.resid[1:9:2]]) + shift
     infos = [
-        PromptInfo(f"p{i}", f"b{i % 4}", "attack", "harmful", a, "s", [None, True, False, True][i % 4])
+        PromptInfo(f"p{i}", f"b{i % 4}", "attack", a, "harmful", a, "s", [None, True, False, True][i % 4])
         for a in ("plain", "gcg")
         for i in range(4)
     ]
-    infos += [PromptInfo(f"h{i}", f"h{i}", "anchor", "harmless", "none", "none", None) for i in range(4)]
+    infos += [
+        PromptInfo(f"h{i}", f"h{i}", "anchor", "harmless (anchor)", "harmless", "none", "none", None)
+        for i in range(4)
+    ]
     found = Activations(resid, POSITIONS, tuple(i.prompt_id for i in infos), "planted")
     return points(found, infos, directions, directions, 1), directions, activations
 

@@ -35,7 +35,7 @@ def test_another_configuration_is_refused_naming_the_difference(tmp_path):
         run.begin_stage("gcg", {"search_width": 64, "seed": 0}, {"m": "abc"})
         with pytest.raises(AttackPlaneError, match=r"gcg\.search_width: the run has 64, this command 128"):
             run.begin_stage("gcg", {"search_width": 128, "seed": 0}, {"m": "abc"})
-        with pytest.raises(AttackPlaneError, match="model m: its files changed"):
+        with pytest.raises(AttackPlaneError, match="model m: other files or precision"):
             run.begin_stage("gcg", {"search_width": 64, "seed": 0}, {"m": "xyz"})
     assert json.loads((tmp_path / "manifest.json").read_text())["stages"]["gcg"]["search_width"] == 64
 
@@ -100,4 +100,4 @@ def test_records_refuse_what_cannot_be():
         with pytest.raises(AttackPlaneError):
             AttackArtifact(**{**good, **change})
     with pytest.raises(AttackPlaneError, match="frame"):
-        PlanePoint(*["x"] * 7, "third", 1, 0, 0, 0, 0, None, 1, 1, None)
+        PlanePoint(*["x"] * 8, "third", 1, 0, 0, 0, 0, None, 1, 1, None)

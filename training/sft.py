@@ -54,6 +54,7 @@ class SFTConfig:
                 "checkpoints must lie within the steps",
                 where="train sft",
                 got=f"checkpoints {self.checkpoints}, {self.num_steps} steps",
+                remedy=f"for example --checkpoint {self.num_steps}",
             )
 
 
@@ -165,11 +166,20 @@ def train(
         settings["examples"] = [list(r) for r in refusals] + list(harmless)
         folder.begin_stage("sft", settings, {spec: base.fingerprint})
         paths = [out / f"step-{step}" for step in config.checkpoints]
-        if all((path / "adapter_config.json").is_file() for path in paths):
+        state_path = out / "state.pt"
+        state = torch.load(state_path, weights_only=True) if state_path.is_file() else None
+        done = len(state["losses"]) if state else 0
+        there = [(path / "adapter_config.json").is_file() for path in paths]
+        if all(there) and done == config.num_steps:
             log.info("all checkpoints are there: %s", out)
             return paths
+        if any(not have and step <= done for have, step in zip(there, config.checkpoints, strict=True)):
+            log.warning("%s: a checkpoint that was trained is gone; training anew", out)
+            state = None
         renderer = Renderer(base)
         answers = own_replies(base, harmless, config.reply_tokens)
+        if empty := sum(not reply for reply, _ in answers):
+            log.warning("%d of %d harmless prompts got an empty reply and are left out", empty, len(answers))
         examples = [make_example(renderer, request, refusal) for request, refusal in refusals]
         examples += [
             make_example(renderer, request, reply, ended=ended)
@@ -190,12 +200,12 @@ def train(
         parameters = [p for p in tuned.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
         losses: list[dict[str, float]] = []
-        state_path = out / "state.pt"
-        if state_path.is_file():
-            state = torch.load(state_path, weights_only=True)
+        if state is not None:
             set_peft_model_state_dict(tuned, state["adapter"])
             optimiser.load_state_dict(state["optimiser"])
             torch.set_rng_state(state["random"])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state["random_cuda"])
             losses = state["losses"]
         else:
             torch.manual_seed(config.seed + 1)
@@ -207,6 +217,7 @@ def train(
                     "adapter": get_peft_model_state_dict(tuned),
                     "optimiser": optimiser.state_dict(),
                     "random": torch.get_rng_state(),
+                    "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
                     "losses": losses,
                 },
                 buffer,

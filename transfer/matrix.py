@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from core.records import Replay
+from core.records import BASELINES, PLAIN, Replay
 from evaluation.asr import Interval, bootstrap_mean, wilson
-
-PLAIN = "plain"
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,8 @@ class Cell:
 
 
 def matrix(replays: Sequence[Replay], *, seed: int = 0) -> list[Cell]:
-    """Cells in order of first appearance; several replies of one behaviour in a cell are averaged first."""
+    """Cells by target and source in order of first appearance, baselines first; several replies of one behaviour in a
+    cell are averaged first."""
     groups: dict[tuple[str, str, str], dict[str, list[bool]]] = {}
     counts: dict[tuple[str, str, str], int] = defaultdict(int)
     for replay in replays:
@@ -70,4 +69,13 @@ def matrix(replays: Sequence[Replay], *, seed: int = 0) -> list[Cell]:
                 paired=len(gains),
             )
         )
-    return cells
+    place = {name: n for n, name in enumerate(BASELINES)}
+    places = {
+        c: (list(dict.fromkeys(k[i] for k in rates))) for i, c in enumerate(("attack", "source", "target"))
+    }
+
+    def order(cell: Cell) -> tuple[int, int, int]:
+        target, source = places["target"].index(cell.target), places["source"].index(cell.source)
+        return target, source, place.get(cell.attack, len(place) + places["attack"].index(cell.attack))
+
+    return sorted(cells, key=order)

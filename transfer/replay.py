@@ -46,12 +46,14 @@ def replay_all(
     *,
     batch_size: int = 16,
 ) -> int:
-    """Replay what is missing on one target; returns how many replies were made."""
+    """Replay what is missing on one target; returns how many replies were made. Sampled replies are made one by one."""
     done = {row["replay_id"] for row in run.rows(REPLAYS)}
     missing = [a for a in artifacts if replay_id(a, loaded, config) not in done]
     renderer = Renderer(loaded)
     texts = {a.artifact_id: renderer.text(Conversation(a.prompt, system=a.system_prompt)) for a in missing}
     missing.sort(key=lambda a: len(texts[a.artifact_id]))
+    if config.temperature > 0:  # each from a stream of its own, so that a resumed run draws the same
+        batch_size = 1
     with tqdm(total=len(artifacts), desc=f"replay on {loaded.spec[-40:]}", unit="reply") as bar:
         bar.update(len(artifacts) - len(missing))
         for start in range(0, len(missing), batch_size):
