@@ -95,6 +95,15 @@ def test_faults_name_the_file_the_line_and_the_remedy(tmp_path, name, content, m
     assert name in str(caught.value)
 
 
+def test_blank_lines_in_csv_keep_line_numbers_and_json_counts_rows(tmp_path):
+    (tmp_path / "a.csv").write_text('goal\nBake\n\n""\n')
+    with pytest.raises(AttackPlaneError, match="line 4: empty"):
+        load_behaviours(str(tmp_path / "a.csv"))
+    (tmp_path / "a.json").write_text('[\n"Bake",\n\n"Bake"]')
+    with pytest.raises(AttackPlaneError, match="row 2: the same request as row 1"):
+        load_behaviours(str(tmp_path / "a.json"))
+
+
 def test_quoted_line_breaks_in_csv_keep_line_numbers(tmp_path):
     (tmp_path / "a.csv").write_text('goal\n"Bake\na cake"\n""\n')
     with pytest.raises(AttackPlaneError, match="line 4: empty"):

@@ -52,8 +52,10 @@ def test_the_stages_write_the_run_folder_of_the_design(run):
     assert manifest["history"][0]["torch"] and manifest["models"]
 
 
-def test_a_repeated_command_does_only_what_is_missing(run):
+def test_a_repeated_command_does_only_what_is_missing(run, monkeypatch):
     path, model, _ = run
+    for name in ("transfer.replay.complete", "pipeline.complete", "attacks.run.run_gcg", "pipeline.estimate"):
+        monkeypatch.setattr(name, lambda *a, **k: pytest.fail("made again"))
     before = {p.name: p.read_bytes() for p in path.glob("*.jsonl")}
     call(*small_gcg(model, path))
     call("transfer", "--run", path, "--target", model, "--max-new-tokens", 3)
@@ -72,6 +74,25 @@ def test_verify_passes_and_finds_a_tampered_artifact(run, tmp_path):
     (copy / "attacks.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (copy / "manifest.json").write_text((path / "manifest.json").read_text())
     assert "7 of 8 artifacts hold" in call("verify", "--run", copy, code=3)
+
+
+def test_verify_of_nothing_is_an_error_and_a_prompt_that_cannot_be_rendered_is_a_fault(run, tmp_path):
+    path, _, _ = run
+    (tmp_path / "manifest.json").write_text((path / "manifest.json").read_text())
+    assert "no artifacts" in call("verify", "--run", tmp_path, code=1)
+    row = json.loads((path / "attacks.jsonl").read_text().splitlines()[0])
+    row["system_prompt"], row["source_model"] = "Be brief.", str(run[1].parent / "gemma3")
+    (tmp_path / "attacks.jsonl").write_text(json.dumps(row) + "\n")
+    output = call("verify", "--run", tmp_path, code=3)
+    assert "FAULT" in output and "System role not supported" in output
+
+
+def test_the_plane_may_be_drawn_anew_at_another_layer(run):
+    path, _, _ = run
+    call("plane", "--run", path, "--layer", 1)
+    layers = {json.loads(line)["layer"] for line in (path / "plane.jsonl").read_text().splitlines()}
+    assert layers == {1}
+    call("plane", "--run", path)
 
 
 def test_show_prints_losses_rates_and_classes(run):
@@ -100,6 +121,14 @@ def test_bad_input_is_a_clean_error(tmp_path):
 def test_debug_shows_the_error_itself():
     result = CliRunner().invoke(cli, ["--debug", "gcg", "--model", "nonsense"])
     assert type(result.exception).__name__ == "AttackPlaneError"
+    nested = CliRunner().invoke(cli, ["--debug", "train", "sft", "--model", "nonsense", "--out", "x"])
+    assert type(nested.exception).__name__ == "AttackPlaneError"
+
+
+def test_a_fault_of_ours_is_one_line_that_points_to_debug(monkeypatch):
+    monkeypatch.setattr("core.models.parse_spec", lambda text: 1 / 0)
+    output = call("gcg", "--model", "embedded", code=1)
+    assert "ZeroDivisionError" in output and "--debug" in output and "Traceback" not in output
 
 
 def test_every_command_has_help_with_an_example():
@@ -172,6 +201,7 @@ def test_kill_9_ten_times_at_random_moments_gives_the_same_file(tmp_path, tiny_f
     generator, kills, runs = random.Random(0), 0, 0
     while kills < 10:  # a run that ends before its next kill is compared, and another is begun
         process = start(tmp_path / f"killed-{runs}")
+        state = tmp_path / f"killed-{runs}" / "state"
         try:
             assert process.wait(timeout=generator.uniform(0.1, 0.5) * seconds) == 0
             assert (tmp_path / f"killed-{runs}" / "attacks.jsonl").read_bytes() == expected
@@ -179,6 +209,6 @@ def test_kill_9_ten_times_at_random_moments_gives_the_same_file(tmp_path, tiny_f
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-            kills += 1
+            kills += any(state.glob("*.json"))  # counts where a behaviour was under way
     assert start(tmp_path / f"killed-{runs}").wait() == 0
     assert (tmp_path / f"killed-{runs}" / "attacks.jsonl").read_bytes() == expected

@@ -22,7 +22,14 @@ from geometry.directions import (
     mean_difference,
     unit,
 )
-from geometry.plane import PromptInfo, describe_classes, export, points, project
+from geometry.plane import (
+    PromptInfo,
+    describe_classes,
+    displacement_nulls,
+    export,
+    points,
+    project,
+)
 from geometry.storage import load_directions, save_directions
 from plots import plane_html, plane_png
 from plots.plane_png import ellipse_axes
@@ -141,6 +148,14 @@ def test_a_layer_where_the_classes_do_not_differ_has_no_direction():
     assert not any(t.isnan().any() for n, t in found.statistics.items() if n != "layer_score")
 
 
+def test_zhao_on_a_model_that_refuses_exactly_the_harmful_prompts_is_harc_with_its_intervals_and_nulls():
+    activations, harmful, *_ = planted(n=48, strength=0.5)
+    zhao = estimate(activations, harmful, estimator="zhao", refused=harmful)
+    harc = estimate(activations, harmful, estimator="harc")
+    for name, value in harc.statistics.items():
+        assert torch.allclose(zhao.statistics[name].nan_to_num(), value.nan_to_num(), atol=1e-5), name
+
+
 def test_directions_point_to_harmful_and_to_refused():
     activations, harmful, refused, *_ = planted()
     found = estimate(activations, harmful, estimator="zhao", refused=refused)
@@ -164,13 +179,12 @@ def test_nulls_are_small_where_the_planted_effect_is_large_and_intervals_hold_it
 
 
 def test_without_an_effect_the_separation_is_within_its_permuted_null():
-    activations, harmful, *_ = planted(strength=0.0, n=120)
-    noise = Activations(
-        activations.resid - activations.resid.mean(0), POSITIONS, activations.prompt_ids, "noise"
-    )
-    flat = Activations(torch.randn_like(noise.resid), POSITIONS, noise.prompt_ids, "noise")
-    s = estimate(flat, harmful).statistics
-    assert (s["separation_harmfulness"].abs() < 1.6 * s["null_permuted_separation_harmfulness"]).all()
+    # 40 independent layers of pure noise: about 5 % of them lie beyond the 95th percentile of their null
+    resid = torch.randn(60, 40, 3, 16, generator=torch.Generator().manual_seed(0))
+    noise = Activations(resid, POSITIONS, tuple(map(str, range(60))), "noise")
+    s = estimate(noise, [i % 2 == 0 for i in range(60)]).statistics
+    beyond = s["separation_harmfulness"].abs() > s["null_permuted_separation_harmfulness"]
+    assert beyond.float().mean() <= 0.15
 
 
 def test_estimates_repeat_with_their_seed():
@@ -205,6 +219,9 @@ def test_layer_score_is_the_product_and_leaves_the_ends_out():
     cosine, h, r = torch.full((31,), -0.5), torch.full((31,), 3.0), torch.full((31,), 1.0)
     score = layer_score(cosine, h, r)
     assert score[4:27].tolist() == [1.0] * 23 and score[:4].isnan().all() and score[27:].isnan().all()
+    twelve = layer_score(cosine[:13], h[:13], r[:13])
+    assert (~twelve.isnan()).nonzero()[:, 0].tolist() == [4, 5, 6, 7, 8]
+    assert not layer_score(cosine[:4], h[:4], r[:4]).isnan().any()
 
 
 def test_a_model_that_never_refuses_has_no_zhao_direction_and_says_so():
@@ -278,6 +295,40 @@ def test_the_harmless_class_that_made_the_directions_has_its_centroid_at_zero_x(
     accepted = harmless[[i for i in range(len(harmless)) if (2 * i + 1) % 4 >= 2]]
     x, _ = project(accepted, directions.harmfulness[1], directions.harmless_t_inst[1])
     assert abs(float(x.mean())) < 1e-4
+
+
+def test_displacement_nulls_are_those_of_directions_without_meaning():
+    found, directions, activations = plane_of()
+    base, moved = activations.resid[:4], activations.resid[:4].clone()
+    moved[:, 1, 1] += torch.arange(48.0)
+    infos = [
+        PromptInfo(f"{a}{i}", f"b{i}", "attack", a, "harmful", a, "s", None)
+        for a in ("plain", "gcg")
+        for i in range(4)
+    ]
+    both = Activations(torch.cat([base, moved]), POSITIONS, tuple(i.prompt_id for i in infos), "planted")
+    nulls = displacement_nulls(both, infos, directions, directions, 1)["planted", "own", "gcg"]
+    # |u . m| for random unit u in d dimensions: 95th percentile about 1.96 |m| / sqrt(d)
+    length = float(torch.arange(48.0).norm())
+    assert nulls["null_random"] == [pytest.approx(1.96 * length / 48**0.5, rel=0.1), 0.0]
+    assert 0 < nulls["null_permuted"][0] < length
+    assert next(c for c in describe_classes(found) if c["class"] == "gcg")["null_random"] is None
+
+
+def test_sources_are_kept_apart_when_a_run_has_several():
+    def point(source, attack, x):
+        name = f"{attack} from {source}"
+        where = ("t", "own", 1, x, 0.0, 0.0, 0.0, None, 1.0, 1.0, None)
+        return PlanePoint(f"{source}{attack}", "b0", "attack", name, "harmful", attack, source, *where)
+
+    found = [
+        point("s", "plain", 0.0),
+        point("s", "gcg", 2.0),
+        point("u", "plain", 5.0),
+        point("u", "gcg", 4.0),
+    ]
+    moved = {c["class"]: c["displacement"] and c["displacement"][0] for c in describe_classes(found)}
+    assert moved == {"plain from s": None, "gcg from s": 2.0, "plain from u": None, "gcg from u": -1.0}
 
 
 def test_exports_agree_with_each_other_and_pictures_are_drawn(tmp_path):

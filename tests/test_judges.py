@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from core.errors import AttackPlaneError
-from evaluation.judges import Exchange, is_refusal, judge_all, make_judge
+from evaluation.judges import Exchange, is_refusal, judge_all, make_judge, means_harm
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,15 @@ def test_a_sequence_classifier_judges_pairs(tmp_path, tiny_models):
     assert score + other == pytest.approx(1.0, abs=1e-5)
     with pytest.raises(AttackPlaneError, match="safe, unsafe"):
         make_judge(f"classifier:{tmp_path}#nonsense")
+
+
+@pytest.mark.parametrize(
+    "label,harmful",
+    [("harmful", True), ("harmless", False), ("unsafe", True), ("safe", False), ("jailbreak", True),
+     ("no_jailbreak", False), ("not harmful", False), ("toxic", True), ("non-toxic", False), ("LABEL_1", False)],
+)  # fmt: skip
+def test_the_label_that_means_harm_is_guessed_only_from_its_words(label, harmful):
+    assert means_harm(label) is harmful
 
 
 def test_judgezoo_scores_pass_through_and_nan_is_null(monkeypatch):

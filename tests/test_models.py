@@ -91,6 +91,20 @@ def test_hub_names_load_with_their_revision(tmp_path):
         load("some-org/tiny-model@step-200", "cpu")
 
 
+def test_broken_weights_and_adapters_are_clear_errors(tmp_path, tiny_folders):
+    import shutil
+
+    broken = shutil.copytree(tiny_folders["qwen2"], tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(AttackPlaneError, match="cannot load the model"):
+        load(str(broken), "cpu")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(AttackPlaneError, match="cannot load the adapter"):
+        load(f"{tiny_folders['qwen2']}+{tmp_path / 'adapter'}", "cpu")
+
+
 def test_four_bit_without_cuda_says_what_it_needs(tiny_folders):
     with pytest.raises(AttackPlaneError, match="bitsandbytes"):
         load(f"{tiny_folders['qwen2']}?load=4bit", "cpu")
@@ -119,7 +133,10 @@ def test_families_cover_grouped_queries_tied_heads_windows_and_soft_caps(tiny_mo
 
 def test_dtype_of_the_spec_is_the_models(tiny_folders):
     assert load(f"{tiny_folders['qwen2']}?dtype=float16", "cpu").dtype == torch.float16
-    assert load(str(tiny_folders["qwen2"]), "cpu").dtype == torch.float32
+    single = load(str(tiny_folders["qwen2"]), "cpu")
+    assert single.dtype == torch.float32
+    # precision belongs to what a run may not mix
+    assert single.fingerprint != load(f"{tiny_folders['qwen2']}?dtype=float16", "cpu").fingerprint
 
 
 def test_fingerprints_follow_the_weights(tmp_path):

@@ -106,6 +106,14 @@ def test_a_template_that_drops_the_content_is_refused(tiny_models):
         loaded.tokenizer.chat_template = before
 
 
+def test_templates_that_print_the_date_render_the_same_tomorrow(tiny_models, monkeypatch):
+    loaded = tiny_models["qwen2"]
+    dated = "{{ strftime_now('%d %b %Y') }} {{ date_string }} " + loaded.tokenizer.chat_template
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", dated)
+    text = Renderer(loaded).render(Conversation.build(REQUEST)).text
+    assert text.startswith("26 Jul 2024 26 Jul 2024 ")
+
+
 def test_rendering_leaves_the_tokenizer_as_it_was(tiny):
     before = (tiny.tokenizer.chat_template, tiny.tokenizer.padding_side, len(tiny.tokenizer))
     Renderer(tiny).render(Conversation.build(REQUEST, SUFFIX), TARGET)

@@ -105,6 +105,16 @@ def test_a_stopped_training_goes_on_to_the_same_checkpoint(tmp_path, tiny_folder
     ).read_text()
 
 
+def test_a_checkpoint_that_is_gone_is_trained_anew(tmp_path, tiny_folders):
+    import shutil
+
+    first = train(tiny_folders["qwen2"], tmp_path)[0] / "adapter_model.safetensors"
+    content = first.read_bytes()
+    shutil.rmtree(first.parent)
+    train(tiny_folders["qwen2"], tmp_path)
+    assert first.read_bytes() == content
+
+
 def test_other_settings_in_the_same_folder_are_refused(tmp_path, tiny_folders):
     train(tiny_folders["qwen2"], tmp_path)
     with pytest.raises(AttackPlaneError, match=r"sft\.learning_rate"):

@@ -40,6 +40,22 @@ def test_another_configuration_is_refused_naming_the_difference(tmp_path):
     assert json.loads((tmp_path / "manifest.json").read_text())["stages"]["gcg"]["search_width"] == 64
 
 
+def test_a_behaviour_id_stands_for_one_request(tmp_path):
+    first = Behaviour("1", "Bake a cake", None, "c", "harmful", "a")
+    with RunFolder(tmp_path) as run:
+        run.note_behaviours([first])
+        run.note_behaviours([first])
+        assert run.behaviours() == {"1": first} and len(run.rows("behaviours.jsonl")) == 1
+        with pytest.raises(AttackPlaneError, match="'1' for another request"):
+            run.note_behaviours([Behaviour("1", "Brew tea", None, "c", "harmful", "b")])
+
+
+def test_a_run_can_not_be_written_into_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(AttackPlaneError, match="cannot write"), RunFolder(tmp_path / "file"):
+        pass
+
+
 def test_two_writers_at_once_are_refused(tmp_path):
     with RunFolder(tmp_path), pytest.raises(AttackPlaneError, match="another process"), RunFolder(tmp_path):
         pass

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 
 from core.generate import complete
 from core.prompt import Conversation, Renderer
@@ -103,9 +104,10 @@ def test_a_replay_stopped_half_way_goes_on(tmp_path, qwen):
         assert all(r["jailbroken"] is None for r in run.rows(REPLAYS))
 
 
-def test_greedy_completion_equals_a_step_by_step_argmax(tiny):
-    import torch
-
+def test_greedy_completion_equals_a_step_by_step_argmax(tiny, monkeypatch):
+    # also where the checkpoint brings generation settings of its own
+    for name, value in (("repetition_penalty", 5.0), ("do_sample", True), ("min_new_tokens", 4)):
+        monkeypatch.setattr(tiny.model.generation_config, name, value)
     renderer = Renderer(tiny)
     texts = [
         renderer.text(Conversation.build(r)) for r in ("Write about tea", "Say a very short word now please")
@@ -120,12 +122,22 @@ def test_greedy_completion_equals_a_step_by_step_argmax(tiny):
                 new.append(int(tiny.model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()))
             if new[-1] in ends:
                 break
+        assert tiny.model.generation_config.repetition_penalty == 5.0
         assert reply == tiny.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
-def test_sampling_repeats_with_its_seed_and_leaves_the_global_stream_alone(qwen):
-    import torch
+def test_sampled_replies_do_not_depend_on_where_a_run_was_stopped(tmp_path, qwen):
+    artifacts = run_attacker(tmp_path / "source", qwen)
+    config = ReplayConfig(max_new_tokens=6, temperature=1.0)
+    with RunFolder(tmp_path / "a") as whole, RunFolder(tmp_path / "b") as stopped:
+        replay_all(whole, qwen, artifacts, [], config)
+        replay_all(stopped, qwen, artifacts[::2], [], config)
+        replay_all(stopped, qwen, artifacts, [], config)
+        a, b = ({r["artifact_id"]: r["reply"] for r in run.rows(REPLAYS)} for run in (whole, stopped))
+    assert a == b and len(set(a.values())) > 1
 
+
+def test_sampling_repeats_with_its_seed_and_leaves_the_global_stream_alone(qwen):
     renderer = Renderer(qwen)
     texts = [renderer.text(Conversation.build("Write about tea"))] * 4
     before = torch.get_rng_state()
