@@ -410,7 +410,7 @@ def models(spec: str | None, fetch: bool) -> None:
       python cli.py models 'embedded?dtype=float32'
     """
     from core.embedded import SHA256, cache_folder, embedded_folder, is_whole
-    from core.models import FORMS, load
+    from core.models import FORMS, hub_cache, load
 
     if fetch:
         click.echo(embedded_folder())
@@ -426,6 +426,8 @@ def models(spec: str | None, fetch: bool) -> None:
             size = sum(f.stat().st_size for f in folder.iterdir()) / 2**20
             name = "embedded" if folder.name == SHA256[:16] else "GGUF file"
             click.echo(f"  {name}  {folder.name}  {size:.0f} MiB")
+    for name, mib in hub_cache():
+        click.echo(f"  {name}  {mib:.0f} MiB (hub)")
 
 
 @cli.command()

@@ -54,7 +54,9 @@ class TargetLoss:
             fed * whole * width
         )
         head = 3 * len(self.target) * self.loaded.embedding_table.shape[0] * 4
-        return max(1, min(512, memory_budget(self.loaded.device) // (cache + block + head)))
+        # on a CPU larger batches lose to memory traffic (docs/lab-log.md)
+        most = 16 if self.loaded.device.type == "cpu" else 512
+        return max(1, min(most, memory_budget(self.loaded.device) // (cache + block + head)))
 
     def _logits(self, embeddings: Tensor) -> Tensor:
         """(batch, fed tokens, d_model) -> (batch, T, vocabulary); the fed tokens follow the prefix."""

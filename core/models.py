@@ -328,6 +328,18 @@ def fingerprint(spec: ModelSpec, folder: Path | None, model: Any = None) -> str:
     return digest.hexdigest()[:16]
 
 
+def hub_cache() -> list[tuple[str, float]]:
+    """Models of the hub that are in its local cache: (name, MiB)."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        found = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    return sorted((r.repo_id, r.size_on_disk / 2**20) for r in found if r.repo_type == "model")
+
+
 def canonical_name(spec: str) -> str:
     """A file name for a spec."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in spec).strip("_.") or "model"

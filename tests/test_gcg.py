@@ -13,6 +13,7 @@ from attacks.run import Attacker, stream_seed
 from attacks.slot import default_slot
 from attacks.verify import verify_artifact
 from core.errors import AttackPlaneError
+from core.models import load
 from core.prompt import Renderer
 from core.records import AttackArtifact, Behaviour
 from core.store import ATTACKS, RunFolder
@@ -285,6 +286,13 @@ def test_the_recorded_loss_is_a_plain_pass_and_a_search_that_saw_another_is_warn
     monkeypatch.setattr(TargetLoss, "losses", lambda self, s: losses(self, s) + 0.01)
     run_attacker(tmp_path / "off", qwen, count=1)
     assert "a plain pass gives" in caplog.text
+
+
+def test_an_attack_in_bfloat16_is_verified_like_any_other(tmp_path, tiny_folders):
+    loaded = load(f"{tiny_folders['qwen2']}?dtype=bfloat16", "cpu")
+    artifacts = run_attacker(tmp_path, loaded, count=1)
+    assert loaded.dtype == torch.bfloat16
+    assert [verify_artifact(Renderer(loaded), a).fault for a in artifacts] == [None] * 4
 
 
 def test_verify_names_a_changed_loss_and_changed_tokens(tmp_path, qwen):

@@ -10,7 +10,7 @@ import torch
 
 from core import embedded as embedded_module
 from core.errors import AttackPlaneError
-from core.models import fingerprint, load, parse_spec
+from core.models import fingerprint, hub_cache, load, parse_spec
 from tests.conftest import FAMILIES, make_model
 
 
@@ -84,6 +84,7 @@ def test_hub_names_load_with_their_revision(tmp_path):
         commit = str(seed) * 40
         make_model(repository / "snapshots" / commit, "qwen2", seed=seed)
         (repository / "refs" / revision).write_text(commit)
+    assert [name for name, _ in hub_cache()] == ["some-org/tiny-model"]
     first, second = load("some-org/tiny-model", "cpu"), load("some-org/tiny-model@step-100", "cpu")
     assert first.fingerprint != second.fingerprint
     assert not torch.equal(first.embedding_table, second.embedding_table)
