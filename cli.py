@@ -444,7 +444,7 @@ def demo(run: Path) -> None:
     """
     import time
 
-    from pipeline import demo as whole
+    from demo import demo as whole
 
     start = time.monotonic()
     for path in whole(run):

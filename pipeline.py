@@ -23,12 +23,12 @@ from core.prompt import Conversation, Prompt, Renderer
 from core.records import AttackArtifact, Behaviour, Directions, PlanePoint, Replay, content_hash
 from core.store import ATTACKS, REPLAYS, RunFolder, write_atomically
 from evaluation.behaviours import load_behaviours
-from evaluation.judges import DEFAULT_JUDGES, is_refusal, make_judge
+from evaluation.judges import is_refusal, make_judge
 from geometry.activations import collect
 from geometry.directions import EstimateConfig, best_layers, classes, estimate
 from geometry.plane import Nulls, PromptInfo, displacement_nulls, export, points
 from geometry.storage import directions_path, load_directions, save_directions
-from reports import attack_table, classes_table, directions_table, matrix_table
+from reports import directions_table, matrix_table
 from training.sft import SFTConfig, train
 from transfer.matrix import matrix
 from transfer.replay import ReplayConfig, replay_all
@@ -94,10 +94,14 @@ def transfer(
         loaded_judges = [make_judge(spec) for spec in judges]
         settings = {**asdict(config), "judges": list(judges)}
         run.begin_stage("transfer", settings, {})
-        for spec in targets:
+
+        def replay_on(spec: str) -> None:  # a function, so that one model is gone before the next is loaded
             target = opened(spec)
             run.begin_stage("transfer", settings, {spec: target.fingerprint})
             replay_all(run, target, artifacts, loaded_judges, config, batch_size=batch_size)
+
+        for spec in targets:
+            replay_on(spec)
         cells = matrix(replays_of(run))
         lines = [json.dumps(cell.to_row()) + "\n" for cell in cells]
         write_atomically(path / "matrix.jsonl", "".join(lines))
@@ -140,46 +144,55 @@ def directions(
     """Estimate, save and print directions of each model; those already in the run with these settings are loaded."""
     check_specs(specs)
     behaviours = contrast_set(config)
-    settings = json.loads(json.dumps(asdict(config)))
     found = []
     with RunFolder(path) as run:
-        run.begin_stage("directions", settings, {})
+        run.begin_stage("directions", asdict(config), {})
         for spec in specs:
-            loaded = opened(spec)
-            run.begin_stage("directions", settings, {spec: loaded.fingerprint})
-            made_from = content_hash([settings, loaded.fingerprint, [b.request for b in behaviours]])
-            missing = [e for e in estimators if not _have(path, spec, e, made_from)]
-            if missing:
-                renderer = Renderer(loaded)
-                refused = contrast_replies(run, renderer, behaviours, config, made_from)
-                activations = collect(
-                    loaded,
-                    rendered(renderer, behaviours, config.system_prompt),
-                    [b.behaviour_id for b in behaviours],
-                )
-                harmful = [b.label == "harmful" for b in behaviours]
-                for estimator in missing:
-                    try:
-                        classes(estimator, harmful, refused)
-                    except AttackPlaneError as error:
-                        if len(estimators) == 1:
-                            raise
-                        click.echo(f"{spec}: no {estimator} directions. {error}")
-                        continue
-                    estimated = estimate(
-                        activations,
-                        harmful,
-                        estimator=estimator,
-                        refused=refused,
-                        config=EstimateConfig(config.resamples, config.seed),
-                    )
-                    estimated.settings["system_prompt"] = config.system_prompt
-                    save_directions(estimated, path, {"made_from": made_from})
+            made_from = directions_of(run, spec, behaviours, estimators, config)
             for estimator in estimators:
                 if _have(path, spec, estimator, made_from):
                     found.append(load_directions(path, spec, estimator))
                     click.echo(directions_table(found[-1], only_best_layers))
     return found
+
+
+def directions_of(
+    run: RunFolder,
+    spec: str,
+    behaviours: Sequence[Behaviour],
+    estimators: Sequence[str],
+    config: DirectionsConfig,
+) -> str:
+    """Make what is missing of one model's directions; returns the hash of what they are made from."""
+    loaded = opened(spec)
+    run.begin_stage("directions", asdict(config), {spec: loaded.fingerprint})
+    made_from = content_hash([asdict(config), loaded.fingerprint, [b.request for b in behaviours]])
+    missing = [e for e in estimators if not _have(run.path, spec, e, made_from)]
+    if not missing:
+        return made_from
+    renderer = Renderer(loaded)
+    refused = contrast_replies(run, renderer, behaviours, config, made_from)
+    prompts = rendered(renderer, behaviours, config.system_prompt)
+    activations = collect(loaded, prompts, [b.behaviour_id for b in behaviours])
+    harmful = [b.label == "harmful" for b in behaviours]
+    for estimator in missing:
+        try:
+            classes(estimator, harmful, refused)
+        except AttackPlaneError as error:
+            if len(estimators) == 1:
+                raise
+            click.echo(f"{spec}: no {estimator} directions. {error}")
+            continue
+        estimated = estimate(
+            activations,
+            harmful,
+            estimator=estimator,
+            refused=refused,
+            config=EstimateConfig(config.resamples, config.seed),
+        )
+        estimated.settings["system_prompt"] = config.system_prompt
+        save_directions(estimated, run.path, {"made_from": made_from})
+    return made_from
 
 
 def _have(path: Path, spec: str, estimator: str, made_from: str) -> bool:
@@ -255,7 +268,8 @@ def plane(
         nulls: Nulls = {}
         settings = {"base": base, "estimator": estimator, "layer": chosen, "targets": list(targets)}
         settings |= {"anchors": anchors, "anchor_splits": list(anchor_splits)}
-        for spec in targets:
+
+        def read(spec: str) -> None:  # a function, so that one model is gone before the next is loaded
             loaded = opened(spec)
             run.begin_stage("plane", settings, {spec: loaded.fingerprint}, derived=True)
             renderer = Renderer(loaded)
@@ -267,8 +281,11 @@ def plane(
                 prompts.append(renderer.render(conversation, allow_trim=True))
             judged = [replace(i, jailbroken=verdicts.get((i.prompt_id, spec))) for i in infos]
             activations = collect(loaded, prompts, [i.prompt_id for i in infos])
-            everything += points(activations, judged, own[spec], frame, chosen)
-            nulls |= displacement_nulls(activations, judged, own[spec], frame, chosen)
+            everything.extend(points(activations, judged, own[spec], frame, chosen))
+            nulls.update(displacement_nulls(activations, judged, own[spec], frame, chosen))
+
+        for spec in targets:
+            read(spec)
         written = export(everything, path, nulls)
         return [*written, plane_png.draw(path), plane_html.draw(path)]
 
@@ -349,55 +366,3 @@ def verify(path: Path, tolerance: float) -> Iterator[tuple[AttackArtifact, Verif
         for artifact in artifacts:
             if artifact.source_model == spec:
                 yield artifact, verify_artifact(renderer, artifact, tolerance=tolerance)
-
-
-# --- demo -------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class DemoConfig:
-    """The demo's settings: the whole pipeline on the embedded model within 15 minutes on two CPU cores."""
-
-    behaviours: int = 6
-    gcg: GCGConfig = GCGConfig(num_steps=24, search_width=32, topk=64)
-    sft: SFTConfig = SFTConfig(
-        num_steps=24,
-        checkpoints=(6, 12, 24),
-        batch_size=8,
-        learning_rate=1e-3,
-        warmup_steps=2,
-        lora_rank=16,
-        lora_alpha=32,
-        lora_dropout=0.0,
-    )
-    replay: ReplayConfig = ReplayConfig(max_new_tokens=32)
-
-
-def demo(path: Path, config: DemoConfig = DemoConfig()) -> list[Path]:
-    """Train refusing checkpoints, attack, replay, estimate, project, export, draw. Returns the files written."""
-    click.echo(click.style("1/5 train: LoRA refusal fine-tuning of the embedded model", bold=True))
-    checkpoints = train_sft("embedded", path / "checkpoints", config.sft)
-    click.echo((path / "checkpoints" / "losses.csv").read_text().strip().splitlines()[-1])
-    targets = ["embedded", *(f"embedded+{c}" for c in checkpoints)]
-    source = targets[1]
-    click.echo(click.style(f"2/5 attack: GCG on {source}", bold=True))
-    chosen = load_behaviours(label="harmful", splits=["test"])[:: 16 // config.behaviours][
-        : config.behaviours
-    ]
-    artifacts = attack(path, opened(source), chosen, config.gcg, seed=0, save_every=5, baselines=True)
-    click.echo(attack_table(artifacts))
-    click.echo(click.style("3/5 transfer: frozen prompts on the base and every checkpoint", bold=True))
-    asr = transfer(path, targets, DEFAULT_JUDGES, config.replay)
-    click.echo(click.style("4/5 directions of every target", bold=True))
-    directions(path, targets, ("harc", "zhao"), DirectionsConfig(), only_best_layers=2)
-    click.echo(click.style("5/5 plane: project, export, draw", bold=True))
-    written = plane(
-        path,
-        targets,
-        base=None,
-        estimator="harc",
-        layer=None,
-        anchors="demonstration",
-        anchor_splits=["test"],
-    )
-    click.echo(classes_table(path, frames=["own"], anchors=False))
-    click.echo(asr)
-    return [path / ATTACKS, path / REPLAYS, path / "matrix.jsonl", path / "directions", *written]

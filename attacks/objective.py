@@ -55,7 +55,7 @@ class TargetLoss:
         )
         head = 3 * len(self.target) * self.loaded.embedding_table.shape[0] * 4
         # on a CPU larger batches lose to memory traffic (docs/lab-log.md)
-        most = 16 if self.loaded.device.type == "cpu" else 512
+        most = 32 if self.loaded.device.type == "cpu" else 512
         return max(1, min(most, memory_budget(self.loaded.device) // (cache + block + head)))
 
     def _logits(self, embeddings: Tensor) -> Tensor:

@@ -79,6 +79,9 @@ class Attacker:
                         if artifact.artifact_id not in done:
                             self._keep(artifact, done)
         missing = [b for b in behaviours if self.artifact_id(GCG, b) not in done]
+        for behaviour in behaviours:
+            if behaviour not in missing:  # a state left by a crash right after its artifact was saved
+                self.run.drop_state(self.artifact_id(GCG, behaviour))
         wanted += [self.artifact_id(GCG, b) for b in behaviours]
         total = len(behaviours) * self.config.num_steps
         bar = tqdm(total=total, desc="gcg", unit="step", disable=not missing)
