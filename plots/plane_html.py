@@ -33,8 +33,8 @@ def draw(folder: Path) -> Path:
     prompts |= {r["behaviour_id"]: r["request"] for r in read_rows(folder / BEHAVIOURS)}
     targets = list(dict.fromkeys(r["target"] for r in rows))
     names = attack_names(rows)
-    style = {n: (COLOURS[i % 8], PLOTLY_MARKERS[i % 8]) for i, n in enumerate(names)}
-    style |= {n: (colour, PLOTLY_ANCHORS[marker]) for n, (colour, marker) in ANCHORS.items()}
+    style = {n: (colour, PLOTLY_ANCHORS[marker]) for n, (colour, marker) in ANCHORS.items()}
+    style |= {n: (COLOURS[i % 8], PLOTLY_MARKERS[i % 8]) for i, n in enumerate(names)}
     figure, owners = go.Figure(), []
     views = [(t, f) for f in FRAMES for t in targets]
     for view in views:
@@ -60,7 +60,7 @@ def draw(folder: Path) -> Path:
     figure.update_layout(
         title={"text": buttons[0]["args"][1]["title.text"], "font": {"size": 15}},
         template="plotly_white",
-        updatemenus=[{"buttons": buttons, "x": 0.0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"}],
+        updatemenus=[{"buttons": buttons, "x": 1.0, "y": 1.02, "xanchor": "right", "yanchor": "bottom"}],
         xaxis_title="harmfulness projection at t_inst (residual units)",
         yaxis_title="refusal projection at t_post_inst (residual units)",
         legend={"itemsizing": "constant"},
