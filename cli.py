@@ -227,7 +227,10 @@ def transfer(run: Path, targets: tuple[str, ...], judges: tuple[str, ...], max_n
 @click.option("--model", "models", multiple=True, required=True, help="Model spec; repeatable.")
 @click.option("--estimator", type=click.Choice(["harc", "zhao", "both"]), default="both")
 @click.option("--contrast", default="demonstration", help="Behaviours with labels harmful and harmless.")
-@click.option("--split", "splits", multiple=True, default=("train", "validation"))
+@click.option(
+    "--split", "splits", multiple=True,
+    help="Only these splits [default: train and validation of the demonstration set, else all]",
+)  # fmt: skip
 @click.option("--resamples", type=click.IntRange(20), default=200, help="Bootstrap samples and null draws.")
 @click.option("--system", help="System prompt.")
 @click.option("--seed", type=int, default=0)
@@ -242,10 +245,12 @@ def directions(run: Path, models: tuple[str, ...], estimator: str, contrast: str
     Example:
       python cli.py directions --run runs/first --model embedded --estimator harc
     """
+    from evaluation.behaviours import DEMONSTRATION
     from pipeline import DirectionsConfig
     from pipeline import directions as stage
 
     estimators = ("harc", "zhao") if estimator == "both" else (estimator,)
+    splits = splits or (("train", "validation") if contrast == DEMONSTRATION else ())
     config = DirectionsConfig(contrast, splits, resamples=resamples, seed=seed, system_prompt=system)
     stage(run, models, estimators, config)
 
@@ -257,7 +262,10 @@ def directions(run: Path, models: tuple[str, ...], estimator: str, contrast: str
 @click.option("--estimator", type=click.Choice(["harc", "zhao"]), default="harc")
 @click.option("--layer", type=click.IntRange(0), help="Layer [default: the base model's best layer score]")
 @click.option("--anchors", default="demonstration", help="Plain prompts drawn as anchors.")
-@click.option("--anchor-split", "anchor_splits", multiple=True, default=("test",))
+@click.option(
+    "--anchor-split", "anchor_splits", multiple=True,
+    help="Only these splits [default: test of the demonstration set, else all]",
+)  # fmt: skip
 @quiet_libraries
 def plane(run: Path, targets: tuple[str, ...], base: str | None, estimator: str, layer: int | None, anchors: str,
           anchor_splits: tuple[str, ...]) -> None:  # fmt: skip
@@ -269,6 +277,7 @@ def plane(run: Path, targets: tuple[str, ...], base: str | None, estimator: str,
     Example:
       python cli.py plane --run runs/first
     """
+    from evaluation.behaviours import DEMONSTRATION
     from pipeline import plane as stage
     from reports import classes_table
 
@@ -279,7 +288,7 @@ def plane(run: Path, targets: tuple[str, ...], base: str | None, estimator: str,
         estimator=estimator,
         layer=layer,
         anchors=anchors,
-        anchor_splits=anchor_splits,
+        anchor_splits=anchor_splits or (("test",) if anchors == DEMONSTRATION else ()),
     )
     click.echo(classes_table(run))
     for path in written:

@@ -95,6 +95,31 @@ def test_the_plane_may_be_drawn_anew_at_another_layer(run):
     call("plane", "--run", path)
 
 
+def test_directions_and_anchors_may_come_from_a_file_with_labels_and_no_splits(run, tmp_path):
+    _, model, _ = run
+    rows = [
+        f"{'Harm' if i % 2 else 'Help'} number {i},{'harmful' if i % 2 else 'harmless'}" for i in range(16)
+    ]
+    (tmp_path / "contrast.csv").write_text("goal,label\n" + "\n".join(rows) + "\n")
+    path, file = tmp_path / "run", tmp_path / "contrast.csv"
+    call(*small_gcg(model, path))
+    call(
+        "directions",
+        "--run",
+        path,
+        "--model",
+        model,
+        "--contrast",
+        file,
+        "--estimator",
+        "harc",
+        "--resamples",
+        20,
+    )
+    output = call("plane", "--run", path, "--target", model, "--anchors", file)
+    assert "harmless (anchor)  8" in output
+
+
 def test_show_prints_losses_rates_and_classes(run):
     output = call("show", "--run", run[0])
     for word in ("token fidelity", "ASR", "H moved", "search_width=6"):
