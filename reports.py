@@ -39,7 +39,7 @@ def classes_table(path: Path, *, frames: Sequence[str] = ("base", "own"), anchor
     header = ("target", "frame", "class", "n", "jailbroken", "H", "R", "H moved", "R moved", "null H, R")
     rows: list[tuple[str, ...]] = [header]
     for c in read_rows(path / CLASSES):
-        if c["frame"] not in frames or not (anchors or c["displacement"] or c["class"] == "plain"):
+        if c["frame"] not in frames or (c["kind"] == "anchor" and not anchors):
             continue
         moved = ["", ""]
         if c["displacement"]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,17 +132,24 @@ def main(
     for width in widths:
         generator = torch.Generator().manual_seed(0)
         sample_s, drawn = seconds(
-            lambda width=width, generator=generator: sample_candidates(  # type: ignore[misc]
-                suffix, gradient, allowed, topk=topk, width=width, n_replace=1, generator=generator
+            partial(
+                sample_candidates,
+                suffix,
+                gradient,
+                allowed,
+                topk=topk,
+                width=width,
+                n_replace=1,
+                generator=generator,
             ),
             device,
             repeats,
         )
-        filter_s, kept = seconds(lambda drawn=drawn: slot.faithful(drawn.tolist()), device, repeats)  # type: ignore[misc]
+        filter_s, kept = seconds(partial(slot.faithful, drawn.tolist()), device, repeats)
         drawn = drawn[torch.tensor(kept)]
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        score_s, losses = seconds(lambda drawn=drawn: objective.losses(drawn), device, repeats)  # type: ignore[misc]
+        score_s, losses = seconds(partial(objective.losses, drawn), device, repeats)
         rate = scoring_gflop(loaded, slot, len(drawn)) / score_s
         row = {
             "model": loaded.spec, "dtype": str(loaded.dtype), "device": name, "width": width,
@@ -153,7 +161,7 @@ def main(
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if plain:
             objective.prefix.usable = False
-            plain_s, plain_losses = seconds(lambda drawn=drawn: objective.losses(drawn), device, 1)  # type: ignore[misc]
+            plain_s, plain_losses = seconds(partial(objective.losses, drawn), device, 1)
             objective.prefix.usable = True
             row |= {
                 "plain_scoring_s": plain_s,

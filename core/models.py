@@ -225,10 +225,15 @@ def load(spec: str | ModelSpec, device: torch.device | str | None = None) -> Loa
             ) from error
         # 4-bit weights cannot take a merge without rounding anew: there the adapter stays beside them.
         model = wrapped.get_base_model() if parsed.load else wrapped.merge_and_unload()
+    return frozen(parsed, model, tokenizer, source)
+
+
+def frozen(spec: ModelSpec, model: Any, tokenizer: Any, folder: Path | None) -> LoadedModel:
+    """What ``load_base`` gave, in evaluation mode with frozen parameters, under its identity."""
     model.eval().requires_grad_(False)
-    weights = fingerprint(parsed, source, model)
-    precision = parsed.load or str(model.dtype).removeprefix("torch.")
-    return LoadedModel(parsed.text, model, tokenizer, model.device, f"{weights}-{precision}")
+    precision = spec.load or str(model.dtype).removeprefix("torch.")
+    identity = f"{fingerprint(spec, folder, model)}-{precision}"
+    return LoadedModel(spec.text, model, tokenizer, model.device, identity)
 
 
 def _first_line(error: Exception) -> str:

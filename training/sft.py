@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from core.errors import AttackPlaneError
-from core.models import LoadedModel, default_device, fingerprint, load_base, parse_spec
+from core.models import default_device, frozen, load_base, parse_spec
 from core.prompt import Conversation, Renderer
 from core.store import RunFolder, write_atomically
 
@@ -160,8 +160,7 @@ def train(
     with RunFolder(out) as folder, seeded(config.seed):
         device = default_device()
         model, tokenizer, source = load_base(parsed, device)
-        model.requires_grad_(False)
-        base = LoadedModel(spec, model.eval(), tokenizer, device, fingerprint(parsed, source, model))
+        base = frozen(parsed, model, tokenizer, source)
         settings = {**vars(config), "checkpoints": list(config.checkpoints)}
         settings["examples"] = [list(r) for r in refusals] + list(harmless)
         folder.begin_stage("sft", settings, {spec: base.fingerprint})

@@ -69,13 +69,10 @@ def matrix(replays: Sequence[Replay], *, seed: int = 0) -> list[Cell]:
                 paired=len(gains),
             )
         )
-    place = {name: n for n, name in enumerate(BASELINES)}
-    places = {
-        c: (list(dict.fromkeys(k[i] for k in rates))) for i, c in enumerate(("attack", "source", "target"))
-    }
-
-    def order(cell: Cell) -> tuple[int, int, int]:
-        target, source = places["target"].index(cell.target), places["source"].index(cell.source)
-        return target, source, place.get(cell.attack, len(place) + places["attack"].index(cell.attack))
-
-    return sorted(cells, key=order)
+    attacks = list(dict.fromkeys([*BASELINES, *(c.attack for c in cells)]))
+    sources = list(dict.fromkeys(c.source for c in cells))
+    targets = list(dict.fromkeys(c.target for c in cells))
+    return sorted(
+        cells,
+        key=lambda c: (targets.index(c.target), sources.index(c.source), attacks.index(c.attack)),
+    )
