@@ -2,13 +2,25 @@
 
     loss(suffix) = -(1/T) sum_t log p(target_t | before, suffix, after, target_<t)        [nats per target token]
 
-Keys and values of ``before`` are computed once and shared by all candidates; the last target token is not fed; the
-head is applied at the T predicting positions only. The token gradient is d loss / d one-hot(suffix) = (gradient at
-the suffix embeddings) @ embedding_table^T (GCG, arXiv 2307.15043, algorithm 1).
+The last target token is not fed; the head is applied at the T predicting positions only. Three ways to run the model, all
+exact, the first that serves a model is taken:
+
+``packed``  keys and values of ``before`` and of the current suffix are shared: a candidate that first differs from the
+            current suffix at position p is fed from p on, all candidates in one flat batch (``core/packed.py``)
+``cached``  keys and values of ``before`` are shared (``core/prefix.py``)
+``plain``   whole sequences
+
+The token gradient is d loss / d one-hot(suffix) = (gradient at the suffix embeddings) @ embedding_table^T (GCG,
+arXiv 2307.15043, algorithm 1). Its forward pass leaves the current suffix's keys and values for the candidates.
+
+``best`` needs only the argmin: with logits over a few likely tokens S (and the target) in place of the whole vocabulary,
+log sum_S exp - logit_target is a lower bound of a token's NLL, so a candidate whose bound exceeds the best complete loss
+is out without its full head. The likely tokens are the top of the current suffix's distributions.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +28,20 @@ from torch import Tensor
 
 from attacks.slot import SuffixSlot
 from core.batching import BatchSize, memory_budget
+from core.head import Head
 from core.models import LoadedModel
+from core.packed import Group, PackedDecoder
 from core.prefix import SharedPrefix
+
+log = logging.getLogger(__name__)
+
+PATHS = ("packed", "cached", "plain")
+ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
+"""By how much (nats per token) fast scoring may differ from one plain pass before we say so."""
+LIKELY = 256
+"""Tokens a target position that the lower bound looks at."""
+BOUND_MARGIN = 1e-4
+"""Rounding (nats per token) allowed between a bound and the loss it bounds, in float32."""
 
 
 def mean_nll(logits: Tensor, target: Tensor) -> Tensor:
@@ -27,9 +51,15 @@ def mean_nll(logits: Tensor, target: Tensor) -> Tensor:
 
 
 class TargetLoss:
-    """Scores suffixes of one slot on one model. ``batch`` is how many candidates go through the model at once."""
+    """Scores suffixes of one slot on one model. ``batch`` is how many candidates go through the model at once.
 
-    def __init__(self, loaded: LoadedModel, slot: SuffixSlot, *, batch_size: int | None = None) -> None:
+    Args:
+        path: one of ``PATHS``; None takes the first that serves the model, which is tried on the initial suffix.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, slot: SuffixSlot, *, batch_size: int | None = None, path: str | None = None
+    ) -> None:
         self.loaded = loaded
 
         def ids(values: Sequence[int]) -> Tensor:
@@ -40,14 +70,29 @@ class TargetLoss:
             ids(slot.after_ids),
             ids(slot.target_ids),
         )
-        self.prefix = SharedPrefix(loaded, self.before)
+        self._embed = loaded.model.get_input_embeddings()
+        self._rest = torch.cat([self.after, self.target[:-1]])
+        self._current = ids([])
+        self._likely: tuple[Head, Tensor] | None = None
+        self.fully_scored = 0
+        """Candidates whose whole head was computed in the last ``best``."""
         self.batch = BatchSize(batch_size or self._fitting(len(slot.initial_ids)))
+        self.path = path or "packed"
+        if self.path == "packed":
+            fault = self._start_packed(ids(slot.initial_ids), check=path is None)
+            if fault:
+                log.warning("%s: no packed scoring (%s); the plain cache is used", loaded.spec, fault)
+                self.path = "cached"
+        if self.path == "cached":
+            self.prefix = SharedPrefix(loaded, self.before)
+            if not self.prefix.usable:
+                self.path = "plain"
 
     def _fitting(self, suffix_length: int) -> int:
         """Candidates a batch within the memory budget, from the tensors that one candidate needs."""
         config, width = self.loaded.config, self.loaded.dtype.itemsize
-        fed = suffix_length + len(self.after) + len(self.target) - 1
-        whole = fed + self.prefix.length
+        fed = suffix_length + len(self._rest)
+        whole = fed + len(self.before)
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         cache = 2 * config.num_hidden_layers * whole * config.hidden_size * width
         block = fed * (3 * inner + 6 * config.hidden_size) * width + config.num_attention_heads * (
@@ -58,45 +103,158 @@ class TargetLoss:
         most = 32 if self.loaded.device.type == "cpu" else 512
         return max(1, min(most, memory_budget(self.loaded.device) // (cache + block + head)))
 
-    def _logits(self, embeddings: Tensor) -> Tensor:
-        """(batch, fed tokens, d_model) -> (batch, T, vocabulary); the fed tokens follow the prefix."""
-        if self.prefix.usable:
-            return self.loaded.last_logits(
-                len(self.target),
-                inputs_embeds=embeddings,
-                past_key_values=self.prefix.expanded(embeddings.shape[0]),
-                use_cache=True,
-            )
-        before = self.loaded.model.get_input_embeddings()(self.before)
-        whole = torch.cat([before.expand(embeddings.shape[0], -1, -1), embeddings], 1)
+    # --- packed ---------------------------------------------------------------------------------------------------
+    def _start_packed(self, initial: Tensor, *, check: bool) -> str | None:
+        """Compute the prefix; what speaks against this path on this model, if anything does."""
+        probe = torch.cat([self.before, initial])
+        try:
+            self._head = Head(self.loaded, probe)
+            if not self._head.usable:
+                return "its logits are not an elementwise function of a linear head's"
+            self._packed = PackedDecoder(self.loaded)
+            if len(self.before):
+                with torch.no_grad():
+                    group = Group(0, len(self.before), 1)
+                    self._packed.hidden(self._embed(self.before), [group], keep=group.length)
+            if check:
+                return self._difference(initial)
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return None
+
+    @torch.no_grad()
+    def _difference(self, initial: Tensor) -> str | None:
+        """Packed losses of two suffixes, one fed from its middle, against a plain pass; None where they agree."""
+        self._nll_of_current(initial, self._embed(initial))
+        other = initial.clone()
+        other[len(initial) // 2] = self.target[0]
+        both = torch.stack([initial, other])
+        packed = self._packed_losses(both)
+        plain = mean_nll(self._whole_logits(self._embed(self._fed(both))), self.target).cpu()
+        worst = float((packed - plain).abs().max())
+        return None if worst <= ROUNDING[self.loaded.dtype] else f"losses differ by {worst:.2g} from a plain pass"
+
+    def _nll_of_current(self, suffix: Tensor, leaf: Tensor) -> Tensor:
+        """Loss (scalar) of a suffix given its embeddings, which becomes the one that candidates share with."""
+        fed = torch.cat([leaf, self._embed(self._rest)])
+        shared = len(self.before)
+        keep = shared + len(suffix)
+        hidden = self._packed.hidden(fed, [Group(shared, len(fed), 1)], keep=keep)
+        logits = self._head.logits(hidden[-len(self.target) :])
+        self._current = suffix
+        likely = torch.cat([logits.detach().topk(min(LIKELY, logits.shape[1])).indices.flatten(), self.target])
+        likely = likely.unique()
+        self._likely = self._head.restricted(likely), torch.searchsorted(likely, self.target)
+        return mean_nll(logits[None], self.target)[0]
+
+    def _packed_hidden(self, suffixes: Tensor) -> Tensor:
+        """(candidate, suffix length) -> (candidate, T, d_model) final hidden states at the predicting positions."""
+        suffixes = suffixes.to(self.loaded.device)
+        length, rest, count = suffixes.shape[1], len(self._rest), len(self.target)
+        shared = torch.zeros(len(suffixes), dtype=torch.long)
+        if len(self._current) == length:
+            shared = (suffixes == self._current).long().cumprod(1).sum(1).clamp(max=length - 1).cpu()
+        order = shared.argsort(stable=True)
+
+        def score(part: Sequence[int]) -> Tensor:
+            starts = shared[torch.tensor(part)]
+            groups = [
+                Group(len(self.before) + int(start), length - int(start) + rest, int(rows))
+                for start, rows in zip(*starts.unique(return_counts=True), strict=True)
+            ]
+            ids = torch.cat([torch.cat([suffixes[i, shared[i] :], self._rest]) for i in part])
+            ends = torch.cumsum(length - starts + rest, 0)
+            predicting = (ends[:, None] + torch.arange(-count, 0)).flatten().to(ids.device)
+            hidden = self._packed.hidden(self._embed(ids), groups)
+            return hidden[predicting].unflatten(0, (len(part), count))
+
+        found = torch.cat(list(self.batch.over(order.tolist(), score)))
+        return found[order.argsort().to(found.device)]
+
+    def _head_losses(self, hidden: Tensor) -> Tensor:
+        """(candidate, T, d_model) -> (candidate,) losses by the whole head, float32 on the CPU."""
+        parts = [
+            mean_nll(self._head.logits(part.flatten(0, 1)).unflatten(0, part.shape[:2]), self.target).cpu()
+            for part in hidden.split(self.batch.value)
+        ]
+        return torch.cat(parts)
+
+    def _packed_losses(self, suffixes: Tensor) -> Tensor:
+        return self._head_losses(self._packed_hidden(suffixes))
+
+    # --- cached and plain -----------------------------------------------------------------------------------------
+    def _whole_logits(self, embeddings: Tensor) -> Tensor:
+        """(batch, fed tokens, d_model) -> (batch, T, vocabulary), the prefix computed anew."""
+        before = self._embed(self.before).expand(embeddings.shape[0], -1, -1)
+        whole = torch.cat([before, embeddings], 1)
         return self.loaded.last_logits(len(self.target), inputs_embeds=whole, use_cache=False)
 
-    def _fed(self, suffixes: Tensor) -> Tensor:
-        rest = torch.cat([self.after, self.target[:-1]]).expand(suffixes.shape[0], -1)
-        return torch.cat([suffixes.to(self.loaded.device), rest], 1)
+    def _logits(self, embeddings: Tensor) -> Tensor:
+        """(batch, fed tokens, d_model) -> (batch, T, vocabulary); the fed tokens follow the prefix."""
+        if self.path == "plain":
+            return self._whole_logits(embeddings)
+        return self.loaded.last_logits(
+            len(self.target),
+            inputs_embeds=embeddings,
+            past_key_values=self.prefix.expanded(embeddings.shape[0]),
+            use_cache=True,
+        )
 
+    def _fed(self, suffixes: Tensor) -> Tensor:
+        return torch.cat([suffixes.to(self.loaded.device), self._rest.expand(suffixes.shape[0], -1)], 1)
+
+    # --- what attacks use -----------------------------------------------------------------------------------------
     @torch.no_grad()
     def losses(self, suffixes: Tensor) -> Tensor:
         """(candidate, suffix length) ids -> (candidate,) losses, float32 on the CPU."""
-        embed = self.loaded.model.get_input_embeddings()
+        if self.path == "packed":
+            return self._packed_losses(suffixes)
 
         def score(part: Sequence[Tensor]) -> Tensor:
             fed = self._fed(torch.stack(list(part)))
-            return mean_nll(self._logits(embed(fed)), self.target).cpu()
+            return mean_nll(self._logits(self._embed(fed)), self.target).cpu()
 
         return torch.cat(list(self.batch.over(list(suffixes), score)))
 
+    @torch.no_grad()
+    def best(self, suffixes: Tensor) -> tuple[int, float]:
+        """Index and loss of the candidate with the lowest loss: the argmin of ``losses``, with less head work."""
+        if self.path != "packed" or self._likely is None or self.loaded.dtype != torch.float32:
+            losses = self.losses(suffixes)
+            self.fully_scored = len(losses)
+            return int(losses.argmin()), float(losses.min())
+        hidden = self._packed_hidden(suffixes)
+        head, target = self._likely
+        logits = head.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+        bounds = mean_nll(logits, target).cpu()
+        winner, lowest = -1, float("inf")
+        self.fully_scored = 0
+        for part in bounds.argsort().split(4):
+            if float(bounds[part[0]]) > lowest + BOUND_MARGIN:
+                break
+            losses = self._head_losses(hidden[part.to(hidden.device)])
+            self.fully_scored += len(part)
+            if float(losses.min()) < lowest:
+                winner, lowest = int(part[losses.argmin()]), float(losses.min())
+        if winner < 0:  # no loss is a number
+            return 0, float("nan")
+        return winner, lowest
+
     def token_gradient(self, suffix: Tensor) -> tuple[float, Tensor]:
         """Loss of one suffix (suffix length,) and its gradient (suffix length, vocabulary) float32, on the device."""
-        embed = self.loaded.model.get_input_embeddings()
+        suffix = suffix.to(self.loaded.device)
         with torch.enable_grad():
-            embeddings = embed(self._fed(suffix[None])).detach()
-            leaf = embeddings[:, : len(suffix)].clone().requires_grad_(True)
-            whole = torch.cat([leaf, embeddings[:, len(suffix) :]], 1)
-            loss = mean_nll(self._logits(whole), self.target)[0]
+            leaf = self._embed(suffix).detach().clone().requires_grad_(True)
+            if self.path == "packed":
+                loss = self._nll_of_current(suffix, leaf)
+            else:
+                whole = torch.cat([leaf, self._embed(self._rest)])[None]
+                loss = mean_nll(self._logits(whole), self.target)[0]
             (gradient,) = torch.autograd.grad(loss, leaf)
         table = self.loaded.embedding_table
-        return float(loss.detach()), (gradient[0].to(table.dtype) @ table.T).float()
+        return float(loss.detach()), (gradient.to(table.dtype) @ table.T).float()
 
 
 def plain_loss(loaded: LoadedModel, prompt_ids: Sequence[int], target_ids: Sequence[int]) -> float:

@@ -1,0 +1,59 @@
+"""The language-model head apart from its model: logits of chosen positions, over all tokens or over some of them.
+
+What models do to the head's output is an elementwise map: nothing, a constant factor, or soft-capping c tanh(x / c).
+Which one is found by comparing with the model's own logits, never by a family's name.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from core.models import LoadedModel
+
+
+class Head:
+    """``usable`` is False where the map could not be found; ``logits`` must not be used then."""
+
+    def __init__(self, loaded: LoadedModel, probe_ids: Tensor) -> None:
+        layer = loaded.model.get_output_embeddings()
+        self.scale, self.cap = 1.0, None
+        self.usable = type(layer) is nn.Linear
+        if self.usable:
+            self._weight, self._bias = layer.weight, layer.bias
+            self.usable = self._fit(loaded, probe_ids)
+
+    @torch.no_grad()
+    def _fit(self, loaded: LoadedModel, probe_ids: Tensor) -> bool:
+        inputs = {"input_ids": probe_ids[None, :8].to(loaded.device), "use_cache": False}
+        raw = self.logits(loaded.decoder(**inputs).last_hidden_state[0])
+        own = loaded.model(**inputs).logits[0].float()
+        tolerance = 1e-4 if loaded.dtype == torch.float32 else 3e-2
+        for scale, cap in (
+            (1.0, None),
+            (float((own * raw).sum() / (raw * raw).sum()), None),
+            (1.0, getattr(loaded.config, "final_logit_softcapping", None)),
+        ):
+            self.scale, self.cap = scale, cap
+            if torch.allclose(self._mapped(raw), own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+                return True
+        return False
+
+    def _mapped(self, raw: Tensor) -> Tensor:
+        if self.cap:
+            return (raw / self.cap).tanh_().mul_(self.cap)
+        return raw if self.scale == 1.0 else raw * self.scale
+
+    def restricted(self, tokens: Tensor) -> Head:
+        """The same head over these token ids only."""
+        part = copy.copy(self)
+        part._weight = self._weight[tokens]
+        part._bias = None if self._bias is None else self._bias[tokens]
+        return part
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(positions, d_model) -> (positions, tokens) float32."""
+        # contiguous rows: a strided view of a batch would be multiplied batch by batch, many times slower
+        return self._mapped(nn.functional.linear(hidden.contiguous(), self._weight, self._bias).float())

@@ -1,0 +1,126 @@
+"""Many continuations of one sequence in one flat batch: what they share is computed once and never copied per row.
+
+Rows that follow the same tokens up to some point (a prompt's prefix, and the current suffix up to the position where a
+candidate differs from it) attend to the keys and values of those tokens and to their own. Their fed tokens lie one after
+another in a batch of one sequence, so every matrix product is one large dense one, with no padding. Steps:
+
+1. The model runs with an attention function of ours (transformers' AttentionInterface) and explicit position ids.
+2. That function cuts queries, keys and values into groups of rows with equal lengths, puts the shared keys and values before
+   the rows' own, and calls the model's own attention function (sdpa or eager, so soft-capping and the like stay as
+   they are) with a causal, where need be sliding, mask.
+
+Nothing is assumed of a family: a caller checks one result against a plain pass (``attacks/objective.py`` does).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from core.models import LoadedModel
+
+NAME = "attack_plane_packed"
+
+
+@dataclass(frozen=True)
+class Group:
+    """``count`` rows of ``length`` fed tokens each, that follow the first ``shared`` tokens of the shared sequence."""
+
+    shared: int
+    length: int
+    count: int
+
+    @property
+    def tokens(self) -> int:
+        return self.length * self.count
+
+
+class PackedDecoder:
+    """Runs rows that continue one shared sequence, whose keys and values it keeps per attention module."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        self._known: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self._groups: tuple[Group, ...] = ()
+        self._keep = 0
+        self._original = loaded.config._attn_implementation
+
+    def hidden(self, embeddings: Tensor, groups: Sequence[Group], *, keep: int = 0) -> Tensor:
+        """Final hidden states (after the last norm) of all fed tokens.
+
+        Args:
+            embeddings: (fed tokens of all rows, d_model), row after row in the order of ``groups``.
+            keep: with one group of one row: remember keys and values of the first ``keep`` tokens of shared sequence
+                and row as the shared sequence from here on; 0 leaves it as it was.
+
+        Returns:
+            (fed tokens, d_model)
+        """
+        positions = torch.cat(
+            [torch.arange(g.shared, g.shared + g.length).repeat(g.count) for g in groups]
+        ).to(embeddings.device)
+        self._groups, self._keep = tuple(groups), keep
+        with self._installed():
+            output = self.loaded.decoder(
+                inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False
+            )
+        return output.last_hidden_state[0]
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        """Our attention function in place of the model's own, for one forward pass."""
+        config = self.loaded.config
+        ALL_ATTENTION_FUNCTIONS[NAME] = self._attend
+        config._attn_implementation = NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = self._original
+            del ALL_ATTENTION_FUNCTIONS[NAME]
+
+    def _attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        """(1, heads, fed tokens, head dim) each -> (1, fed tokens, heads, head dim)."""
+        own = self._own_attention(module)
+        parts, first = [], 0
+        for group in self._groups:
+            rows = slice(first, first + group.tokens)
+            first += group.tokens
+            q, k, v = (
+                x[0, :, rows].unflatten(1, (group.count, group.length)).transpose(0, 1) for x in (query, key, value)
+            )
+            if group.shared:
+                shared_k, shared_v = self._known[module]
+                k = torch.cat([shared_k[:, :, : group.shared].expand(group.count, -1, -1, -1), k], 2)
+                v = torch.cat([shared_v[:, :, : group.shared].expand(group.count, -1, -1, -1), v], 2)
+            if self._keep:
+                self._known[module] = (k[:, :, : self._keep].detach(), v[:, :, : self._keep].detach())
+            mask = self._mask(group, options.get("sliding_window"), query)
+            parts.append(own(module, q, k, v, mask, **options)[0].flatten(0, 1))
+        return torch.cat(parts)[None], None
+
+    def _own_attention(self, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
+        """The attention function that the model uses without us."""
+        if self._original == "eager":
+            return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        return ALL_ATTENTION_FUNCTIONS[self._original]
+
+    def _mask(self, group: Group, window: int | None, like: Tensor) -> Tensor:
+        """(1, 1, length, shared + length): 0 where a fed token sees a token, -inf where it does not."""
+        key = (group.shared, group.length, window)
+        if key not in self._masks:
+            seen = torch.arange(group.shared + group.length, device=like.device)
+            distance = seen[group.shared :, None] - seen
+            visible = (distance >= 0) & (distance < (window or len(seen)))
+            mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
+            self._masks[key] = mask.masked_fill(~visible, float("-inf"))[None, None]
+        return self._masks[key]
