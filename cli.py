@@ -88,6 +88,20 @@ def quiet_libraries(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def json_options(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """``("buffer_size=4",)`` -> ``{"buffer_size": 4}``."""
+    import json
+
+    found = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError as error:
+            raise click.BadParameter(f"{pair!r}: expected FIELD=JSON, for example buffer_size=4") from error
+    return found
+
+
 RUN = click.option(
     "--run", required=True, type=click.Path(path_type=Path), help="Run folder, for example runs/first."
 )
@@ -131,6 +145,17 @@ RUN = click.option(
 @click.option(
     "--stop-loss", type=float, default=0.0, help="Stop at this loss (nats per target token); 0: never."
 )
+@click.option(
+    "--stop-on-match", is_flag=True, help="Stop at a suffix after which greedy decoding gives the target."
+)
+@click.option(
+    "--engine", type=click.Choice(["gcg", "nanogcg"]), default="gcg",
+    help="gcg: ours. nanogcg: the package, as published, in an environment of its own (made on first use).",
+)  # fmt: skip
+@click.option(
+    "--nanogcg-option", "nanogcg_options", multiple=True, metavar="FIELD=JSON",
+    help="Another field of nanogcg's GCGConfig, for example buffer_size=4; repeatable.",
+)  # fmt: skip
 @click.option("--seed", type=int, default=0)
 @click.option(
     "--save-every", type=click.IntRange(1), default=5, help="Steps between saves within a behaviour."
@@ -142,7 +167,8 @@ RUN = click.option(
 def gcg(model: str, run: Path | None, behaviours: str, label: str, splits: tuple[str, ...], limit: int | None,
         preset: str, steps: int | None, width: int | None, topk: int | None, n_replace: int,
         suffix_length: int, init_suffix: str | None, placement: str, system: str | None, any_token: bool,
-        stop_loss: float, seed: int, save_every: int, baselines: bool) -> None:  # fmt: skip
+        stop_loss: float, stop_on_match: bool, engine: str, nanogcg_options: tuple[str, ...], seed: int,
+        save_every: int, baselines: bool) -> None:  # fmt: skip
     """Optimise adversarial suffixes (GCG).
 
     Saves each prompt as an artifact of the run, with its baselines; the same command goes on after a stop.
@@ -152,6 +178,7 @@ def gcg(model: str, run: Path | None, behaviours: str, label: str, splits: tuple
       python cli.py gcg
       python cli.py gcg --model embedded+runs/demo/checkpoints/step-12 --run runs/second --limit 16
       python cli.py gcg --model ORG/NAME --behaviours goals.csv --preset paper
+      python cli.py gcg --engine nanogcg --limit 1 --steps 4
     """
     from dataclasses import asdict
 
@@ -177,17 +204,25 @@ def gcg(model: str, run: Path | None, behaviours: str, label: str, splits: tuple
         system_prompt=system,
         ascii_only=not any_token,
         stop_loss=stop_loss,
+        stop_on_match=stop_on_match,
     )
     built_in = behaviours == DEMONSTRATION
     splits = splits or (("test",) if built_in else ())
     found = load_behaviours(behaviours, label=None if label == "any" else label, splits=splits)
     chosen = found[: limit or (4 if built_in else None)]
-    path = run or Path("runs") / f"gcg-{canonical_name(model)}-{content_hash([asdict(config), seed], 8)}"
+    options = json_options(nanogcg_options)
+    if options and engine != "nanogcg":
+        raise click.UsageError("--nanogcg-option needs --engine nanogcg")
+    hashed = content_hash([asdict(config), seed, options], 8)
+    path = run or Path("runs") / f"{engine}-{canonical_name(model)}-{hashed}"
     source = opened(model)
     click.echo(
         f"{len(chosen)} of {len(found)} behaviours, {config.num_steps} steps, width {config.search_width} -> {path}"
     )
-    artifacts = attack(path, source, chosen, config, seed=seed, save_every=save_every, baselines=baselines)
+    artifacts = attack(
+        path, source, chosen, config, seed=seed, save_every=save_every, baselines=baselines, engine=engine,
+        engine_options=options,
+    )  # fmt: skip
     click.echo(attack_table(artifacts))
     click.echo(f"next: python cli.py transfer --run {path} --target '{model}'")
 

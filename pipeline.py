@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
 from attacks.gcg import GCGConfig
-from attacks.run import Attacker
+from attacks.run import GCG, Attacker
 from attacks.verify import Verification, verify_artifact
 from core.errors import AttackPlaneError
 from core.generate import complete
@@ -74,11 +75,14 @@ def attack(
     seed: int,
     save_every: int,
     baselines: bool,
+    engine: str = GCG,
+    engine_options: Mapping[str, Any] | None = None,
 ) -> list[AttackArtifact]:
     with RunFolder(path) as run:
-        settings = {**asdict(config), "seed": seed}
-        run.begin_stage("gcg", settings, {source.spec: source.fingerprint})
-        return Attacker(run, source, config, seed, save_every).attack(behaviours, baselines=baselines)
+        attacker = Attacker(run, source, config, seed, save_every, engine, engine_options or {})
+        settings = {**attacker.settings(engine), "seed": seed}
+        run.begin_stage(engine, settings, {source.spec: source.fingerprint})
+        return attacker.attack(behaviours, baselines=baselines)
 
 
 # --- transfer ---------------------------------------------------------------------------------------------------------

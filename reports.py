@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.records import AttackArtifact, Directions
+from core.records import BASELINES, AttackArtifact, Directions
 from core.store import read_rows
 from core.text import aligned
 from evaluation.asr import Interval
@@ -26,12 +26,13 @@ def attack_table(artifacts: Sequence[AttackArtifact]) -> str:
             "-" if name not in found or found[name].loss is None else f"{found[name].loss:.3f}"
             for name in names
         ]
-        best = found["gcg"].best_step if "gcg" in found else None
+        steps = [
+            f"{a.best_step}" for a in found.values() if a.attack not in BASELINES and a.best_step is not None
+        ]
         fidelity = all(a.token_fidelity for a in found.values())
-        rows.append(
-            (behaviour, *losses, "-" if best is None else str(best), "holds" if fidelity else "BROKEN")
-        )
-    return aligned(rows)
+        rows.append((behaviour, *losses, ", ".join(steps) or "-", "holds" if fidelity else "BROKEN"))
+    faults = [f"{a.behaviour_id}, {a.attack}: {fault}" for a in artifacts for fault in a.faults]
+    return "\n".join([aligned(rows), *faults])
 
 
 def classes_table(path: Path, *, frames: Sequence[str] = ("base", "own"), anchors: bool = True) -> str:

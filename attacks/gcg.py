@@ -37,6 +37,8 @@ class GCGConfig:
     ascii_only: bool = True
     stop_loss: float = 0.0
     """Stop once the best loss is at or below this (nats per target token); 0 runs all steps, as the paper does."""
+    stop_on_match: bool = False
+    """Stop at a suffix after which greedy decoding gives the target, and return that one."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "search_width", "topk", "n_replace", "suffix_length"):
@@ -107,7 +109,10 @@ def run_gcg(
         objective.batch.value = state.batch_size
     while state.step < config.num_steps and state.best_loss > config.stop_loss:
         suffix = torch.tensor(state.suffix_ids)
-        _, gradient = objective.token_gradient(suffix.to(objective.loaded.device))
+        _, gradient = objective.token_gradient(suffix)
+        if config.stop_on_match and objective.matches:
+            state.best_step, state.best_ids = len(state.losses) - 1, list(state.suffix_ids)
+            break
         candidates = sample_candidates(
             suffix,
             gradient,
@@ -120,10 +125,9 @@ def run_gcg(
         candidates = candidates[torch.tensor(slot.faithful(candidates.tolist()), dtype=torch.bool)]
         state.scored.append(len(candidates))
         if len(candidates):
-            losses = objective.losses(candidates)
-            winner = int(losses.argmin())
+            winner, loss = objective.best(candidates)
             state.suffix_ids = candidates[winner].tolist()
-            state.note(_finite(float(losses[winner]), objective))
+            state.note(_finite(loss, objective))
         else:  # every candidate merged with a neighbour: stay, and draw others in the next step
             state.note(state.losses[-1])
         state.generator_state = generator.get_state().tolist()

@@ -40,6 +40,8 @@ ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 """By how much (nats per token) fast scoring may differ from one plain pass before we say so."""
 LIKELY = 256
 """Tokens a target position that the lower bound looks at."""
+HEAD_BATCH = 16
+"""Candidates whose logits over the whole vocabulary are held at once."""
 BOUND_MARGIN = 1e-4
 """Rounding (nats per token) allowed between a bound and the loss it bounds, in float32."""
 
@@ -76,6 +78,8 @@ class TargetLoss:
         self._likely: tuple[Head, Tensor] | None = None
         self.fully_scored = 0
         """Candidates whose whole head was computed in the last ``best``."""
+        self.matches = False
+        """Whether greedy decoding gives the target after the suffix of the last ``token_gradient``."""
         self.batch = BatchSize(batch_size or self._fitting(len(slot.initial_ids)))
         self.path = path or "packed"
         if self.path == "packed":
@@ -88,6 +92,11 @@ class TargetLoss:
             if not self.prefix.usable:
                 self.path = "plain"
 
+    @property
+    def likely_tokens(self) -> int:
+        """How many tokens the lower bound of ``best`` looks at."""
+        return self._likely[0].tokens if self._likely else 0
+
     def _fitting(self, suffix_length: int) -> int:
         """Candidates a batch within the memory budget, from the tensors that one candidate needs."""
         config, width = self.loaded.config, self.loaded.dtype.itemsize
@@ -99,8 +108,8 @@ class TargetLoss:
             fed * whole * width
         )
         head = 3 * len(self.target) * self.loaded.embedding_table.shape[0] * 4
-        # on a CPU larger batches lose to memory traffic (docs/lab-log.md)
-        most = 32 if self.loaded.device.type == "cpu" else 512
+        # larger ones gain nothing on a CPU (docs/lab-log.md)
+        most = 64 if self.loaded.device.type == "cpu" else 512
         return max(1, min(most, memory_budget(self.loaded.device) // (cache + block + head)))
 
     # --- packed ---------------------------------------------------------------------------------------------------
@@ -127,27 +136,33 @@ class TargetLoss:
     @torch.no_grad()
     def _difference(self, initial: Tensor) -> str | None:
         """Packed losses of two suffixes, one fed from its middle, against a plain pass; None where they agree."""
-        self._nll_of_current(initial, self._embed(initial))
+        self._logits_of_current(initial, self._embed(initial))
         other = initial.clone()
         other[len(initial) // 2] = self.target[0]
         both = torch.stack([initial, other])
         packed = self._packed_losses(both)
         plain = mean_nll(self._whole_logits(self._embed(self._fed(both))), self.target).cpu()
         worst = float((packed - plain).abs().max())
-        return None if worst <= ROUNDING[self.loaded.dtype] else f"losses differ by {worst:.2g} from a plain pass"
+        return (
+            None
+            if worst <= ROUNDING[self.loaded.dtype]
+            else f"losses differ by {worst:.2g} from a plain pass"
+        )
 
-    def _nll_of_current(self, suffix: Tensor, leaf: Tensor) -> Tensor:
-        """Loss (scalar) of a suffix given its embeddings, which becomes the one that candidates share with."""
+    def _logits_of_current(self, suffix: Tensor, leaf: Tensor) -> Tensor:
+        """(T, vocabulary) logits of a suffix given its embeddings, which becomes the one that candidates share with."""
         fed = torch.cat([leaf, self._embed(self._rest)])
         shared = len(self.before)
         keep = shared + len(suffix)
         hidden = self._packed.hidden(fed, [Group(shared, len(fed), 1)], keep=keep)
         logits = self._head.logits(hidden[-len(self.target) :])
         self._current = suffix
-        likely = torch.cat([logits.detach().topk(min(LIKELY, logits.shape[1])).indices.flatten(), self.target])
+        likely = torch.cat(
+            [logits.detach().topk(min(LIKELY, logits.shape[1])).indices.flatten(), self.target]
+        )
         likely = likely.unique()
         self._likely = self._head.restricted(likely), torch.searchsorted(likely, self.target)
-        return mean_nll(logits[None], self.target)[0]
+        return logits
 
     def _packed_hidden(self, suffixes: Tensor) -> Tensor:
         """(candidate, suffix length) -> (candidate, T, d_model) final hidden states at the predicting positions."""
@@ -177,7 +192,7 @@ class TargetLoss:
         """(candidate, T, d_model) -> (candidate,) losses by the whole head, float32 on the CPU."""
         parts = [
             mean_nll(self._head.logits(part.flatten(0, 1)).unflatten(0, part.shape[:2]), self.target).cpu()
-            for part in hidden.split(self.batch.value)
+            for part in hidden.split(HEAD_BATCH)
         ]
         return torch.cat(parts)
 
@@ -248,11 +263,12 @@ class TargetLoss:
         with torch.enable_grad():
             leaf = self._embed(suffix).detach().clone().requires_grad_(True)
             if self.path == "packed":
-                loss = self._nll_of_current(suffix, leaf)
+                logits = self._logits_of_current(suffix, leaf)[None]
             else:
-                whole = torch.cat([leaf, self._embed(self._rest)])[None]
-                loss = mean_nll(self._logits(whole), self.target)[0]
+                logits = self._logits(torch.cat([leaf, self._embed(self._rest)])[None])
+            loss = mean_nll(logits, self.target)[0]
             (gradient,) = torch.autograd.grad(loss, leaf)
+        self.matches = bool((logits[0].argmax(-1) == self.target).all())
         table = self.loaded.embedding_table
         return float(loss.detach()), (gradient.to(table.dtype) @ table.T).float()
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from tqdm import tqdm
 from attacks.baselines import baseline_suffixes
 from attacks.candidates import allowed_tokens
 from attacks.gcg import GCGConfig, GCGState, run_gcg
-from attacks.objective import TargetLoss, plain_loss
+from attacks.objective import ROUNDING, TargetLoss, plain_loss
+from attacks.reference import Reference, faults_of, reference
 from attacks.slot import SuffixSlot, default_slot
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
@@ -28,8 +30,8 @@ from core.store import ATTACKS, RunFolder
 
 log = logging.getLogger(__name__)
 GCG = "gcg"
-ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
-"""By how much (nats per token) batched, cached scoring may differ from one plain pass before we say so."""
+NANOGCG = "nanogcg"
+ENGINES = (GCG, NANOGCG)
 BASELINE_SETTINGS = ("suffix_length", "init_suffix", "placement", "system_prompt", "ascii_only")
 
 
@@ -40,13 +42,19 @@ def stream_seed(seed: int, *names: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Attacker:
-    """One source model and one configuration, over any number of behaviours."""
+    """One source model and one configuration, over any number of behaviours.
+
+    ``engine`` is ours (``gcg``) or ``nanogcg``, run as published in its own environment; it is also the name of the
+    attack in the artifacts. ``engine_options`` are further fields of nanogcg's own GCGConfig.
+    """
 
     run: RunFolder
     loaded: LoadedModel
     config: GCGConfig
     seed: int
     save_every: int = 5
+    engine: str = GCG
+    engine_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def attack(self, behaviours: Sequence[Behaviour], *, baselines: bool = True) -> list[AttackArtifact]:
         """Artifacts of all behaviours, those of earlier runs included; in the order baselines, GCG.
@@ -60,6 +68,13 @@ class Attacker:
                 "GCG needs a target string for every behaviour",
                 where=f"{len(lacking)} behaviours, first {lacking[0]}",
                 remedy="add a column target ('Sure, here is ...') to the behaviours file",
+            )
+        if self.engine == NANOGCG and self.config.stop_loss:
+            raise AttackPlaneError(
+                "nanogcg cannot stop at a loss",
+                where="stop_loss",
+                got=self.config.stop_loss,
+                remedy="leave it out",
             )
         done = {row["artifact_id"]: row for row in self.run.rows(ATTACKS)}
         self.run.note_behaviours(behaviours)
@@ -78,25 +93,31 @@ class Attacker:
                     for artifact in self._baselines(renderer, behaviour, allowed):
                         if artifact.artifact_id not in done:
                             self._keep(artifact, done)
-        missing = [b for b in behaviours if self.artifact_id(GCG, b) not in done]
+        missing = [b for b in behaviours if self.artifact_id(self.engine, b) not in done]
         for behaviour in behaviours:
             if behaviour not in missing:  # a state left by a crash right after its artifact was saved
-                self.run.drop_state(self.artifact_id(GCG, behaviour))
-        wanted += [self.artifact_id(GCG, b) for b in behaviours]
+                self.run.drop_state(self.artifact_id(self.engine, behaviour))
+        wanted += [self.artifact_id(self.engine, b) for b in behaviours]
         total = len(behaviours) * self.config.num_steps
-        bar = tqdm(total=total, desc="gcg", unit="step", disable=not missing)
+        bar = tqdm(total=total, desc=self.engine, unit="step", disable=not missing)
         bar.update((len(behaviours) - len(missing)) * self.config.num_steps)
-        with bar:
-            for behaviour in missing:
-                self._keep(self._gcg(renderer, behaviour, allowed, bar), done)
-                self.run.drop_state(self.artifact_id(GCG, behaviour))
+        if missing:
+            with bar, self._optimiser(renderer, allowed, bar) as optimise:
+                for number, behaviour in enumerate(missing, start=len(behaviours) - len(missing) + 1):
+                    self._keep(optimise(behaviour), done)
+                    self.run.drop_state(self.artifact_id(self.engine, behaviour))
+                    bar.update(number * self.config.num_steps - bar.n)  # a search may stop early
         return [AttackArtifact.from_row(done[i]) for i in wanted]
 
     # --- ids ------------------------------------------------------------------------------------------------------
     def settings(self, attack: str) -> dict[str, Any]:
         """What an artifact of this attack depends on, besides behaviour, model and seed."""
         values = dataclasses.asdict(self.config)
-        return values if attack == GCG else {key: values[key] for key in BASELINE_SETTINGS}
+        if attack == GCG:
+            return values
+        if attack == NANOGCG:
+            return values | {"engine_options": dict(self.engine_options)}
+        return {key: values[key] for key in BASELINE_SETTINGS}
 
     def artifact_id(self, attack: str, behaviour: Behaviour) -> str:
         model = (self.loaded.spec, self.loaded.fingerprint)
@@ -133,6 +154,55 @@ class Attacker:
             for name, suffix_ids in baseline_suffixes(slot, allowed, generator)
         ]
 
+    @contextmanager
+    def _optimiser(
+        self, renderer: Renderer, allowed: torch.Tensor, bar: tqdm
+    ) -> Iterator[Callable[[Behaviour], AttackArtifact]]:
+        """What makes the artifact of one behaviour."""
+        if self.engine == GCG:
+            yield lambda behaviour: self._gcg(renderer, behaviour, allowed, bar)
+        else:
+            with reference(self.loaded) as engine:
+                yield lambda behaviour: self._nanogcg(engine, renderer, behaviour, bar)
+
+    def _nanogcg(
+        self, engine: Reference, renderer: Renderer, behaviour: Behaviour, bar: tqdm
+    ) -> AttackArtifact:
+        """One behaviour by the reference engine. It cannot go on after a stop: a behaviour in progress starts anew."""
+        slot, config = self._slot(renderer, behaviour), self.config
+        kept: list[list[int]] = []
+
+        def on_step(step: dict[str, Any]) -> None:
+            kept.append(step["kept"])
+            bar.update(1)
+            bar.set_postfix_str(f"{behaviour.behaviour_id} loss {step['loss']:.3f}")
+
+        options = {
+            "num_steps": config.num_steps, "search_width": config.search_width, "topk": config.topk,
+            "n_replace": config.n_replace, "allow_non_ascii": not config.ascii_only,
+            "early_stop": config.stop_on_match, "seed": stream_seed(self.seed, behaviour.behaviour_id, NANOGCG) % 2**32,
+            **self.engine_options,
+        }  # fmt: skip
+        result = engine.run(slot, options, system=config.system_prompt, on_step=on_step)
+        best = result["losses"].index(min(result["losses"]))
+        faults = faults_of(engine, renderer, slot, result, kept[best], bool(options["early_stop"]))
+        for fault in faults:
+            log.warning("%s: %s", behaviour.behaviour_id, fault)
+        initial = plain_loss(
+            self.loaded, (*slot.before_ids, *slot.initial_ids, *slot.after_ids), slot.target_ids
+        )
+        return self._artifact(
+            renderer,
+            NANOGCG,
+            behaviour,
+            slot,
+            kept[best],
+            suffix=result["best_string"],
+            history=[initial, *result["losses"]],
+            best_step=best + 1,
+            faults=faults,
+        )
+
     def _gcg(
         self, renderer: Renderer, behaviour: Behaviour, allowed: torch.Tensor, bar: tqdm
     ) -> AttackArtifact:
@@ -160,8 +230,16 @@ class Attacker:
             state=state,
             on_step=on_step,
         )
-        bar.update(self.config.num_steps - state.step)
-        return self._artifact(renderer, GCG, behaviour, slot, state.best_ids, state)
+        artifact = self._artifact(
+            renderer, GCG, behaviour, slot, state.best_ids, history=state.losses, best_step=state.best_step
+        )
+        assert artifact.loss is not None
+        if not abs(artifact.loss - state.best_loss) <= ROUNDING[self.loaded.dtype]:
+            log.warning(
+                "%s: the search saw loss %.4f, a plain pass gives %.4f on %s; please report this",
+                *(behaviour.behaviour_id, state.best_loss, artifact.loss, self.loaded.spec),
+            )
+        return artifact
 
     def _artifact(
         self,
@@ -170,23 +248,24 @@ class Attacker:
         behaviour: Behaviour,
         slot: SuffixSlot,
         suffix_ids: list[int] | None,
-        state: GCGState | None = None,
+        *,
+        suffix: str | None = None,
+        history: list[float] | None = None,
+        best_step: int = 0,
+        faults: list[str] | None = None,
     ) -> AttackArtifact:
+        """Render and score a prompt as a stranger would. ``suffix`` is its text where that is not the ids' own."""
         system = self.config.system_prompt
         if suffix_ids is None:
-            suffix, prompt = None, behaviour.request
-            rendered = renderer.render(Conversation.build(prompt, system=system), behaviour.target_string)
-            expected = (*rendered.ids, *rendered.target_ids)
+            prompt = behaviour.request
+            conversation, expected = Conversation.build(prompt, system=system), None
         else:
-            suffix, prompt = slot.suffix_texts([suffix_ids])[0], slot.content(suffix_ids)
-            rendered = renderer.render(Conversation(prompt, system=system), behaviour.target_string)
+            suffix = slot.suffix_texts([suffix_ids])[0] if suffix is None else suffix
+            prompt = slot.content_before + suffix + slot.content_after
+            conversation = Conversation(prompt, system=system)
             expected = (*slot.before_ids, *suffix_ids, *slot.after_ids, *slot.target_ids)
+        rendered = renderer.render(conversation, behaviour.target_string, allow_trim=attack == NANOGCG)
         loss = plain_loss(self.loaded, rendered.ids, rendered.target_ids)
-        if state and not abs(loss - state.best_loss) <= ROUNDING[self.loaded.dtype]:
-            log.warning(
-                "%s: the search saw loss %.4f, a plain pass gives %.4f on %s; please report this",
-                *(behaviour.behaviour_id, state.best_loss, loss, self.loaded.spec),
-            )
         return AttackArtifact(
             artifact_id=self.artifact_id(attack, behaviour),
             behaviour_id=behaviour.behaviour_id,
@@ -198,10 +277,11 @@ class Attacker:
             suffix_ids=suffix_ids,
             target_string=behaviour.target_string,
             loss=loss,
-            loss_history=state.losses if state else [loss],
-            best_step=state.best_step if state else 0,
+            loss_history=history or [loss],
+            best_step=best_step,
             seed=self.seed,
             config_hash=content_hash(self.settings(attack)),
-            token_fidelity=(*rendered.ids, *rendered.target_ids) == tuple(expected),
+            token_fidelity=expected is None or (*rendered.ids, *rendered.target_ids) == expected,
             system_prompt=system,
+            faults=faults or [],
         )

@@ -37,10 +37,6 @@ class SuffixSlot:
     def suffix_texts(self, suffixes: Sequence[Sequence[int]]) -> list[str]:
         return self.renderer.decode(suffixes, context=self.before_ids[-1:])
 
-    def content(self, suffix_ids: Sequence[int]) -> str:
-        """The user content with this suffix: what an artifact keeps as its prompt."""
-        return self.content_before + self.suffix_texts([suffix_ids])[0] + self.content_after
-
     def faithful(self, suffixes: Sequence[Sequence[int]]) -> list[bool]:
         """Token fidelity of each suffix in the whole conversation, target included; one tokenizer call.
 

@@ -37,14 +37,20 @@ class Head:
             (1.0, getattr(loaded.config, "final_logit_softcapping", None)),
         ):
             self.scale, self.cap = scale, cap
-            if torch.allclose(self._mapped(raw), own, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+            if torch.allclose(
+                self._mapped(raw), own, rtol=tolerance, atol=tolerance * float(own.abs().max())
+            ):
                 return True
         return False
 
     def _mapped(self, raw: Tensor) -> Tensor:
         if self.cap:
-            return (raw / self.cap).tanh_().mul_(self.cap)
+            return (raw / self.cap).tanh() * self.cap
         return raw if self.scale == 1.0 else raw * self.scale
+
+    @property
+    def tokens(self) -> int:
+        return self._weight.shape[0]
 
     def restricted(self, tokens: Tensor) -> Head:
         """The same head over these token ids only."""

@@ -87,7 +87,13 @@ class PackedDecoder:
             del ALL_ATTENTION_FUNCTIONS[NAME]
 
     def _attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
     ) -> tuple[Tensor, None]:
         """(1, heads, fed tokens, head dim) each -> (1, fed tokens, heads, head dim)."""
         own = self._own_attention(module)
@@ -96,7 +102,8 @@ class PackedDecoder:
             rows = slice(first, first + group.tokens)
             first += group.tokens
             q, k, v = (
-                x[0, :, rows].unflatten(1, (group.count, group.length)).transpose(0, 1) for x in (query, key, value)
+                x[0, :, rows].unflatten(1, (group.count, group.length)).transpose(0, 1)
+                for x in (query, key, value)
             )
             if group.shared:
                 shared_k, shared_v = self._known[module]
@@ -111,7 +118,7 @@ class PackedDecoder:
     def _own_attention(self, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
         """The attention function that the model uses without us."""
         if self._original == "eager":
-            return sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+            return sys.modules[type(module).__module__].eager_attention_forward
         return ALL_ATTENTION_FUNCTIONS[self._original]
 
     def _mask(self, group: Group, window: int | None, like: Tensor) -> Tensor:

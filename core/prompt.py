@@ -165,6 +165,14 @@ class Renderer:
             )
         self._around: dict[tuple[str | None, tuple[tuple[str, str], ...]], tuple[str, str]] = {}
 
+    @cached_property
+    def template(self) -> str:
+        """The chat template that is used: the model's own with the date held fixed, or the plain one."""
+        if not self.loaded.has_chat_template:
+            return PLAIN_TEMPLATE
+        own = self.tokenizer.get_chat_template()
+        return FIXED_TODAY + own if "strftime_now" in own else own
+
     # --- text -----------------------------------------------------------------------------------------------------
     @cached_property
     def _bos_added_by_default(self) -> bool:
@@ -186,10 +194,7 @@ class Renderer:
         if reply is not None:
             messages.append({"role": "assistant", "content": reply})
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": reply is None}
-        if not self.loaded.has_chat_template:
-            options["chat_template"] = PLAIN_TEMPLATE
-        elif "strftime_now" in self.tokenizer.chat_template:
-            options["chat_template"] = FIXED_TODAY + self.tokenizer.chat_template
+        options["chat_template"] = self.template
         try:
             text = self.tokenizer.apply_chat_template(messages, **options, **FIXED)
         except Exception as error:  # templates raise jinja2 errors of their own choosing

@@ -120,7 +120,7 @@ class AttackArtifact(Record):
     whole sequence. For an optimised attack the suffix is the best seen, at step ``best_step`` of ``loss_history``
     (index 0 is the initial suffix), which holds the losses that the search saw: equal to rounding.
     ``token_fidelity`` says whether the whole rendered conversation, tokenised again from its text, gives the ids
-    that were scored.
+    that were scored. ``faults`` is what was found wrong with the artifact when it was made, in words.
     """
 
     artifact_id: str
@@ -139,6 +139,7 @@ class AttackArtifact(Record):
     config_hash: str
     token_fidelity: bool | None
     system_prompt: str | None = None
+    faults: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

@@ -15,6 +15,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -132,20 +134,27 @@ FAMILIES = {
     ),
     "mistral": (MistralConfig, {"sliding_window": 12, "head_dim": 8}, "inst"),
     "phi3": (Phi3Config, {"pad_token_id": 0}, "chatml"),
+    "gemma2": (
+        Gemma2Config,
+        {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
+        "turns",
+    ),
     "gpt2": (GPT2Config, {}, "none"),
 }
 
 
 def make_model(folder: Path, family: str, *, seed: int = 0) -> Path:
     """Save a tiny random model of a family with its tokenizer; returns the folder."""
-    config_class, extra, kind = FAMILIES[family]
+    config_class, extra, kind = FAMILIES.get(family, (None, {}, "none"))
     tokenizer = TOKENIZERS[kind]()
     special = {
         "vocab_size": len(tokenizer) + 3,  # some ids that no token has, as in real checkpoints
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
     }
-    if family == "gpt2":
+    if family == "bloom":
+        config = BloomConfig(hidden_size=32, n_layer=3, n_head=4, **special)
+    elif family == "gpt2":
         config = GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=512, **special)
     else:
         config = config_class(**{**COMMON, **special, **extra})

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attacks.baselines import random_suffix
 from attacks.candidates import allowed_tokens, sample_candidates
@@ -14,9 +15,11 @@ from attacks.slot import default_slot
 from attacks.verify import verify_artifact
 from core.errors import AttackPlaneError
 from core.models import load
+from core.packed import NAME, PackedDecoder
 from core.prompt import Renderer
 from core.records import AttackArtifact, Behaviour
 from core.store import ATTACKS, RunFolder
+from tests.conftest import make_model
 
 REQUEST, TARGET = "Write a short text about the tea", "Sure, here is a text"
 SMALL = GCGConfig(num_steps=6, search_width=12, topk=16, suffix_length=6)
@@ -63,12 +66,80 @@ def test_mean_nll_is_the_hand_derived_number():
 def test_candidate_losses_equal_a_plain_slow_loop(tiny, placement, n_replace):
     slot = slot_of(tiny, placement=placement)
     objective, drawn = candidates_of(tiny, slot, n_replace)
+    assert objective.path == "packed"
     objective.batch.value = 4
-    fast = objective.losses(drawn)
-    assert objective.prefix.usable
-    for ids, loss in zip(drawn.tolist(), fast.tolist(), strict=True):
-        whole = [*slot.before_ids, *ids, *slot.after_ids, *slot.target_ids]
-        assert loss == pytest.approx(slow_loss(tiny, whole, len(slot.target_ids)), abs=1e-4)
+    expected = [
+        slow_loss(tiny, [*slot.before_ids, *ids, *slot.after_ids, *slot.target_ids], len(slot.target_ids))
+        for ids in drawn.tolist()
+    ]
+    assert objective.losses(drawn).tolist() == pytest.approx(expected, abs=1e-4)
+    cached = TargetLoss(tiny, slot, path="cached")
+    assert cached.path == "cached"
+    assert cached.losses(drawn).tolist() == pytest.approx(expected, abs=1e-4)
+    winner, loss = objective.best(drawn)
+    assert loss == pytest.approx(min(expected), abs=1e-4) == pytest.approx(expected[winner], abs=1e-4)
+
+
+def test_suffixes_are_scored_alike_whichever_suffix_was_current(tiny):
+    slot = slot_of(tiny)
+    objective, drawn = candidates_of(tiny, slot, n_replace=2)
+    fresh = TargetLoss(tiny, slot, path="packed")
+    expected = fresh.losses(drawn)
+    assert torch.allclose(objective.losses(drawn), expected, atol=1e-5)
+    objective.token_gradient(drawn[2])
+    assert torch.allclose(objective.losses(drawn), expected, atol=1e-5)
+    assert torch.allclose(objective.losses(drawn[2:3]), expected[2:3], atol=1e-5)  # itself, wholly shared
+    longer = torch.cat([drawn, drawn[:, :2]], 1)  # another length shares the prefix only
+    assert torch.allclose(objective.losses(longer), fresh.losses(longer), atol=1e-5)
+
+
+def test_the_bound_lets_few_candidates_through_and_never_the_wrong_one(tiny, monkeypatch):
+    monkeypatch.setattr("attacks.objective.LIKELY", 40)
+    slot = slot_of(tiny)
+    objective, _ = candidates_of(tiny, slot)
+    vocabulary = tiny.embedding_table.shape[0]
+    generator = torch.Generator().manual_seed(5)
+    skipped = 0
+    for _ in range(10):
+        drawn = torch.randint(vocabulary, (40, len(slot.initial_ids)), generator=generator)
+        losses = objective.losses(drawn)
+        assert objective.best(drawn) == (int(losses.argmin()), pytest.approx(float(losses.min()), abs=1e-6))
+        skipped += len(drawn) - objective.fully_scored
+    assert objective.likely_tokens < vocabulary
+    assert skipped > 0
+
+
+def test_a_family_with_its_own_attention_falls_back_and_says_so(tmp_path, caplog):
+    loaded = load(str(make_model(tmp_path, "bloom")), "cpu")
+    slot = slot_of(loaded)
+    objective, drawn = candidates_of(loaded, slot)
+    assert objective.path == "cached"
+    assert "no packed scoring" in caplog.text
+    whole = [*slot.before_ids, *drawn[0].tolist(), *slot.after_ids, *slot.target_ids]
+    assert float(objective.losses(drawn)[0]) == pytest.approx(
+        slow_loss(loaded, whole, len(slot.target_ids)), abs=1e-4
+    )
+    assert objective.best(drawn)[0] == int(objective.losses(drawn).argmin())
+
+
+def test_a_model_that_ignores_positions_is_caught_by_its_losses(qwen, monkeypatch, caplog):
+    forward = type(qwen.decoder).forward
+    monkeypatch.setattr(
+        type(qwen.decoder), "forward", lambda self, *a, position_ids=None, **k: forward(self, *a, **k)
+    )
+    assert TargetLoss(qwen, slot_of(qwen)).path == "cached"
+    assert "losses differ" in caplog.text
+
+
+def test_the_model_is_left_as_it_was_found(tiny):
+    before = tiny.config._attn_implementation
+    slot = slot_of(tiny)
+    objective, drawn = candidates_of(tiny, slot)
+    objective._embed = None  # breaks the next pass in the middle of its preparations
+    with pytest.raises(TypeError):
+        objective.losses(drawn)
+    assert tiny.config._attn_implementation == before
+    assert NAME not in ALL_ATTENTION_FUNCTIONS
 
 
 def test_losses_with_a_system_prompt_equal_the_plain_loop(qwen):
@@ -91,13 +162,17 @@ def test_a_prefix_longer_than_the_sliding_window_changes_no_loss(tiny_models):
     )
 
 
-def test_without_a_usable_cache_losses_and_gradient_are_the_same(tiny):
+@pytest.mark.parametrize("path", ["cached", "plain"])
+def test_every_path_gives_the_same_losses_and_gradient(tiny, path):
     slot = slot_of(tiny)
     objective, drawn = candidates_of(tiny, slot)
-    losses, gradient = objective.losses(drawn), objective.token_gradient(drawn[0])[1]
-    objective.prefix.usable = False
-    assert torch.allclose(objective.losses(drawn), losses, atol=1e-4)
-    assert torch.allclose(objective.token_gradient(drawn[0])[1], gradient, atol=1e-5)
+    other = TargetLoss(tiny, slot, path=path)
+    assert (objective.path, other.path) == ("packed", path)
+    assert torch.allclose(other.losses(drawn), objective.losses(drawn), atol=1e-4)
+    loss, gradient = objective.token_gradient(drawn[0])
+    other_loss, other_gradient = other.token_gradient(drawn[0])
+    assert loss == pytest.approx(other_loss, abs=1e-5)
+    assert torch.allclose(other_gradient, gradient, atol=1e-5)
 
 
 def test_token_gradient_equals_autograd_through_one_hot_vectors(tiny):
@@ -189,7 +264,7 @@ def test_stop_loss_ends_the_search_early(qwen):
 def test_a_loss_that_is_not_finite_is_an_error_and_no_result(qwen, monkeypatch):
     slot = slot_of(qwen)
     objective = TargetLoss(qwen, slot)
-    monkeypatch.setattr(objective, "losses", lambda s: torch.full((len(s),), torch.nan))
+    monkeypatch.setattr(objective, "best", lambda s: (0, float("nan")))
     with pytest.raises(AttackPlaneError, match="not finite"):
         run_gcg(objective, slot, SMALL, allowed_of(qwen), seed=0)
 
@@ -198,14 +273,14 @@ def test_out_of_memory_halves_the_batch_and_changes_no_loss(qwen, monkeypatch):
     slot = slot_of(qwen)
     objective, drawn = candidates_of(qwen, slot)
     expected = objective.losses(drawn)
-    inner = objective._logits
+    inner = PackedDecoder.hidden
 
-    def scarce(embeddings):
-        if embeddings.shape[0] > 3:
+    def scarce(self, embeddings, groups, **options):
+        if sum(group.count for group in groups) > 3:
             raise torch.OutOfMemoryError("pretended")
-        return inner(embeddings)
+        return inner(self, embeddings, groups, **options)
 
-    monkeypatch.setattr(objective, "_logits", scarce)
+    monkeypatch.setattr(PackedDecoder, "hidden", scarce)
     objective.batch.value = 8
     assert torch.allclose(objective.losses(drawn), expected, atol=1e-5)
     assert objective.batch.value == 2
@@ -282,8 +357,9 @@ def test_the_recorded_loss_is_a_plain_pass_and_a_search_that_saw_another_is_warn
     artifact = run_attacker(tmp_path / "good", qwen, count=1)[-1]
     assert artifact.loss == pytest.approx(artifact.loss_history[artifact.best_step], abs=1e-4)
     assert "plain pass" not in caplog.text
-    losses = TargetLoss.losses
+    losses, best = TargetLoss.losses, TargetLoss.best
     monkeypatch.setattr(TargetLoss, "losses", lambda self, s: losses(self, s) + 0.01)
+    monkeypatch.setattr(TargetLoss, "best", lambda self, s: (best(self, s)[0], best(self, s)[1] + 0.01))
     run_attacker(tmp_path / "off", qwen, count=1)
     assert "a plain pass gives" in caplog.text
 

@@ -152,7 +152,9 @@ def test_slot_content_is_what_the_template_gets(tiny):
     slot = default_slot(
         renderer, REQUEST, TARGET, length=4, placement="Now {request} {suffix} thanks", system=None
     )
-    text = renderer.text(Conversation(slot.content(slot.initial_ids)))
+    text = renderer.text(
+        Conversation(slot.content_before + slot.suffix_texts([slot.initial_ids])[0] + slot.content_after)
+    )
     assert text == slot.before_text + slot.suffix_texts([slot.initial_ids])[0] + slot.after_text
 
 

@@ -1,0 +1,250 @@
+"""One GCG step against nanogcg 0.3.0, in one run: time by parts, operations, memory. Usage:
+
+    python -m benchmarks.gcg_speed                                       (embedded model, widths 64 and 256)
+    python -m benchmarks.gcg_speed --random llama-8b --dtype bfloat16 --width 512   (random weights, no download)
+    python -m benchmarks.gcg_speed --no-reference --path cached           (ours alone, by another path)
+
+nanogcg runs its own optimiser in its own environment and waits before every step. After each of its steps ours runs one on the same
+suffix and the same candidates, so both see the same machine; losses must agree to 1e-4 (float32). The last line is `ratio R`:
+seconds of a step of nanogcg over ours, median over the pairs, the smallest of the widths.
+
+GFLOP counts necessary operations: per fed token two per block weight and four per attention channel and visible token; the
+head over the likely tokens for every candidate, over the whole vocabulary for those that need it. A fed token is one that
+does not lie in what a candidate shares with the current suffix. The peak is a large matrix product of the same minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from attacks.candidates import allowed_tokens, sample_candidates
+from attacks.objective import PATHS, TargetLoss
+from attacks.reference import reference
+from attacks.slot import SuffixSlot, default_slot
+from benchmarks.measure import (
+    RANDOM,
+    device_name,
+    forget_peak,
+    matrix_peak,
+    median,
+    peak_mib,
+    random_model,
+    timed,
+)
+from core.models import DTYPES, LoadedModel, load
+from core.prompt import Renderer
+from core.text import aligned
+from evaluation.behaviours import load_behaviours
+
+PARTS = ("gradient", "sampling", "fidelity", "scoring", "step")
+AGREEMENT = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def scoring_gflop(
+    objective: TargetLoss, suffix: torch.Tensor, candidates: torch.Tensor, likely: int
+) -> float:
+    """Necessary operations of the last ``best`` on these candidates."""
+    loaded, config = objective.loaded, objective.loaded.config
+    weights = sum(p.numel() for block in loaded.blocks for p in block.parameters() if p.dim() == 2)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    channels = config.num_hidden_layers * config.num_attention_heads * head_dim
+    length, before, targets = len(suffix), len(objective.before), len(objective.target)
+    shared = (candidates == suffix).long().cumprod(1).sum(1).clamp(max=length - 1)
+    if objective.path != "packed":
+        shared = torch.zeros_like(shared)
+    end = before + length + len(objective.after) + targets - 1
+    starts = (before + shared).double()
+    fed = float((end - starts).sum())
+    visible = float(((starts + 1 + end) * (end - starts) / 2).sum())
+    vocabulary = loaded.embedding_table.shape[0]
+    head = 2 * config.hidden_size * targets * (objective.fully_scored * vocabulary + len(candidates) * likely)
+    return (2 * weights * fed + 4 * channels * visible + head) / 1e9
+
+
+class Ours:
+    """Our step, on suffixes and candidates that come from outside."""
+
+    def __init__(
+        self, loaded: LoadedModel, slot: SuffixSlot, width: int, topk: int, path: str | None
+    ) -> None:
+        self.loaded, self.slot, self.width, self.topk = loaded, slot, width, topk
+        self.objective = TargetLoss(loaded, slot, path=path)
+        self.allowed = allowed_tokens(loaded.tokenizer, loaded.embedding_table.shape[0])
+        self.generator = torch.Generator().manual_seed(0)
+
+    def draw(self, suffix: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        return sample_candidates(
+            suffix,
+            gradient,
+            self.allowed,
+            topk=self.topk,
+            width=self.width,
+            n_replace=1,
+            generator=self.generator,
+        )
+
+    def step(self, suffix: torch.Tensor, candidates: torch.Tensor | None) -> dict[str, Any]:
+        """One step by parts; scores ``candidates``, or its own where there are none."""
+        device, objective = self.loaded.device, self.objective
+        peak = matrix_peak(device, self.loaded.dtype)
+        forget_peak(device)
+        gradient_s, (_, gradient) = timed(lambda: objective.token_gradient(suffix), device)
+        sampling_s, drawn = timed(lambda: self.draw(suffix, gradient), device)
+        fidelity_s, kept = timed(lambda: self.slot.faithful(drawn.tolist()), device)
+        scored = drawn[torch.tensor(kept)] if candidates is None else candidates
+        scoring_s, (winner, loss) = timed(lambda: objective.best(scored), device)
+        memory = peak_mib(device)
+        likely = 0 if objective.path != "packed" else objective.likely_tokens
+        gflop = scoring_gflop(objective, suffix, scored, likely)
+        seconds = {
+            "gradient": gradient_s,
+            "sampling": sampling_s,
+            "fidelity": fidelity_s,
+            "scoring": scoring_s,
+        }
+        return {
+            "seconds": seconds | {"step": sum(seconds.values())}, "peak_mib": memory, "peak_gflops": peak,
+            "gflop": gflop, "scored": len(scored), "fully_scored": objective.fully_scored, "winner": winner,
+            "loss": loss, "candidates": scored,
+        }  # fmt: skip
+
+
+def compare(ours: Ours, theirs: dict[str, Any], row: dict[str, Any], candidates: torch.Tensor) -> float:
+    """Largest difference of the candidates' losses; refuses where it is more than rounding."""
+    expected = torch.tensor(theirs["losses"])
+    worst = float((ours.objective.losses(candidates) - expected).abs().max())
+    limit = AGREEMENT[ours.loaded.dtype]
+    if worst > limit or abs(row["loss"] - float(expected.min())) > limit:
+        raise click.ClickException(
+            f"losses differ by {worst:.2g} (limit {limit}); best {row['loss']:.6f}, nanogcg {float(expected.min()):.6f}"
+        )
+    return worst
+
+
+def pairs_with_reference(ours: Ours, steps: int) -> list[dict[str, Any]]:
+    """Steps of nanogcg, each followed by one of ours on the same suffix and candidates; the first pair warms up."""
+    found: list[dict[str, Any]] = []
+
+    def follow(theirs: dict[str, Any]) -> None:
+        suffix, candidates = torch.tensor(theirs["suffix"]), torch.tensor(theirs["candidates"])
+        row = ours.step(suffix, candidates)
+        row["difference"] = compare(ours, theirs, row, candidates)
+        row["nanogcg"] = {key: theirs[key] for key in ("seconds", "peak_mib")}
+        found.append(row)
+        click.echo(
+            f"  pair {len(found) - 1}: nanogcg {theirs['seconds']['step']:.2f} s, ours {row['seconds']['step']:.2f} s",
+            err=True,
+        )
+
+    with reference(ours.loaded) as engine:
+        config = {"num_steps": steps + 1, "search_width": ours.width, "topk": ours.topk, "seed": 1}
+        engine.run(ours.slot, config, on_step=follow, before_step=lambda: None)
+    return found[1:]
+
+
+def alone(ours: Ours, steps: int) -> list[dict[str, Any]]:
+    suffix, found = torch.tensor(ours.slot.initial_ids), []
+    for _ in range(steps + 1):
+        row = ours.step(suffix, None)
+        suffix = row["candidates"][row["winner"]]
+        found.append(row)
+    return found[1:]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Medians by part, and what the scoring reached."""
+    lines: list[tuple[str, ...]] = [("seconds", "nanogcg", "ours", "ratio")]
+    for part in PARTS:
+        mine = median([r["seconds"][part] for r in rows])
+        if "nanogcg" not in rows[0]:
+            lines.append((part, "-", f"{mine:.3f}", "-"))
+            continue
+        theirs = median([r["nanogcg"]["seconds"][part] for r in rows])
+        lines.append((part, f"{theirs:.3f}", f"{mine:.3f}", f"{theirs / mine:.2f}"))
+    rates = [r["gflop"] / r["seconds"]["scoring"] for r in rows]
+    text = aligned(lines)
+    if "nanogcg" in rows[0]:
+        ratios = [r["nanogcg"]["seconds"]["step"] / r["seconds"]["step"] for r in rows]
+        text += "\nratio of each pair: " + " ".join(f"{ratio:.2f}" for ratio in ratios)
+        text += f"\nlargest difference of a loss: {max(r['difference'] for r in rows):.2g} nats per token"
+        memory = [max(r["nanogcg"]["peak_mib"] or 0 for r in rows), max(r["peak_mib"] or 0 for r in rows)]
+        text += f"\npeak memory: nanogcg {memory[0]:.0f} MiB, ours {memory[1]:.0f} MiB"
+    else:
+        text += f"\npeak memory: {max(r['peak_mib'] or 0 for r in rows):.0f} MiB"
+    share = median([rate / r["peak_gflops"] for rate, r in zip(rates, rows, strict=True)])
+    return (
+        f"{text}\nscoring: {median([r['gflop'] / r['scored'] for r in rows]):.2f} GFLOP a candidate, "
+        f"{median(rates):.0f} GFLOP/s, {100 * share:.0f} % of the matrix product's "
+        f"{median([r['peak_gflops'] for r in rows]):.0f}; whole head for {median([r['fully_scored'] for r in rows])} "
+        f"of {rows[0]['scored']}"
+    )
+
+
+@click.command()
+@click.option("--model", default="embedded")
+@click.option(
+    "--random", "random_name", type=click.Choice(list(RANDOM)), help="Random weights of a known size."
+)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="With --random.")
+@click.option("--width", "widths", type=click.IntRange(1), multiple=True, default=(64, 256))
+@click.option("--topk", type=click.IntRange(1), default=256)
+@click.option("--pairs", type=click.IntRange(1), default=5, help="Measured steps, after one that warms up.")
+@click.option("--path", type=click.Choice(PATHS), help="Force a way of scoring.")
+@click.option("--reference/--no-reference", "with_reference", default=True, help="Run nanogcg too.")
+@click.option("--dry-run", is_flag=True, help="Say what would be run.")
+@click.option("--out", type=click.Path(path_type=Path), help="Append the rows here as JSON lines.")
+def main(
+    model: str,
+    random_name: str | None,
+    dtype: str,
+    widths: tuple[int, ...],
+    topk: int,
+    pairs: int,
+    path: str | None,
+    with_reference: bool,
+    dry_run: bool,
+    out: Path | None,
+) -> None:
+    """Measure one GCG step by parts, in turn with nanogcg's."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("attacks").setLevel(logging.INFO)
+    loaded = random_model(random_name, DTYPES[dtype]) if random_name else load(model)
+    behaviour = load_behaviours(label="harmful", splits=["test"])[0]
+    assert behaviour.target_string is not None
+    slot = default_slot(
+        Renderer(loaded), behaviour.request, behaviour.target_string, length=20,
+        placement="{request} {suffix}", system=None,
+    )  # fmt: skip
+    click.echo(f"{loaded.describe()}; {device_name(loaded.device)}")
+    sizes = len(slot.before_ids), len(slot.initial_ids), len(slot.after_ids), len(slot.target_ids)
+    click.echo("tokens: {} prefix, {} suffix, {} tail, {} target".format(*sizes))
+    if dry_run:
+        click.echo(
+            f"would run {pairs} steps at widths {widths}, {'in turn with nanogcg' if with_reference else 'alone'}"
+        )
+        return
+    medians = []
+    for width in widths:
+        ours = Ours(loaded, slot, width, topk, path)
+        rows = pairs_with_reference(ours, pairs) if with_reference else alone(ours, pairs)
+        click.echo(f"\nwidth {width}, top-k {topk}, path {ours.objective.path}, {pairs} steps\n{table(rows)}")
+        if with_reference:
+            medians.append(median([r["nanogcg"]["seconds"]["step"] / r["seconds"]["step"] for r in rows]))
+        if out:
+            about = {"model": loaded.spec, "device": device_name(loaded.device), "width": width, "topk": topk}
+            with open(out, "a") as file:
+                for row in rows:
+                    row.pop("candidates")
+                    file.write(json.dumps(about | {"path": ours.objective.path} | row) + "\n")
+    if medians:
+        click.echo(f"\nratio {min(medians):.2f}")
+
+
+if __name__ == "__main__":
+    main()

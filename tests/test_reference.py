@@ -1,0 +1,170 @@
+"""nanogcg as a reference engine: its faults are named, ours do not have them, and a worker that fails is a clear error."""
+
+import dataclasses
+import os
+import sys
+
+import pytest
+import torch
+
+from attacks import reference as module
+from attacks.gcg import GCGConfig, run_gcg
+from attacks.objective import TargetLoss
+from attacks.reference import INTERPRETER, faults_of, older_config, reference
+from attacks.run import NANOGCG, Attacker
+from core.embedded import cache_folder
+from core.errors import AttackPlaneError
+from core.prompt import Renderer
+from core.store import RunFolder
+from tests.test_gcg import SMALL, allowed_of, behaviours, slot_of
+
+
+def test_a_newer_config_keeps_its_rope_settings_in_the_older_form():
+    newer = {
+        "hidden_size": 8,
+        "dtype": "float32",
+        "rope_parameters": {"rope_theta": 1e5, "rope_type": "default"},
+    }
+    assert older_config(newer) == {
+        "hidden_size": 8, "torch_dtype": "float32", "rope_theta": 1e5, "rope_scaling": None,
+    }  # fmt: skip
+    scaled = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}
+    assert older_config(scaled) == {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+
+
+class Told:
+    """Stands in for a worker: tells a loss and whether greedy decoding matches."""
+
+    def __init__(self, loss, match):
+        self.answer = {"loss": loss, "match": match}
+
+    def ask(self, **request):
+        return self.answer
+
+
+def result_of(slot, ids, **changes):
+    plain = {
+        "before_ids": list(slot.before_ids), "after_ids": list(slot.after_ids), "target_ids": list(slot.target_ids),
+        "best_loss": 1.0, "best_string": slot.suffix_texts([ids])[0], "stopped": False,
+    }  # fmt: skip
+    return plain | changes
+
+
+def test_each_fault_of_a_result_is_named_with_its_evidence(qwen):
+    slot = slot_of(qwen)
+    ids = list(slot.initial_ids)
+    arguments = Renderer(qwen), slot
+    assert faults_of(Told(1.0, True), *arguments, result_of(slot, ids), ids, early_stop=False) == []
+    (fault,) = faults_of(
+        Told(1.0, False), *arguments, result_of(slot, ids), [*ids[:-1], 70], early_stop=False
+    )
+    assert "ids" in fault
+    (fault,) = faults_of(Told(1.5, False), *arguments, result_of(slot, ids), ids, early_stop=False)
+    assert "best_loss does not belong" in fault and "1.5000" in fault
+    (fault,) = faults_of(
+        Told(1.0, False), *arguments, result_of(slot, ids, stopped=True), ids, early_stop=True
+    )
+    assert "does not match" in fault
+
+
+def worker(tmp_path, monkeypatch, body):
+    script = tmp_path / "worker.py"
+    script.write_text(
+        f"import json, sys\nfor line in sys.stdin:\n    request = json.loads(line)\n    {body}\n"
+    )
+    monkeypatch.setattr(module, "WORKER", script)
+    monkeypatch.setenv(INTERPRETER, sys.executable)
+
+
+def test_a_worker_that_dies_or_complains_is_an_error_that_says_so(tmp_path, qwen, monkeypatch):
+    worker(tmp_path, monkeypatch, "sys.exit(7)")
+    with pytest.raises(AttackPlaneError, match="exit status 7"), reference(qwen):
+        pass
+    worker(tmp_path, monkeypatch, "print(json.dumps({'error': 'no such model'}), flush=True)")
+    with pytest.raises(AttackPlaneError, match="no such model"), reference(qwen):
+        pass
+
+
+def test_a_model_that_the_older_transformers_computes_otherwise_is_refused(tmp_path, qwen, monkeypatch):
+    worker(tmp_path, monkeypatch, "print(json.dumps({'loaded': {}, 'loss': 123.0}), flush=True)")
+    with pytest.raises(AttackPlaneError, match="another loss"), reference(qwen):
+        pass
+
+
+def test_an_environment_that_cannot_be_made_names_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.delenv(INTERPRETER, raising=False)
+    monkeypatch.setenv("ATTACK_PLANE_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "REQUIREMENTS", ("no such requirement",))
+    monkeypatch.setattr(module.subprocess, "run", lambda *a, **k: type("Done", (), {"returncode": 1}))
+    with pytest.raises(AttackPlaneError, match=INTERPRETER):
+        module.interpreter()
+    assert not (tmp_path / "nanogcg-0.3.0" / "complete").exists()
+
+
+def test_stopping_on_a_match_returns_the_suffix_that_matches(qwen, monkeypatch):
+    slot, config = slot_of(qwen), dataclasses.replace(SMALL, num_steps=8, stop_on_match=True)
+    objective = TargetLoss(qwen, slot)
+    matching: list[list[int]] = []
+    gradient = objective.token_gradient
+
+    def third(suffix):
+        found = gradient(suffix)
+        matching.append(suffix.tolist())
+        objective.matches = len(matching) == 3
+        return found
+
+    monkeypatch.setattr(objective, "token_gradient", third)
+    state = run_gcg(objective, slot, config, allowed_of(qwen), seed=2)
+    assert state.step == 2 and state.best_ids == matching[-1]
+    assert state.best_loss == pytest.approx(
+        float(objective.losses(torch.tensor([state.best_ids]))[0]), abs=1e-5
+    )
+
+
+def test_a_match_is_seen_where_greedy_decoding_gives_the_target(qwen):
+    slot = slot_of(qwen)
+    ids = [*slot.before_ids, *slot.initial_ids, *slot.after_ids]
+    for _ in slot.target_ids:
+        ids.append(int(qwen.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    greedy = tuple(ids[-len(slot.target_ids) :])
+    suffix = torch.tensor(slot.initial_ids)
+    for target, expected in ((greedy, True), ((*greedy[:-1], greedy[-1] ^ 1), False)):
+        objective = TargetLoss(qwen, dataclasses.replace(slot, target_ids=target))
+        objective.token_gradient(suffix)
+        assert objective.matches is expected
+
+
+def test_nanogcg_cannot_stop_at_a_loss(tmp_path, qwen):
+    config = GCGConfig(num_steps=1, suffix_length=6, stop_loss=0.5)
+    with RunFolder(tmp_path) as run, pytest.raises(AttackPlaneError, match="stop at a loss"):
+        Attacker(run, qwen, config, seed=0, engine=NANOGCG).attack(behaviours(1))
+
+
+@pytest.mark.slow
+def test_nanogcg_itself_makes_verified_artifacts_and_its_buffer_fault_is_found(tmp_path, tiny_models):
+    if not (cache_folder() / "nanogcg-0.3.0" / "complete").is_file() and not os.environ.get(INTERPRETER):
+        pytest.skip("nanogcg's environment is not there (python cli.py gcg --engine nanogcg makes it)")
+    loaded = tiny_models["qwen2"]
+    with RunFolder(tmp_path / "good") as run:
+        config = dataclasses.replace(SMALL, num_steps=3)
+        artifacts = Attacker(run, loaded, config, seed=1, engine=NANOGCG).attack(behaviours(2))
+    made = [a for a in artifacts if a.attack == NANOGCG]
+    assert len(made) == 2
+    for artifact in made:
+        assert len(artifact.loss_history) == 4
+        if artifact.token_fidelity:
+            assert artifact.loss == pytest.approx(artifact.loss_history[artifact.best_step], abs=1e-4)
+        else:
+            assert any("ids" in fault for fault in artifact.faults)
+    with RunFolder(tmp_path / "buffer") as run:
+        # the buffer keeps the initial suffix as long as nothing beats it; the reported loss is then another's
+        ours = Attacker(run, loaded, dataclasses.replace(SMALL, num_steps=60), seed=1).attack(behaviours(1))[
+            -1
+        ]
+        assert ours.suffix is not None
+        config = dataclasses.replace(SMALL, num_steps=1, search_width=4, init_suffix=ours.suffix.strip())
+        options = {"buffer_size": 1, "filter_ids": False}
+        made = Attacker(run, loaded, config, seed=1, engine=NANOGCG, engine_options=options).attack(
+            behaviours(1)
+        )
+        assert any("best_loss does not belong" in fault for fault in made[-1].faults)
