@@ -149,6 +149,20 @@ RUN = click.option(
     "--stop-on-match", is_flag=True, help="Stop at a suffix after which greedy decoding gives the target."
 )
 @click.option(
+    "--momentum",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    help="Of the token gradient (MAC); 0: none.",
+)
+@click.option(
+    "--merge", type=click.IntRange(0), default=0, help="Merge the best so many candidates (I-GCG); 0: none."
+)
+@click.option(
+    "--screen", type=click.IntRange(0), default=0,
+    help="Score in reduced precision and only the best so many exactly; 0: all exactly.",
+)  # fmt: skip
+@click.option("--draft", help="Draft model of probe sampling (a model spec with the same vocabulary).")
+@click.option(
     "--engine", type=click.Choice(["gcg", "nanogcg"]), default="gcg",
     help="gcg: ours. nanogcg: the package, as published, in an environment of its own (made on first use).",
 )  # fmt: skip
@@ -167,7 +181,7 @@ RUN = click.option(
 def gcg(model: str, run: Path | None, behaviours: str, label: str, splits: tuple[str, ...], limit: int | None,
         preset: str, steps: int | None, width: int | None, topk: int | None, n_replace: int,
         suffix_length: int, init_suffix: str | None, placement: str, system: str | None, any_token: bool,
-        stop_loss: float, stop_on_match: bool, engine: str, nanogcg_options: tuple[str, ...], seed: int,
+        stop_loss: float, stop_on_match: bool, momentum: float, merge: int, screen: int, draft: str | None, engine: str, nanogcg_options: tuple[str, ...], seed: int,
         save_every: int, baselines: bool) -> None:  # fmt: skip
     """Optimise adversarial suffixes (GCG).
 
@@ -205,6 +219,10 @@ def gcg(model: str, run: Path | None, behaviours: str, label: str, splits: tuple
         ascii_only=not any_token,
         stop_loss=stop_loss,
         stop_on_match=stop_on_match,
+        momentum=momentum,
+        merge=merge,
+        screen=screen,
+        draft=draft,
     )
     built_in = behaviours == DEMONSTRATION
     splits = splits or (("test",) if built_in else ())

@@ -5,10 +5,14 @@ Each step: 1. token gradient of the target loss at the current suffix; 2. per po
 without token fidelity in the whole conversation; 5. score the rest exactly; 6. the lowest becomes the current suffix,
 also where its loss is higher than before (the paper keeps no best). Returned is the best suffix over all steps with
 its own loss.
+
+Options that make it another algorithm are off by default: ``momentum`` in step 1 (MAC, arXiv 2405.01229), and those of
+``attacks/selection.py`` in steps 5 and 6.
 """
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +22,7 @@ import torch
 
 from attacks.candidates import sample_candidates
 from attacks.objective import TargetLoss
+from attacks.selection import choose
 from attacks.slot import SuffixSlot
 from core.errors import AttackPlaneError
 
@@ -39,11 +44,22 @@ class GCGConfig:
     """Stop once the best loss is at or below this (nats per target token); 0 runs all steps, as the paper does."""
     stop_on_match: bool = False
     """Stop at a suffix after which greedy decoding gives the target, and return that one."""
+    momentum: float = 0.0
+    """mu of g <- mu g + (1 - mu) gradient, the direction that candidates are drawn by (MAC); 0 is GCG."""
+    screen: int = 0
+    merge: int = 0
+    draft: str | None = None
+    """Model spec of the draft model of probe sampling; for these three see ``attacks/selection.py``."""
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "search_width", "topk", "n_replace", "suffix_length"):
             if getattr(self, name) < (0 if name == "num_steps" else 1):
                 raise AttackPlaneError(f"{name} is too small", where="gcg", got=getattr(self, name))
+        if not 0 <= self.momentum < 1 or self.screen < 0 or self.merge < 0:
+            got = (self.momentum, self.screen, self.merge)
+            raise AttackPlaneError(
+                "momentum must lie in [0, 1), screen and merge be 0 or more", where="gcg", got=got
+            )
 
 
 @dataclass
@@ -59,6 +75,8 @@ class GCGState:
     """Loss of the current suffix after each step; index 0 is the initial suffix."""
     scored: list[int] = field(default_factory=list)
     """Candidates scored in each step, after the filters."""
+    momentum: str | None = None
+    """Running mean of the gradients as base64 of float32 (suffix length, vocabulary); only with momentum."""
 
     @property
     def step(self) -> int:
@@ -87,9 +105,12 @@ def run_gcg(
     *,
     seed: int,
     state: GCGState | None = None,
+    draft: TargetLoss | None = None,
     on_step: Callable[[GCGState], None] = lambda state: None,
 ) -> GCGState:
     """Optimise one suffix; ``on_step`` is called after every step, and a state it was given can be passed back in.
+
+    ``draft`` is the same slot's loss on the draft model, for probe sampling.
 
     Raises:
         AttackPlaneError: the loss is not finite (a precision too narrow for this model).
@@ -113,6 +134,8 @@ def run_gcg(
         if config.stop_on_match and objective.matches:
             state.best_step, state.best_ids = len(state.losses) - 1, list(state.suffix_ids)
             break
+        if config.momentum:
+            gradient = _running_mean(state, gradient, config.momentum)
         candidates = sample_candidates(
             suffix,
             gradient,
@@ -125,8 +148,16 @@ def run_gcg(
         candidates = candidates[torch.tensor(slot.faithful(candidates.tolist()), dtype=torch.bool)]
         state.scored.append(len(candidates))
         if len(candidates):
-            winner, loss = objective.best(candidates)
-            state.suffix_ids = candidates[winner].tolist()
+            state.suffix_ids, loss = choose(
+                objective,
+                slot,
+                suffix,
+                candidates,
+                screen=config.screen,
+                merge=config.merge,
+                draft=draft,
+                generator=generator,
+            )
             state.note(_finite(loss, objective))
         else:  # every candidate merged with a neighbour: stay, and draw others in the next step
             state.note(state.losses[-1])
@@ -134,6 +165,16 @@ def run_gcg(
         state.batch_size = objective.batch.value
         on_step(state)
     return state
+
+
+def _running_mean(state: GCGState, gradient: torch.Tensor, momentum: float) -> torch.Tensor:
+    """MAC's gradient, kept in the state."""
+    if state.momentum is not None:
+        before = torch.frombuffer(bytearray(base64.b64decode(state.momentum)), dtype=torch.float32)
+        before = before.view(gradient.shape).to(gradient.device)
+        gradient = momentum * before + (1 - momentum) * gradient
+    state.momentum = base64.b64encode(gradient.cpu().numpy().tobytes()).decode()
+    return gradient
 
 
 def _finite(loss: float, objective: TargetLoss) -> float:

@@ -31,6 +31,7 @@ from core.batching import BatchSize, memory_budget
 from core.head import Head
 from core.models import LoadedModel
 from core.packed import Group, PackedDecoder
+from core.precision import reduced_products
 from core.prefix import SharedPrefix
 
 log = logging.getLogger(__name__)
@@ -199,6 +200,12 @@ class TargetLoss:
     def _packed_losses(self, suffixes: Tensor) -> Tensor:
         return self._head_losses(self._packed_hidden(suffixes))
 
+    def _bounds(self, hidden: Tensor) -> Tensor:
+        """(candidate, T, d_model) -> (candidate,) lower bounds of the losses, from the likely tokens."""
+        assert self._likely is not None
+        head, target = self._likely
+        return mean_nll(head.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]), target).cpu()
+
     # --- cached and plain -----------------------------------------------------------------------------------------
     def _whole_logits(self, embeddings: Tensor) -> Tensor:
         """(batch, fed tokens, d_model) -> (batch, T, vocabulary), the prefix computed anew."""
@@ -234,6 +241,14 @@ class TargetLoss:
         return torch.cat(list(self.batch.over(list(suffixes), score)))
 
     @torch.no_grad()
+    def rough_losses(self, suffixes: Tensor) -> Tensor:
+        """(candidate,) losses in reduced precision and, where it can be, over the likely tokens only."""
+        with reduced_products(self.loaded.device):
+            if self.path != "packed" or self._likely is None:
+                return self.losses(suffixes)
+            return self._bounds(self._packed_hidden(suffixes))
+
+    @torch.no_grad()
     def best(self, suffixes: Tensor) -> tuple[int, float]:
         """Index and loss of the candidate with the lowest loss: the argmin of ``losses``, with less head work."""
         if self.path != "packed" or self._likely is None or self.loaded.dtype != torch.float32:
@@ -241,9 +256,7 @@ class TargetLoss:
             self.fully_scored = len(losses)
             return int(losses.argmin()), float(losses.min())
         hidden = self._packed_hidden(suffixes)
-        head, target = self._likely
-        logits = head.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
-        bounds = mean_nll(logits, target).cpu()
+        bounds = self._bounds(hidden)
         winner, lowest = -1, float("inf")
         self.fully_scored = 0
         for part in bounds.argsort().split(4):

@@ -23,7 +23,7 @@ from attacks.objective import ROUNDING, TargetLoss, plain_loss
 from attacks.reference import Reference, faults_of, reference
 from attacks.slot import SuffixSlot, default_slot
 from core.errors import AttackPlaneError
-from core.models import LoadedModel
+from core.models import LoadedModel, load
 from core.prompt import Conversation, Renderer
 from core.records import BASELINES, AttackArtifact, Behaviour, content_hash
 from core.store import ATTACKS, RunFolder
@@ -38,6 +38,23 @@ BASELINE_SETTINGS = ("suffix_length", "init_suffix", "placement", "system_prompt
 def stream_seed(seed: int, *names: str) -> int:
     """A seed for one named random stream."""
     return int(content_hash([seed, *names], 15), 16)
+
+
+def draft_model(source: LoadedModel, spec: str) -> LoadedModel:
+    """The draft model of probe sampling, which must read the source's ids.
+
+    Raises:
+        AttackPlaneError: another vocabulary.
+    """
+    draft = load(spec, source.device)
+    if draft.tokenizer.get_vocab() != source.tokenizer.get_vocab():
+        raise AttackPlaneError(
+            "the draft model has another vocabulary than the source",
+            where=f"draft {spec}",
+            got=f"{len(draft.tokenizer)} tokens, source {len(source.tokenizer)}",
+            remedy="choose a smaller model of the source's own family",
+        )
+    return draft
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +177,8 @@ class Attacker:
     ) -> Iterator[Callable[[Behaviour], AttackArtifact]]:
         """What makes the artifact of one behaviour."""
         if self.engine == GCG:
-            yield lambda behaviour: self._gcg(renderer, behaviour, allowed, bar)
+            draft = draft_model(self.loaded, self.config.draft) if self.config.draft else None
+            yield lambda behaviour: self._gcg(renderer, behaviour, allowed, bar, draft)
         else:
             with reference(self.loaded) as engine:
                 yield lambda behaviour: self._nanogcg(engine, renderer, behaviour, bar)
@@ -204,7 +222,12 @@ class Attacker:
         )
 
     def _gcg(
-        self, renderer: Renderer, behaviour: Behaviour, allowed: torch.Tensor, bar: tqdm
+        self,
+        renderer: Renderer,
+        behaviour: Behaviour,
+        allowed: torch.Tensor,
+        bar: tqdm,
+        draft: LoadedModel | None,
     ) -> AttackArtifact:
         slot = self._slot(renderer, behaviour)
         name = self.artifact_id(GCG, behaviour)
@@ -228,6 +251,7 @@ class Attacker:
             allowed,
             seed=stream_seed(self.seed, behaviour.behaviour_id, GCG),
             state=state,
+            draft=TargetLoss(draft, slot) if draft else None,
             on_step=on_step,
         )
         artifact = self._artifact(

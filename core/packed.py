@@ -42,6 +42,31 @@ class Group:
         return self.length * self.count
 
 
+def grouped_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    *,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' sdpa attention without its copies of keys and values for grouped queries.
+
+    The query heads of one key-value head stand below one another as more rows. Other than plain options go to transformers.
+    """
+    if any(options.get(name) is not None for name in ("position_bias", "softcap", "s_aux")):
+        whole = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return whole(module, query, key, value, attention_mask, scaling=scaling, **options)
+    rows, heads, length, _ = query.shape
+    groups = heads // key.shape[1]
+    folded = query.reshape(rows, key.shape[1], groups * length, -1)
+    mask = attention_mask.repeat(1, 1, groups, 1)
+    found = nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    return found.view(rows, heads, length, -1).transpose(1, 2), None
+
+
 class PackedDecoder:
     """Runs rows that continue one shared sequence, whose keys and values it keeps per attention module."""
 
@@ -119,6 +144,8 @@ class PackedDecoder:
         """The attention function that the model uses without us."""
         if self._original == "eager":
             return sys.modules[type(module).__module__].eager_attention_forward
+        if self._original == "sdpa":
+            return grouped_sdpa
         return ALL_ATTENTION_FUNCTIONS[self._original]
 
     def _mask(self, group: Group, window: int | None, like: Tensor) -> Tensor:

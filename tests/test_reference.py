@@ -157,14 +157,12 @@ def test_nanogcg_itself_makes_verified_artifacts_and_its_buffer_fault_is_found(t
         else:
             assert any("ids" in fault for fault in artifact.faults)
     with RunFolder(tmp_path / "buffer") as run:
-        # the buffer keeps the initial suffix as long as nothing beats it; the reported loss is then another's
-        ours = Attacker(run, loaded, dataclasses.replace(SMALL, num_steps=60), seed=1).attack(behaviours(1))[
-            -1
-        ]
-        assert ours.suffix is not None
-        config = dataclasses.replace(SMALL, num_steps=1, search_width=4, init_suffix=ours.suffix.strip())
+        # a random candidate is mostly worse than the initial suffix, which the buffer keeps; the loss is the candidate's
+        config = dataclasses.replace(SMALL, num_steps=1, search_width=1, topk=300)
         options = {"buffer_size": 1, "filter_ids": False}
         made = Attacker(run, loaded, config, seed=1, engine=NANOGCG, engine_options=options).attack(
-            behaviours(1)
+            behaviours(6)
         )
-        assert any("best_loss does not belong" in fault for fault in made[-1].faults)
+        worse = [a for a in made if a.attack == NANOGCG and a.loss_history[1] > a.loss_history[0]]
+        assert worse
+        assert all(any("best_loss does not belong" in fault for fault in a.faults) for a in worse)

@@ -1,0 +1,199 @@
+"""Options that are not GCG against GCG at equal time. Usage:
+
+    python -m benchmarks.gcg_quality --seconds 24 --out quality.jsonl
+
+Every variant runs for the same wall time on the same behaviours and seeds, in turn, so that all see the same machine; the order
+rotates. Reported per variant, paired with plain GCG by behaviour and seed: the difference of the best loss at the end, and
+how much sooner it reaches the loss that plain GCG ends with (plain's time to it over the variant's; where it is not
+reached the pair counts as 0 for the median, and is told). Intervals: bootstrap over behaviours, 95 %. Rows already in the
+file are not run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from attacks.candidates import allowed_tokens
+from attacks.gcg import GCGConfig, GCGState, run_gcg
+from attacks.objective import TargetLoss
+from attacks.slot import default_slot
+from core.models import LoadedModel, load
+from core.prompt import Renderer
+from core.text import aligned
+from evaluation.behaviours import load_behaviours
+
+PLAIN = "gcg"
+VARIANTS: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    "momentum 0.5": {"momentum": 0.5},
+    "merge 7": {"merge": 7},
+    "screen 1/8": {"screen": 8},
+    "probe sampling": {"draft": "half"},
+}
+
+
+class TimeIsUp(Exception):
+    pass
+
+
+def half_of(loaded: LoadedModel) -> LoadedModel:
+    """The same model without every second block: a draft model where no smaller relative is at hand."""
+    model = copy.copy(loaded.model)
+    model._modules = dict(model._modules)
+    name = next(n for n, m in model.named_children() if m is loaded.decoder)
+    decoder = copy.copy(loaded.decoder)
+    decoder._modules = dict(decoder._modules)
+    inside = next(n for n, m in decoder.named_children() if m is loaded.blocks)
+    kept = torch.nn.ModuleList(list(loaded.blocks)[::2])
+    decoder._modules[inside] = kept
+    model._modules[name] = decoder
+    model.config = decoder.config = copy.deepcopy(loaded.model.config)
+    model.config.num_hidden_layers = len(kept)
+    return dataclasses.replace(loaded, model=model, spec=f"{loaded.spec}, half of its blocks")
+
+
+def search(
+    loaded: LoadedModel,
+    draft: LoadedModel,
+    behaviour: Any,
+    seed: int,
+    width: int,
+    options: dict[str, Any],
+    seconds: float,
+) -> dict[str, Any]:
+    """Best loss against time (seconds from the first step on) of one search."""
+    slot = default_slot(
+        Renderer(loaded), behaviour.request, behaviour.target_string, length=20,
+        placement="{request} {suffix}", system=None,
+    )  # fmt: skip
+    config = GCGConfig(num_steps=10**6, search_width=width, topk=256, **options)
+    objective = TargetLoss(loaded, slot)
+    drafted = TargetLoss(draft, slot) if options.get("draft") else None
+    allowed = allowed_tokens(loaded.tokenizer, loaded.embedding_table.shape[0])
+    start, times, losses = time.perf_counter(), [], []
+
+    def on_step(state: GCGState) -> None:
+        times.append(time.perf_counter() - start)
+        losses.append(state.best_loss)
+        if times[-1] > seconds:
+            raise TimeIsUp
+
+    with contextlib.suppress(TimeIsUp):
+        run_gcg(objective, slot, config, allowed, seed=seed, draft=drafted, on_step=on_step)
+    return {"times": times[:-1] or times, "losses": losses[:-1] or losses}
+
+
+def interval(values: list[list[float]], statistic: Any, draws: int = 2000) -> tuple[float, float, float]:
+    """Statistic of all values, and its 95 % interval from resampling the groups (behaviours) and the values in them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pick(items: list[Any]) -> list[Any]:
+        return [items[i] for i in torch.randint(len(items), (len(items),), generator=generator).tolist()]
+
+    found = sorted(statistic([v for group in pick(values) for v in pick(group)]) for _ in range(draws))
+    whole = statistic([v for group in values for v in group])
+    return whole, found[int(0.025 * draws)], found[int(0.975 * draws)]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    by = {(r["variant"], r["behaviour"], r["seed"]): r for r in rows}
+    behaviours = list(dict.fromkeys(r["behaviour"] for r in rows))
+    seeds = sorted({r["seed"] for r in rows})
+    header = ("variant", "steps", "final loss", "loss - gcg's", "95 %", "times as fast", "95 %", "reached")
+    lines: list[tuple[str, ...]] = [header]
+    for variant in VARIANTS:
+        pairs = [
+            [
+                (by[variant, b, s], by[PLAIN, b, s])
+                for s in seeds
+                if (variant, b, s) in by and (PLAIN, b, s) in by
+            ]
+            for b in behaviours
+        ]
+        flat = [pair for group in pairs for pair in group]
+        if not flat:
+            continue
+        gain = interval([[v["losses"][-1] - p["losses"][-1] for v, p in group] for group in pairs], mean)
+        speed = interval([[sooner(v, p) for v, p in group] for group in pairs], median)
+        steps, loss = mean([len(v["times"]) for v, _ in flat]), mean([v["losses"][-1] for v, _ in flat])
+        reached = sum(v["losses"][-1] <= p["losses"][-1] for v, p in flat)
+        other = variant != PLAIN
+        lines.append((
+            variant, f"{steps:.1f}", f"{loss:.3f}", f"{gain[0]:+.3f}" if other else "",
+            f"[{gain[1]:+.3f}, {gain[2]:+.3f}]" if other else "", f"{speed[0]:.2f}" if other else "",
+            f"[{speed[1]:.2f}, {speed[2]:.2f}]" if other else "", f"{reached}/{len(flat)}" if other else "",
+        ))  # fmt: skip
+    return aligned(lines)
+
+
+def sooner(variant: dict[str, Any], plain: dict[str, Any]) -> float:
+    """Plain's time to its final loss over the variant's time to the same loss; 0 where it is not reached."""
+    goal = plain["losses"][-1]
+    reached = next((t for t, x in zip(variant["times"], variant["losses"], strict=True) if x <= goal), None)
+    own = next(t for t, x in zip(plain["times"], plain["losses"], strict=True) if x <= goal)
+    return own / reached if reached else 0.0
+
+
+@click.command()
+@click.option("--model", default="embedded")
+@click.option("--behaviours", "count", type=click.IntRange(1), default=4)
+@click.option("--seeds", type=click.IntRange(1), default=5)
+@click.option("--seconds", type=float, default=24.0, help="Wall time of each search.")
+@click.option("--width", type=click.IntRange(1), default=64)
+@click.option(
+    "--variant", "variants", type=click.Choice(list(VARIANTS)), multiple=True, help="[default: all]"
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Rows as JSON lines; goes on from them."
+)
+def main(
+    model: str, count: int, seeds: int, seconds: float, width: int, variants: tuple[str, ...], out: Path
+) -> None:
+    """Time to the same loss."""
+    chosen = list(variants) or list(VARIANTS)
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    done = {(r["variant"], r["behaviour"], r["seed"]) for r in rows}
+    loaded = load(model)
+    draft = half_of(loaded)
+    found = load_behaviours(label="harmful", splits=["test"])
+    picked = found[:: max(1, len(found) // count)][:count]
+    for seed in range(seeds):
+        for number, behaviour in enumerate(picked):
+            turn = (seed + number) % len(chosen)
+            for variant in chosen[turn:] + chosen[:turn]:
+                if (variant, behaviour.behaviour_id, seed) in done:
+                    continue
+                result = search(loaded, draft, behaviour, seed, width, VARIANTS[variant], seconds)
+                about = {"variant": variant, "behaviour": behaviour.behaviour_id, "seed": seed}
+                rows.append(about | {"width": width, "seconds": seconds} | result)
+                with open(out, "a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+                click.echo(
+                    f"{variant}, {behaviour.behaviour_id}, seed {seed}: {len(result['times'])} steps, "
+                    f"loss {result['losses'][-1]:.3f}", err=True,
+                )  # fmt: skip
+    click.echo(
+        f"{loaded.describe()}, width {width}, {seconds:.0f} s each, {len(picked)} behaviours, {seeds} seeds"
+    )
+    click.echo(report(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Options that are not GCG: each does what its paper says, takes only exactly scored suffixes, and is off by default."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from attacks.gcg import GCGConfig, GCGState, run_gcg
+from attacks.objective import TargetLoss
+from attacks.run import Attacker
+from attacks.selection import choose, merged, probe_sampled, screened, spearman
+from core.errors import AttackPlaneError
+from core.precision import reduced_products
+from core.store import RunFolder
+from tests.test_gcg import SMALL, allowed_of, behaviours, candidates_of, slot_of
+
+
+def test_nothing_but_gcg_is_on_by_default():
+    config = GCGConfig()
+    assert (config.momentum, config.screen, config.merge, config.draft) == (0.0, 0, 0, None)
+
+
+def test_merging_joins_the_replacements_of_the_first_k_and_the_better_keeps_its_position():
+    suffix = torch.tensor([1, 2, 3])
+    best = torch.tensor([[1, 9, 3], [1, 8, 3], [7, 2, 3]])
+    assert merged(suffix, best).tolist() == [[1, 9, 3], [1, 9, 3], [7, 9, 3]]
+
+
+def test_spearman_is_the_hand_derived_number():
+    a = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert spearman(a, a.exp()) == pytest.approx(1.0)
+    assert spearman(a, -a) == pytest.approx(-1.0)
+    assert spearman(a, torch.tensor([2.0, 1.0, 3.0, 4.0])) == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert spearman(a[:1], a[:1]) == 0.0
+
+
+class Table:
+    """Stands in for an objective: a loss for each first token; remembers what was asked."""
+
+    def __init__(self, losses):
+        self.table, self.asked = torch.tensor(losses), []
+
+    def losses(self, suffixes):
+        self.asked.append(len(suffixes))
+        return self.table[suffixes[:, 0]]
+
+
+def test_probe_sampling_scores_the_share_that_the_paper_says():
+    count = 64
+    candidates = torch.arange(count)[:, None]
+    exact = Table([float((7 * i) % count) for i in range(count)])
+    generator = torch.Generator().manual_seed(0)
+    agreeing = probe_sampled(exact, Table(exact.table.tolist()), candidates, generator)
+    assert exact.asked == [4]  # 64 / 16 probes
+    assert (
+        int(exact.table.argmin()) in agreeing[:, 0] and len(agreeing) <= 5
+    )  # rho = 1: the draft's best alone
+    opposed = probe_sampled(exact, Table((-exact.table).tolist()), candidates, generator)
+    assert 8 <= len(opposed) <= 12  # rho = -1: a whole eighth of the draft's best
+
+
+def test_screening_keeps_the_best_and_leaves_the_precision_as_it_was(qwen):
+    slot = slot_of(qwen)
+    objective, drawn = candidates_of(qwen, slot, width=30)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    kept = screened(objective, drawn, 6)
+    assert len(kept) == 6
+    exact = objective.losses(drawn)
+    assert drawn[exact.argmin()].tolist() in kept.tolist()
+    with pytest.raises(RuntimeError), reduced_products(qwen.device):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        raise RuntimeError
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("options", [{}, {"screen": 5}, {"merge": 4}, {"screen": 8, "merge": 3}])
+def test_what_is_chosen_was_scored_exactly_and_keeps_its_tokens(tiny, options):
+    slot = slot_of(tiny)
+    objective, drawn = candidates_of(tiny, slot, width=20)
+    drawn = drawn[torch.tensor(slot.faithful(drawn.tolist()))]
+    suffix = torch.tensor(slot.initial_ids)
+    given = {"screen": 0, "merge": 0, "draft": None, **options}
+    ids, loss = choose(objective, slot, suffix, drawn, generator=torch.Generator(), **given)
+    assert loss == pytest.approx(float(objective.losses(torch.tensor([ids]))[0]), abs=1e-5)
+    assert slot.faithful([ids]) == [True]
+    if "merge" in options and "screen" not in options:
+        assert loss <= float(objective.losses(drawn).min()) + 1e-6
+
+
+def test_momentum_is_the_running_mean_and_a_saved_state_goes_on_to_the_bit(qwen, monkeypatch):
+    slot, allowed = slot_of(qwen), allowed_of(qwen)
+    config = dataclasses.replace(SMALL, num_steps=4, momentum=0.25)
+    raw, used, saved = [], [], []
+    objective = TargetLoss(qwen, slot)
+    gradient = objective.token_gradient
+
+    def seen(suffix):
+        loss, found = gradient(suffix)
+        raw.append(found)
+        return loss, found
+
+    monkeypatch.setattr(objective, "token_gradient", seen)
+    from attacks import gcg
+
+    sample = gcg.sample_candidates
+    monkeypatch.setattr(
+        gcg, "sample_candidates", lambda s, g, a, **k: used.append(g.clone()) or sample(s, g, a, **k)
+    )
+
+    def copied(state):
+        return GCGState(**{k: list(v) if isinstance(v, list) else v for k, v in state.to_row().items()})
+
+    whole = run_gcg(objective, slot, config, allowed, seed=7, on_step=lambda s: saved.append(copied(s)))
+    assert torch.equal(used[0], raw[0])
+    assert torch.allclose(used[1], 0.25 * raw[0] + 0.75 * raw[1])
+    assert torch.allclose(used[2], 0.25 * used[1] + 0.75 * raw[2])
+    again = run_gcg(TargetLoss(qwen, slot), slot, config, allowed, seed=7, state=saved[1])
+    assert again.to_row() == whole.to_row()
+
+
+def test_a_draft_model_with_another_vocabulary_is_refused_and_its_own_serves(tmp_path, qwen, tiny_folders):
+    with RunFolder(tmp_path / "other") as run, pytest.raises(AttackPlaneError, match="vocabulary"):
+        config = dataclasses.replace(SMALL, draft=str(tiny_folders["llama"]))
+        Attacker(run, qwen, config, seed=0).attack(behaviours(1))
+    with RunFolder(tmp_path / "own") as run:
+        config = dataclasses.replace(SMALL, draft=str(tiny_folders["qwen2"]))
+        artifact = Attacker(run, qwen, config, seed=0).attack(behaviours(1))[-1]
+    assert artifact.token_fidelity and artifact.loss < artifact.loss_history[0]
