@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     PLAIN: {},
     "momentum 0.5": {"momentum": 0.5},
     "merge 7": {"merge": 7},
-    "screen 1/8": {"screen": 8},
+    "screen 8": {"screen": 8},
     "probe sampling": {"draft": "half"},
 }
 
@@ -47,18 +47,18 @@ class TimeIsUp(Exception):
 
 def half_of(loaded: LoadedModel) -> LoadedModel:
     """The same model without every second block: a draft model where no smaller relative is at hand."""
-    model = copy.copy(loaded.model)
-    model._modules = dict(model._modules)
-    name = next(n for n, m in model.named_children() if m is loaded.decoder)
-    decoder = copy.copy(loaded.decoder)
-    decoder._modules = dict(decoder._modules)
-    inside = next(n for n, m in decoder.named_children() if m is loaded.blocks)
-    kept = torch.nn.ModuleList(list(loaded.blocks)[::2])
-    decoder._modules[inside] = kept
-    model._modules[name] = decoder
-    model.config = decoder.config = copy.deepcopy(loaded.model.config)
-    model.config.num_hidden_layers = len(kept)
-    return dataclasses.replace(loaded, model=model, spec=f"{loaded.spec}, half of its blocks")
+    half = dataclasses.replace(
+        loaded, model=copy.deepcopy(loaded.model), spec=f"{loaded.spec}, half of its blocks"
+    )
+    name = next(n for n, m in half.decoder.named_children() if m is half.blocks)
+    kept = torch.nn.ModuleList(list(half.blocks)[::2])
+    setattr(half.decoder, name, kept)
+    for index, block in enumerate(kept):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                setattr(module, "layer_idx", index)  # noqa: B010  (no such attribute by type)
+    half.config.num_hidden_layers = len(kept)
+    return dataclasses.replace(half)  # a fresh one, that looks its blocks up anew
 
 
 def search(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from core.models import LoadedModel
+from core.precision import full_products
 
 NAME = "attack_plane_packed"
 
@@ -123,21 +124,22 @@ class PackedDecoder:
         """(1, heads, fed tokens, head dim) each -> (1, fed tokens, heads, head dim)."""
         own = self._own_attention(module)
         parts, first = [], 0
-        for group in self._groups:
-            rows = slice(first, first + group.tokens)
-            first += group.tokens
-            q, k, v = (
-                x[0, :, rows].unflatten(1, (group.count, group.length)).transpose(0, 1)
-                for x in (query, key, value)
-            )
-            if group.shared:
-                shared_k, shared_v = self._known[module]
-                k = torch.cat([shared_k[:, :, : group.shared].expand(group.count, -1, -1, -1), k], 2)
-                v = torch.cat([shared_v[:, :, : group.shared].expand(group.count, -1, -1, -1), v], 2)
-            if self._keep:
-                self._known[module] = (k[:, :, : self._keep].detach(), v[:, :, : self._keep].detach())
-            mask = self._mask(group, options.get("sliding_window"), query)
-            parts.append(own(module, q, k, v, mask, **options)[0].flatten(0, 1))
+        with full_products(query.device):
+            for group in self._groups:
+                rows = slice(first, first + group.tokens)
+                first += group.tokens
+                q, k, v = (
+                    x[0, :, rows].unflatten(1, (group.count, group.length)).transpose(0, 1)
+                    for x in (query, key, value)
+                )
+                if group.shared:
+                    shared_k, shared_v = self._known[module]
+                    k = torch.cat([shared_k[:, :, : group.shared].expand(group.count, -1, -1, -1), k], 2)
+                    v = torch.cat([shared_v[:, :, : group.shared].expand(group.count, -1, -1, -1), v], 2)
+                if self._keep:
+                    self._known[module] = (k[:, :, : self._keep].detach(), v[:, :, : self._keep].detach())
+                mask = self._mask(group, options.get("sliding_window"), query)
+                parts.append(own(module, q, k, v, mask, **options)[0].flatten(0, 1))
         return torch.cat(parts)[None], None
 
     def _own_attention(self, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:

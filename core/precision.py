@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 
 @contextmanager
-def reduced_products(device: torch.device) -> Iterator[None]:
-    """Float32 matrix products of this process in reduced precision; the setting is put back afterwards.
-
-    Without hardware for it (AMX or AVX-512 BF16 on a CPU) the CPU computes as before.
-    """
-    backend, mode = (
-        (torch.backends.cuda.matmul, "tf32")
-        if device.type == "cuda"
-        else (torch.backends.mkldnn.matmul, "bf16")
-    )
+def _products(device: torch.device, cpu: str, cuda: str) -> Iterator[None]:
+    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    mode = cpu
+    if device.type == "cuda":
+        backend, mode = torch.backends.cuda.matmul, cuda
     before = backend.fp32_precision
     backend.fp32_precision = mode
     try:
         yield
     finally:
         backend.fp32_precision = before
+
+
+def reduced_products(device: torch.device) -> AbstractContextManager[None]:
+    """Float32 matrix products of this process in reduced precision; the setting is put back afterwards.
+
+    Without hardware for it (AMX or AVX-512 BF16 on a CPU) the CPU computes as before.
+    """
+    return _products(device, "bf16", "tf32")
+
+
+def full_products(device: torch.device) -> AbstractContextManager[None]:
+    """Full precision within a reduced stretch: the many small products of attention are slower in bfloat16 on a CPU."""
+    return _products(device, "ieee", "ieee") if device.type == "cpu" else nullcontext()
