@@ -39,10 +39,12 @@ log = logging.getLogger(__name__)
 PATHS = ("packed", "cached", "plain")
 ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 """By how much (nats per token) fast scoring may differ from one plain pass before we say so."""
-LIKELY = 256
+LIKELY = 1024
 """Tokens a target position that the lower bound looks at."""
 HEAD_BATCH = 16
 """Candidates whose logits over the whole vocabulary are held at once."""
+GROUP_BLOCK = 4
+"""On a GPU shared lengths are rounded down to a multiple: fewer groups to launch kernels for, a few more tokens fed."""
 BOUND_MARGIN = 1e-4
 """Rounding (nats per token) allowed between a bound and the loss it bounds, in float32."""
 
@@ -165,29 +167,44 @@ class TargetLoss:
         self._likely = self._head.restricted(likely), torch.searchsorted(likely, self.target)
         return logits
 
-    def _packed_hidden(self, suffixes: Tensor) -> Tensor:
-        """(candidate, suffix length) -> (candidate, T, d_model) final hidden states at the predicting positions."""
-        suffixes = suffixes.to(self.loaded.device)
-        length, rest, count = suffixes.shape[1], len(self._rest), len(self.target)
+    def _packed_hidden(self, suffixes: Tensor, *, reduced: bool = False) -> Tensor:
+        """(candidate, suffix length) -> (candidate, T, d_model) final hidden states at the predicting positions.
+
+        ``reduced`` says that a precision is set for the process, which threads side by side would disturb.
+        """
+        side_by_side = self.loaded.device.type == "cpu" and torch.get_num_threads() > 1 and not reduced
+        suffixes, rest, device = suffixes.cpu(), self._rest.cpu(), self.loaded.device
+        length, count = suffixes.shape[1], len(self.target)
         shared = torch.zeros(len(suffixes), dtype=torch.long)
         if len(self._current) == length:
-            shared = (suffixes == self._current).long().cumprod(1).sum(1).clamp(max=length - 1).cpu()
+            shared = (suffixes == self._current.cpu()).long().cumprod(1).sum(1).clamp(max=length - 1)
+            shared -= shared % (1 if device.type == "cpu" else GROUP_BLOCK)
         order = shared.argsort(stable=True)
 
-        def score(part: Sequence[int]) -> Tensor:
+        def batch_of(part: Sequence[int]) -> tuple[Tensor, list[Group], Tensor]:
+            """Embeddings, groups and predicting positions of some candidates, in the order of ``shared``."""
             starts = shared[torch.tensor(part)]
             groups = [
-                Group(len(self.before) + int(start), length - int(start) + rest, int(rows))
+                Group(len(self.before) + int(start), length - int(start) + len(rest), int(rows))
                 for start, rows in zip(*starts.unique(return_counts=True), strict=True)
             ]
-            ids = torch.cat([torch.cat([suffixes[i, shared[i] :], self._rest]) for i in part])
-            ends = torch.cumsum(length - starts + rest, 0)
-            predicting = (ends[:, None] + torch.arange(-count, 0)).flatten().to(ids.device)
-            hidden = self._packed.hidden(self._embed(ids), groups)
-            return hidden[predicting].unflatten(0, (len(part), count))
+            ids = torch.cat([piece for i in part for piece in (suffixes[i, shared[i] :], rest)]).to(device)
+            ends = torch.cumsum(length - starts + len(rest), 0)
+            return self._embed(ids), groups, (ends[:, None] + torch.arange(-count, 0)).to(device)
+
+        def score(part: Sequence[int]) -> Tensor:
+            if not side_by_side or len(part) < 2:
+                embeddings, groups, predicting = batch_of(part)
+                return self._packed.hidden(embeddings, groups)[predicting]
+            halves = [batch_of(part[start::2]) for start in (0, 1)]
+            both = self._packed.hidden_of_two([half[:2] for half in halves])
+            whole = both[0].new_empty(len(part), count, both[0].shape[1])
+            for start, (hidden, half) in enumerate(zip(both, halves, strict=True)):
+                whole[start::2] = hidden[half[2]]
+            return whole
 
         found = torch.cat(list(self.batch.over(order.tolist(), score)))
-        return found[order.argsort().to(found.device)]
+        return found[order.argsort().to(device)]
 
     def _head_losses(self, hidden: Tensor) -> Tensor:
         """(candidate, T, d_model) -> (candidate,) losses by the whole head, float32 on the CPU."""
@@ -246,7 +263,7 @@ class TargetLoss:
         with reduced_products(self.loaded.device):
             if self.path != "packed" or self._likely is None:
                 return self.losses(suffixes)
-            return self._bounds(self._packed_hidden(suffixes))
+            return self._bounds(self._packed_hidden(suffixes, reduced=True))
 
     @torch.no_grad()
     def best(self, suffixes: Tensor) -> tuple[int, float]:

@@ -32,5 +32,10 @@ def reduced_products(device: torch.device) -> AbstractContextManager[None]:
 
 
 def full_products(device: torch.device) -> AbstractContextManager[None]:
-    """Full precision within a reduced stretch: the many small products of attention are slower in bfloat16 on a CPU."""
-    return _products(device, "ieee", "ieee") if device.type == "cpu" else nullcontext()
+    """Full precision within a reduced stretch: the many small products of attention are slower in bfloat16 on a CPU.
+
+    Outside such a stretch it touches nothing, so that threads do not undo each other's settings.
+    """
+    if device.type != "cpu" or torch.backends.mkldnn.matmul.fp32_precision != "bf16":  # type: ignore[attr-defined]
+        return nullcontext()
+    return _products(device, "ieee", "ieee")

@@ -273,14 +273,14 @@ def test_out_of_memory_halves_the_batch_and_changes_no_loss(qwen, monkeypatch):
     slot = slot_of(qwen)
     objective, drawn = candidates_of(qwen, slot)
     expected = objective.losses(drawn)
-    inner = PackedDecoder.hidden
+    inner = PackedDecoder._run
 
-    def scarce(self, embeddings, groups, **options):
-        if sum(group.count for group in groups) > 3:
+    def scarce(self, embeddings, groups, keep):
+        if sum(group.count for group in groups) > 1:
             raise torch.OutOfMemoryError("pretended")
-        return inner(self, embeddings, groups, **options)
+        return inner(self, embeddings, groups, keep)
 
-    monkeypatch.setattr(PackedDecoder, "hidden", scarce)
+    monkeypatch.setattr(PackedDecoder, "_run", scarce)
     objective.batch.value = 8
     assert torch.allclose(objective.losses(drawn), expected, atol=1e-5)
     assert objective.batch.value == 2

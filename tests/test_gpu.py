@@ -27,7 +27,9 @@ def test_losses_and_gradient_on_the_gpu_equal_those_on_the_cpu(on_gpu, tiny_mode
     slot = slot_of(cpu)
     objective, drawn = candidates_of(cpu, slot)
     other = TargetLoss(on_gpu, slot)
+    assert other.path == "packed"
     assert torch.allclose(other.losses(drawn), objective.losses(drawn), atol=1e-4)
+    assert other.best(drawn)[0] == int(objective.losses(drawn).argmin())
     (_, a), (_, b) = objective.token_gradient(drawn[0]), other.token_gradient(drawn[0].cuda())
     assert torch.allclose(a, b.cpu(), atol=1e-4)
 
