@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from attacks.gcg import GCGConfig
-from attacks.run import GCG, Attacker
+from attacks.run import GCG, Attacker, draft_model
 from attacks.verify import Verification, verify_artifact
 from core.errors import AttackPlaneError
 from core.generate import complete
@@ -79,9 +79,11 @@ def attack(
     engine_options: Mapping[str, Any] | None = None,
 ) -> list[AttackArtifact]:
     with RunFolder(path) as run:
-        attacker = Attacker(run, source, config, seed, save_every, engine, engine_options or {})
+        draft = draft_model(source, config.draft) if config.draft else None
+        attacker = Attacker(run, source, config, seed, save_every, engine, engine_options or {}, draft)
         settings = {**attacker.settings(engine), "seed": seed}
-        run.begin_stage(engine, settings, {source.spec: source.fingerprint})
+        models = {model.spec: model.fingerprint for model in (source, draft) if model}
+        run.begin_stage(engine, settings, models)
         return attacker.attack(behaviours, baselines=baselines)
 
 

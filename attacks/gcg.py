@@ -75,8 +75,8 @@ class GCGState:
     """Loss of the current suffix after each step; index 0 is the initial suffix."""
     scored: list[int] = field(default_factory=list)
     """Candidates scored in each step, after the filters."""
-    momentum: str | None = None
-    """Running mean of the gradients as base64 of float32 (suffix length, vocabulary); only with momentum."""
+    momentum: torch.Tensor | str | None = None
+    """Running mean of the gradients, (suffix length, vocabulary); base64 of its float32 in a row. Only with momentum."""
 
     @property
     def step(self) -> int:
@@ -93,8 +93,16 @@ class GCGState:
         if len(self.losses) == 1 or loss < self.best_loss:
             self.best_step, self.best_ids = len(self.losses) - 1, list(self.suffix_ids)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.momentum, str):
+            values = torch.frombuffer(bytearray(base64.b64decode(self.momentum)), dtype=torch.float32)
+            self.momentum = values.view(len(self.suffix_ids), -1)
+
     def to_row(self) -> dict[str, Any]:
-        return dict(vars(self))
+        row = dict(vars(self))
+        if isinstance(self.momentum, torch.Tensor):
+            row["momentum"] = base64.b64encode(self.momentum.cpu().numpy().tobytes()).decode()
+        return row
 
 
 def run_gcg(
@@ -121,6 +129,8 @@ def run_gcg(
             where="gcg n_replace",
             got=f"{config.n_replace}, suffix of {len(slot.initial_ids)} tokens",
         )
+    if config.draft and draft is None:
+        raise AttackPlaneError("probe sampling needs the draft's loss", where="gcg draft", got=config.draft)
     generator = torch.Generator().manual_seed(seed)
     if state is None:
         state = GCGState(list(slot.initial_ids), [], objective.batch.value)
@@ -132,7 +142,6 @@ def run_gcg(
         suffix = torch.tensor(state.suffix_ids)
         _, gradient = objective.token_gradient(suffix)
         if config.stop_on_match and objective.matches:
-            state.best_step, state.best_ids = len(state.losses) - 1, list(state.suffix_ids)
             break
         if config.momentum:
             gradient = _running_mean(state, gradient, config.momentum)
@@ -164,16 +173,18 @@ def run_gcg(
         state.generator_state = generator.get_state().tolist()
         state.batch_size = objective.batch.value
         on_step(state)
+    if config.stop_on_match:
+        objective.share(torch.tensor(state.suffix_ids))
+        if objective.matches:
+            state.best_step, state.best_ids = len(state.losses) - 1, list(state.suffix_ids)
     return state
 
 
 def _running_mean(state: GCGState, gradient: torch.Tensor, momentum: float) -> torch.Tensor:
     """MAC's gradient, kept in the state."""
-    if state.momentum is not None:
-        before = torch.frombuffer(bytearray(base64.b64decode(state.momentum)), dtype=torch.float32)
-        before = before.view(gradient.shape).to(gradient.device)
-        gradient = momentum * before + (1 - momentum) * gradient
-    state.momentum = base64.b64encode(gradient.cpu().numpy().tobytes()).decode()
+    if isinstance(state.momentum, torch.Tensor):
+        gradient = momentum * state.momentum.to(gradient.device) + (1 - momentum) * gradient
+    state.momentum = gradient
     return gradient
 
 

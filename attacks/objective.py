@@ -6,7 +6,7 @@ The last target token is not fed; the head is applied at the T predicting positi
 exact, the first that serves a model is taken:
 
 ``packed``  keys and values of ``before`` and of the current suffix are shared: a candidate that first differs from the
-            current suffix at position p is fed from p on, all candidates in one flat batch (``core/packed.py``)
+            current suffix at position p is fed from p on, many candidates in one flat batch (``core/packed.py``)
 ``cached``  keys and values of ``before`` are shared (``core/prefix.py``)
 ``plain``   whole sequences
 
@@ -15,7 +15,8 @@ arXiv 2307.15043, algorithm 1). Its forward pass leaves the current suffix's key
 
 ``best`` needs only the argmin: with logits over a few likely tokens S (and the target) in place of the whole vocabulary,
 log sum_S exp - logit_target is a lower bound of a token's NLL, so a candidate whose bound exceeds the best complete loss
-is out without its full head. The likely tokens are the top of the current suffix's distributions.
+is out without its full head (float32 only: coarser rounding would blur the bound). The likely tokens are the top of the
+current suffix's distributions.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from core.batching import BatchSize, memory_budget
 from core.head import Head
 from core.models import LoadedModel
 from core.packed import Group, PackedDecoder
-from core.precision import reduced_products
-from core.prefix import SharedPrefix
+from core.precision import is_reduced, reduced_products
+from core.prefix import SharedPrefix, keeps_keys_and_values_only
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,9 @@ PATHS = ("packed", "cached", "plain")
 ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 """By how much (nats per token) fast scoring may differ from one plain pass before we say so."""
 LIKELY = 1024
-"""Tokens a target position that the lower bound looks at."""
+"""Tokens a target position that the lower bound looks at,"""
+LIKELY_SHARE = 4
+"""but all positions together no more than this part of the vocabulary, so that the bound stays cheaper than the head."""
 HEAD_BATCH = 16
 """Candidates whose logits over the whole vocabulary are held at once."""
 GROUP_BLOCK = 4
@@ -123,6 +126,8 @@ class TargetLoss:
             self._head = Head(self.loaded, probe)
             if not self._head.usable:
                 return "its logits are not an elementwise function of a linear head's"
+            if not keeps_keys_and_values_only(self.loaded):
+                return "it keeps more than keys and values"
             self._packed = PackedDecoder(self.loaded)
             if len(self.before):
                 with torch.no_grad():
@@ -154,25 +159,24 @@ class TargetLoss:
 
     def _logits_of_current(self, suffix: Tensor, leaf: Tensor) -> Tensor:
         """(T, vocabulary) logits of a suffix given its embeddings, which becomes the one that candidates share with."""
+        self._current = suffix[:0]  # until the pass is through, no suffix may share with half of it
         fed = torch.cat([leaf, self._embed(self._rest)])
         shared = len(self.before)
         keep = shared + len(suffix)
         hidden = self._packed.hidden(fed, [Group(shared, len(fed), 1)], keep=keep)
         logits = self._head.logits(hidden[-len(self.target) :])
         self._current = suffix
-        likely = torch.cat(
-            [logits.detach().topk(min(LIKELY, logits.shape[1])).indices.flatten(), self.target]
-        )
+        each = max(1, min(LIKELY, logits.shape[1] // LIKELY_SHARE // len(self.target)))
+        likely = torch.cat([logits.detach().topk(each).indices.flatten(), self.target])
         likely = likely.unique()
         self._likely = self._head.restricted(likely), torch.searchsorted(likely, self.target)
         return logits
 
-    def _packed_hidden(self, suffixes: Tensor, *, reduced: bool = False) -> Tensor:
-        """(candidate, suffix length) -> (candidate, T, d_model) final hidden states at the predicting positions.
-
-        ``reduced`` says that a precision is set for the process, which threads side by side would disturb.
-        """
-        side_by_side = self.loaded.device.type == "cpu" and torch.get_num_threads() > 1 and not reduced
+    def _packed_hidden(self, suffixes: Tensor) -> Tensor:
+        """(candidate, suffix length) -> (candidate, T, d_model) final hidden states at the predicting positions."""
+        # a reduced precision is set for the whole process, which threads side by side would disturb
+        cpu = self.loaded.device.type == "cpu"
+        side_by_side = cpu and torch.get_num_threads() > 1 and not is_reduced(self.loaded.device)
         suffixes, rest, device = suffixes.cpu(), self._rest.cpu(), self.loaded.device
         length, count = suffixes.shape[1], len(self.target)
         shared = torch.zeros(len(suffixes), dtype=torch.long)
@@ -208,8 +212,11 @@ class TargetLoss:
 
     def _head_losses(self, hidden: Tensor) -> Tensor:
         """(candidate, T, d_model) -> (candidate,) losses by the whole head, float32 on the CPU."""
+        return self._nll(hidden, self._head, self.target)
+
+    def _nll(self, hidden: Tensor, head: Head, target: Tensor) -> Tensor:
         parts = [
-            mean_nll(self._head.logits(part.flatten(0, 1)).unflatten(0, part.shape[:2]), self.target).cpu()
+            mean_nll(head.logits(part.flatten(0, 1)).unflatten(0, part.shape[:2]), target).cpu()
             for part in hidden.split(HEAD_BATCH)
         ]
         return torch.cat(parts)
@@ -220,8 +227,7 @@ class TargetLoss:
     def _bounds(self, hidden: Tensor) -> Tensor:
         """(candidate, T, d_model) -> (candidate,) lower bounds of the losses, from the likely tokens."""
         assert self._likely is not None
-        head, target = self._likely
-        return mean_nll(head.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]), target).cpu()
+        return self._nll(hidden, *self._likely)
 
     # --- cached and plain -----------------------------------------------------------------------------------------
     def _whole_logits(self, embeddings: Tensor) -> Tensor:
@@ -263,7 +269,7 @@ class TargetLoss:
         with reduced_products(self.loaded.device):
             if self.path != "packed" or self._likely is None:
                 return self.losses(suffixes)
-            return self._bounds(self._packed_hidden(suffixes, reduced=True))
+            return self._bounds(self._packed_hidden(suffixes))
 
     @torch.no_grad()
     def best(self, suffixes: Tensor) -> tuple[int, float]:
@@ -274,18 +280,34 @@ class TargetLoss:
             return int(losses.argmin()), float(losses.min())
         hidden = self._packed_hidden(suffixes)
         bounds = self._bounds(hidden)
-        winner, lowest = -1, float("inf")
+        winner, lowest = int(bounds.argmin()), float("inf")
         self.fully_scored = 0
+        if not bounds.isfinite().all():
+            return winner, float("nan")
         for part in bounds.argsort().split(4):
             if float(bounds[part[0]]) > lowest + BOUND_MARGIN:
                 break
             losses = self._head_losses(hidden[part.to(hidden.device)])
             self.fully_scored += len(part)
+            if not losses.isfinite().all():
+                return int(part[0]), float("nan")
             if float(losses.min()) < lowest:
                 winner, lowest = int(part[losses.argmin()]), float(losses.min())
-        if winner < 0:  # no loss is a number
-            return 0, float("nan")
         return winner, lowest
+
+    @torch.no_grad()
+    def share(self, suffix: Tensor) -> None:
+        """Make this suffix the current one and see whether it ``matches``: ``token_gradient`` without the gradient."""
+        suffix = suffix.to(self.loaded.device)
+        if self.path == "packed":
+            logits = self._logits_of_current(suffix, self._embed(suffix))
+        else:
+            logits = self._logits(self._embed(self._fed(suffix[None])))[0]
+        self.matches = self._greedy(logits)
+
+    def _greedy(self, logits: Tensor) -> bool:
+        """Whether (T, vocabulary) logits give the target token by token."""
+        return bool((logits.argmax(-1) == self.target).all())
 
     def token_gradient(self, suffix: Tensor) -> tuple[float, Tensor]:
         """Loss of one suffix (suffix length,) and its gradient (suffix length, vocabulary) float32, on the device."""
@@ -298,7 +320,7 @@ class TargetLoss:
                 logits = self._logits(torch.cat([leaf, self._embed(self._rest)])[None])
             loss = mean_nll(logits, self.target)[0]
             (gradient,) = torch.autograd.grad(loss, leaf)
-        self.matches = bool((logits[0].argmax(-1) == self.target).all())
+        self.matches = self._greedy(logits[0])
         table = self.loaded.embedding_table
         return float(loss.detach()), (gradient.to(table.dtype) @ table.T).float()
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,8 @@ from core.prompt import Conversation, Renderer
 
 log = logging.getLogger(__name__)
 
+OPTIONS = ("batch_size", "buffer_size", "use_mellowmax", "mellowmax_alpha", "use_prefix_cache", "filter_ids")
+"""Fields of nanogcg's GCGConfig that ours has no word for."""
 REQUIREMENTS = ("nanogcg==0.3.0", "transformers==4.47.1")
 WORKER = Path(__file__).with_name("reference_worker.py")
 INTERPRETER = "ATTACK_PLANE_NANOGCG"
@@ -46,8 +49,10 @@ def interpreter() -> Path:
     Raises:
         AttackPlaneError: it cannot be made.
     """
-    if os.environ.get(INTERPRETER):
-        return Path(os.environ[INTERPRETER])
+    if chosen := os.environ.get(INTERPRETER):
+        if not shutil.which(chosen):
+            raise AttackPlaneError("no such interpreter", where=f"${INTERPRETER}", got=chosen)
+        return Path(chosen)
     import torch
 
     folder = cache_folder() / "nanogcg-0.3.0"
@@ -109,7 +114,12 @@ class Reference:
         line = self._process.stdout.readline()
         answer = json.loads(line) if line else {"error": f"it ended with exit status {self._process.wait()}"}
         if "error" in answer:
-            raise AttackPlaneError("nanogcg failed", where="reference engine", got=answer["error"])
+            raise AttackPlaneError(
+                "nanogcg failed",
+                where="reference engine",
+                got=answer["error"],
+                remedy="its own options may help, for example --nanogcg-option filter_ids=false",
+            )
         return answer
 
     def run(
@@ -120,6 +130,7 @@ class Reference:
         system: str | None = None,
         on_step: Callable[[dict[str, Any]], None] = lambda step: None,
         before_step: Callable[[], None] | None = None,
+        torch_seed: int | None = None,
     ) -> dict[str, Any]:
         """One behaviour: nanogcg's result, and the ids that it put around the suffix.
 
@@ -127,6 +138,7 @@ class Reference:
             config: fields of nanogcg's GCGConfig; the initial suffix is the slot's unless it is given.
             on_step: gets each step's loss, seconds by part and kept suffix ids.
             before_step: called before each step, while nanogcg waits; steps then carry their candidates too.
+            torch_seed: seeds torch without nanogcg's deterministic mode, which its own ``seed`` brings.
         """
         content = slot.content_before + "{optim_str}" + slot.content_after
         messages = [{"role": "system", "content": system}] if system is not None else []
@@ -210,28 +222,33 @@ def _check_agreement(engine: Reference, loaded: LoadedModel) -> None:
         )
 
 
+def scored_ids(result: dict[str, Any], suffix_ids: list[int]) -> tuple[int, ...]:
+    """The whole sequence that nanogcg scored with this suffix, target included."""
+    return (*result["before_ids"], *suffix_ids, *result["after_ids"], *result["target_ids"])
+
+
 def faults_of(
     engine: Reference,
-    renderer: Renderer,
-    slot: SuffixSlot,
     result: dict[str, Any],
-    ids: list[int],
-    early_stop: bool,
+    scored: tuple[int, ...],
+    rendered: tuple[int, ...],
+    options: dict[str, Any],
+    tolerance: float,
 ) -> list[str]:
     """What is wrong with a result of nanogcg: the three faults above, each with its evidence.
 
     Args:
-        ids: the suffix that nanogcg held when it gave ``best_string``.
+        scored: the sequence that nanogcg held when it gave ``best_string``. rendered: the prompt's text, tokenised.
+        options: nanogcg's configuration. tolerance: nats per token.
     """
-    scored = [*result["before_ids"], *ids, *result["after_ids"], *result["target_ids"]]
-    own = engine.ask(do="loss", ids=scored, targets=len(result["target_ids"]))
-    text = slot.before_text + result["best_string"] + slot.after_text + slot.target_text
+    own = engine.ask(do="loss", ids=list(scored), targets=len(result["target_ids"]))
     faults = []
-    if renderer.tokenise([text])[0] != scored:
+    if rendered != scored:
         faults.append("the ids that nanogcg scored are not those of the prompt's text")
-    if abs(own["loss"] - result["best_loss"]) > ROUNDING[renderer.loaded.dtype]:
+    # with mellowmax its losses are no likelihoods
+    if not options.get("use_mellowmax") and abs(own["loss"] - result["best_loss"]) > tolerance:
         claim = f"reported loss {result['best_loss']:.4f}, on the ids it held {own['loss']:.4f}"
         faults.append(f"best_loss does not belong to best_string: {claim}")
-    if early_stop and result["stopped"] and not own["match"]:
+    if options.get("early_stop") and result["stopped"] and not own["match"]:
         faults.append("stopped early for a match, but the returned string does not match")
     return faults

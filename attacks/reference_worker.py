@@ -3,9 +3,10 @@
 A program, not a module of the suite: it imports nothing of ours. ``attacks/reference.py`` starts it and talks to it in JSON
 lines; nanogcg's own messages go to stderr.
 
-    -> {"do": "load", "folder", "device", "dtype", "special_tokens", "chat_template"}   <- {"loaded": versions}
+    -> {"do": "load", "folder", "device", "dtype", "special_tokens", "chat_template"}   <- {"loaded"}
     -> {"do": "loss", "ids", "targets"}                     <- {"loss": nats per target token, "match": greedy = target}
-    -> {"do": "run", "messages", "target", "config", "paced", "candidates"}    <- {"tokens"}, {"step"} ..., {"result"}
+    -> {"do": "run", "messages", "target", "config", "paced", "candidates", "torch_seed"}
+                                                                                    <- {"step"} ..., {"result"}
 
 ``paced``: each step waits for a line {"do": "step"}, so that another program can be measured in turn. ``candidates``: steps carry the
 candidates and their losses. nanogcg is not changed: its functions are wrapped to be timed and watched.
@@ -126,7 +127,7 @@ def load(request: dict[str, Any]) -> tuple[Any, Any]:
         tokenizer_file=str(Path(request["folder"]) / "tokenizer.json"), **request["special_tokens"]
     )
     tokenizer.chat_template = request["chat_template"]
-    answer(loaded={"nanogcg": "0.3.0", "torch": torch.__version__, "transformers": transformers.__version__})
+    answer(loaded=request["folder"])
     return model.to(request["device"]).eval().requires_grad_(False), tokenizer
 
 
@@ -141,6 +142,8 @@ def loss(model: Any, request: dict[str, Any]) -> None:
 
 def run(model: Any, tokenizer: Any, request: dict[str, Any]) -> None:
     config = nanogcg.GCGConfig(**request["config"])
+    if request["torch_seed"] is not None:  # nanogcg's own seed also turns on slow deterministic kernels
+        torch.manual_seed(request["torch_seed"])
     logging.getLogger("nanogcg").setLevel(logging.ERROR)
     optimiser = Watched(model, tokenizer, config)
 

@@ -20,18 +20,19 @@ from attacks.baselines import baseline_suffixes
 from attacks.candidates import allowed_tokens
 from attacks.gcg import GCGConfig, GCGState, run_gcg
 from attacks.objective import ROUNDING, TargetLoss, plain_loss
-from attacks.reference import Reference, faults_of, reference
+from attacks.reference import OPTIONS, Reference, faults_of, reference, scored_ids
 from attacks.slot import SuffixSlot, default_slot
 from core.errors import AttackPlaneError
 from core.models import LoadedModel, load
-from core.prompt import Conversation, Renderer
-from core.records import BASELINES, AttackArtifact, Behaviour, content_hash
+from core.prompt import Conversation, Prompt, Renderer
+from core.records import BASELINES, AttackArtifact, Behaviour, content_hash, nearest
 from core.store import ATTACKS, RunFolder
 
 log = logging.getLogger(__name__)
 GCG = "gcg"
 NANOGCG = "nanogcg"
-ENGINES = (GCG, NANOGCG)
+OURS_ALONE = ("stop_loss", "momentum", "screen", "merge", "draft")
+"""Settings that nanogcg does not have, or has otherwise."""
 BASELINE_SETTINGS = ("suffix_length", "init_suffix", "placement", "system_prompt", "ascii_only")
 
 
@@ -72,6 +73,24 @@ class Attacker:
     save_every: int = 5
     engine: str = GCG
     engine_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    draft: LoadedModel | None = None
+
+    def __post_init__(self) -> None:
+        for name in OURS_ALONE:
+            if self.engine == NANOGCG and getattr(self.config, name):
+                raise AttackPlaneError(
+                    f"nanogcg has no {name}",
+                    where="engine",
+                    got=getattr(self.config, name),
+                    remedy="leave it out",
+                )
+        for name in self.engine_options:
+            if self.engine != NANOGCG or name not in OPTIONS:
+                raise AttackPlaneError(
+                    f"unknown option {name!r}",
+                    where=f"engine {self.engine}",
+                    remedy=nearest(name, list(OPTIONS)),
+                )
 
     def attack(self, behaviours: Sequence[Behaviour], *, baselines: bool = True) -> list[AttackArtifact]:
         """Artifacts of all behaviours, those of earlier runs included; in the order baselines, GCG.
@@ -85,13 +104,6 @@ class Attacker:
                 "GCG needs a target string for every behaviour",
                 where=f"{len(lacking)} behaviours, first {lacking[0]}",
                 remedy="add a column target ('Sure, here is ...') to the behaviours file",
-            )
-        if self.engine == NANOGCG and self.config.stop_loss:
-            raise AttackPlaneError(
-                "nanogcg cannot stop at a loss",
-                where="stop_loss",
-                got=self.config.stop_loss,
-                remedy="leave it out",
             )
         done = {row["artifact_id"]: row for row in self.run.rows(ATTACKS)}
         self.run.note_behaviours(behaviours)
@@ -130,6 +142,8 @@ class Attacker:
     def settings(self, attack: str) -> dict[str, Any]:
         """What an artifact of this attack depends on, besides behaviour, model and seed."""
         values = dataclasses.asdict(self.config)
+        if self.draft:
+            values["draft"] = [self.draft.spec, self.draft.fingerprint]
         if attack == GCG:
             return values
         if attack == NANOGCG:
@@ -177,8 +191,7 @@ class Attacker:
     ) -> Iterator[Callable[[Behaviour], AttackArtifact]]:
         """What makes the artifact of one behaviour."""
         if self.engine == GCG:
-            draft = draft_model(self.loaded, self.config.draft) if self.config.draft else None
-            yield lambda behaviour: self._gcg(renderer, behaviour, allowed, bar, draft)
+            yield lambda behaviour: self._gcg(renderer, behaviour, allowed, bar)
         else:
             with reference(self.loaded) as engine:
                 yield lambda behaviour: self._nanogcg(engine, renderer, behaviour, bar)
@@ -203,23 +216,29 @@ class Attacker:
         }  # fmt: skip
         result = engine.run(slot, options, system=config.system_prompt, on_step=on_step)
         best = result["losses"].index(min(result["losses"]))
-        faults = faults_of(engine, renderer, slot, result, kept[best], bool(options["early_stop"]))
-        for fault in faults:
-            log.warning("%s: %s", behaviour.behaviour_id, fault)
         initial = plain_loss(
             self.loaded, (*slot.before_ids, *slot.initial_ids, *slot.after_ids), slot.target_ids
         )
-        return self._artifact(
+        artifact = self._artifact(
             renderer,
             NANOGCG,
             behaviour,
             slot,
             kept[best],
             suffix=result["best_string"],
+            scored=scored_ids(result, kept[best]),
             history=[initial, *result["losses"]],
             best_step=best + 1,
-            faults=faults,
         )
+        rendered = self._rendered(
+            renderer, NANOGCG, behaviour, Conversation(artifact.prompt, system=config.system_prompt)
+        )
+        ids = (*rendered.ids, *rendered.target_ids)
+        tolerance = ROUNDING[self.loaded.dtype]
+        faults = faults_of(engine, result, scored_ids(result, kept[best]), ids, options, tolerance)
+        for fault in faults:
+            log.warning("%s: %s", behaviour.behaviour_id, fault)
+        return dataclasses.replace(artifact, faults=faults)
 
     def _gcg(
         self,
@@ -227,7 +246,6 @@ class Attacker:
         behaviour: Behaviour,
         allowed: torch.Tensor,
         bar: tqdm,
-        draft: LoadedModel | None,
     ) -> AttackArtifact:
         slot = self._slot(renderer, behaviour)
         name = self.artifact_id(GCG, behaviour)
@@ -251,7 +269,7 @@ class Attacker:
             allowed,
             seed=stream_seed(self.seed, behaviour.behaviour_id, GCG),
             state=state,
-            draft=TargetLoss(draft, slot) if draft else None,
+            draft=TargetLoss(self.draft, slot) if self.draft else None,
             on_step=on_step,
         )
         artifact = self._artifact(
@@ -265,6 +283,12 @@ class Attacker:
             )
         return artifact
 
+    def _rendered(
+        self, renderer: Renderer, attack: str, behaviour: Behaviour, conversation: Conversation
+    ) -> Prompt:
+        """The prompt as it would be sent; nanogcg does not care whether the template trims its suffix."""
+        return renderer.render(conversation, behaviour.target_string, allow_trim=attack == NANOGCG)
+
     def _artifact(
         self,
         renderer: Renderer,
@@ -276,7 +300,7 @@ class Attacker:
         suffix: str | None = None,
         history: list[float] | None = None,
         best_step: int = 0,
-        faults: list[str] | None = None,
+        scored: tuple[int, ...] | None = None,
     ) -> AttackArtifact:
         """Render and score a prompt as a stranger would. ``suffix`` is its text where that is not the ids' own."""
         system = self.config.system_prompt
@@ -287,8 +311,8 @@ class Attacker:
             suffix = slot.suffix_texts([suffix_ids])[0] if suffix is None else suffix
             prompt = slot.content_before + suffix + slot.content_after
             conversation = Conversation(prompt, system=system)
-            expected = (*slot.before_ids, *suffix_ids, *slot.after_ids, *slot.target_ids)
-        rendered = renderer.render(conversation, behaviour.target_string, allow_trim=attack == NANOGCG)
+            expected = scored or (*slot.before_ids, *suffix_ids, *slot.after_ids, *slot.target_ids)
+        rendered = self._rendered(renderer, attack, behaviour, conversation)
         loss = plain_loss(self.loaded, rendered.ids, rendered.target_ids)
         return AttackArtifact(
             artifact_id=self.artifact_id(attack, behaviour),
@@ -307,5 +331,4 @@ class Attacker:
             config_hash=content_hash(self.settings(attack)),
             token_fidelity=expected is None or (*rendered.ids, *rendered.target_ids) == expected,
             system_prompt=system,
-            faults=faults or [],
         )

@@ -34,9 +34,9 @@ def screened(objective: TargetLoss, candidates: Tensor, keep: int) -> Tensor:
 
 def spearman(a: Tensor, b: Tensor) -> float:
     """Rank correlation of two (n,) tensors; 0 where it is not defined."""
-    ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
-    found = float(torch.corrcoef(ranks)[0, 1]) if len(a) > 1 else 0.0
-    return found if found == found else 0.0
+    if len(a) < 2 or a.min() == a.max() or b.min() == b.max():
+        return 0.0
+    return float(torch.corrcoef(torch.stack([x.argsort().argsort().double() for x in (a, b)]))[0, 1])
 
 
 def probe_sampled(
@@ -54,7 +54,7 @@ def probe_sampled(
 def merged(suffix: Tensor, best: Tensor) -> Tensor:
     """(k, suffix length) single candidates, best first -> (k, suffix length): the replacements of the first 1..k together.
 
-    Where two replace the same position, the better one keeps it.
+    Where two replace the same position, the better one keeps it (in the authors' code the later one takes it).
     """
     current, rows = suffix.clone(), []
     for candidate in best:
@@ -78,13 +78,13 @@ def choose(
     if screen:
         candidates = screened(objective, candidates, screen)
     if draft is not None:
+        draft.share(suffix)
         candidates = probe_sampled(objective, draft, candidates, generator)
     if merge:
         losses = objective.losses(candidates)
-        together = merged(suffix.cpu(), candidates[losses.argsort()[:merge]])
-        kept = torch.tensor(slot.faithful(together.tolist()), dtype=torch.bool)
-        candidates = torch.cat(
-            [candidates[losses.argmin()][None], together[kept]]
-        )  # the best single one stays possible
+        together = merged(
+            suffix.cpu(), candidates[losses.argsort()[:merge]]
+        )  # the first is the best single one
+        candidates = together[torch.tensor(slot.faithful(together.tolist()), dtype=torch.bool)]
     winner, loss = objective.best(candidates)
     return candidates[winner].tolist(), loss

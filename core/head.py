@@ -27,21 +27,18 @@ class Head:
 
     @torch.no_grad()
     def _fit(self, loaded: LoadedModel, probe_ids: Tensor) -> bool:
+        """Take the map that fits the model's own logits best; False where none does."""
         inputs = {"input_ids": probe_ids[None, :8].to(loaded.device), "use_cache": False}
         raw = self.logits(loaded.decoder(**inputs).last_hidden_state[0])
         own = loaded.model(**inputs).logits[0].float()
-        tolerance = 1e-4 if loaded.dtype == torch.float32 else 3e-2
-        for scale, cap in (
-            (1.0, None),
-            (float((own * raw).sum() / (raw * raw).sum()), None),
-            (1.0, getattr(loaded.config, "final_logit_softcapping", None)),
-        ):
-            self.scale, self.cap = scale, cap
-            if torch.allclose(
-                self._mapped(raw), own, rtol=tolerance, atol=tolerance * float(own.abs().max())
-            ):
-                return True
-        return False
+        factor = float((own * raw).sum() / (raw * raw).sum())
+        maps = [(1.0, None), (factor, None), (1.0, getattr(loaded.config, "final_logit_softcapping", None))]
+        errors = []
+        for self.scale, self.cap in maps:
+            errors.append(float((self._mapped(raw) - own).abs().max()))
+        least = min(errors)
+        self.scale, self.cap = maps[errors.index(least)]
+        return least <= (1e-4 if loaded.dtype == torch.float32 else 3e-2) * float(own.abs().max())
 
     def _mapped(self, raw: Tensor) -> Tensor:
         if self.cap:

@@ -186,19 +186,16 @@ class LoadedModel:
     def last_logits(self, keep: int, **inputs: Any) -> torch.Tensor:
         """(batch, keep, vocabulary) float32 logits of the last ``keep`` positions, by the model's own head."""
         if self.takes_logits_to_keep:
-            # by index and not by count: a strided slice would be multiplied sequence by sequence, nine times slower
-            fed = inputs["inputs_embeds" if "inputs_embeds" in inputs else "input_ids"]
-            last = torch.arange(fed.shape[1] - keep, fed.shape[1], device=fed.device)
+            # by index: a strided slice would be multiplied sequence by sequence, many times slower
+            length = inputs["inputs_embeds" if "inputs_embeds" in inputs else "input_ids"].shape[1]
+            last = torch.arange(length - keep, length, device=self.device)
             return self.model(**inputs, logits_to_keep=last).logits.float()
         return self.model(**inputs).logits[:, -keep:].float()
 
     def describe(self) -> str:
         """One line for the output of a command."""
-        template = (
-            "chat template"
-            if self.has_chat_template
-            else "base model, plain template 'User: ...\\nAssistant:'"
-        )
+        plain = "base model, plain template 'User: ...\\nAssistant:'"
+        template = "chat template" if self.has_chat_template else plain
         return (
             f"{self.spec}: {type(self.model).__name__}, {self.n_layers} layers, d_model {self.d_model}, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}, {template}"

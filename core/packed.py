@@ -67,7 +67,7 @@ def grouped_sdpa(
     folded = query.reshape(rows, key.shape[1], groups * length, -1)
     mask = attention_mask.repeat(1, 1, groups, 1)
     found = nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return found.view(rows, heads, length, -1).transpose(1, 2), None
+    return found.reshape(rows, heads, length, -1).transpose(1, 2), None
 
 
 class PackedDecoder:
@@ -103,7 +103,7 @@ class PackedDecoder:
         threads = torch.get_num_threads()
 
         def work(batch: tuple[Tensor, Sequence[Group]]) -> Tensor:
-            torch.set_num_threads(max(1, threads // 2))  # OpenMP's setting is the thread's own
+            torch.set_num_threads(max(1, threads // 2))  # for this thread; the caller's is put back below
             with torch.no_grad():
                 return self._run(*batch, 0)
 
@@ -127,9 +127,10 @@ class PackedDecoder:
     def _installed(self) -> Iterator[None]:
         """Our attention function in place of the model's own, for one forward pass."""
         config = self.loaded.config
-        ALL_ATTENTION_FUNCTIONS[NAME] = self._attend
-        config._attn_implementation = NAME
+        self._original = config._attn_implementation
         try:
+            ALL_ATTENTION_FUNCTIONS[NAME] = self._attend
+            config._attn_implementation = NAME
             yield
         finally:
             config._attn_implementation = self._original

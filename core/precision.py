@@ -31,11 +31,14 @@ def reduced_products(device: torch.device) -> AbstractContextManager[None]:
     return _products(device, "bf16", "tf32")
 
 
+def is_reduced(device: torch.device) -> bool:
+    """Whether a stretch of ``reduced_products`` is under way on a CPU."""
+    return device.type == "cpu" and torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+
+
 def full_products(device: torch.device) -> AbstractContextManager[None]:
     """Full precision within a reduced stretch: the many small products of attention are slower in bfloat16 on a CPU.
 
     Outside such a stretch it touches nothing, so that threads do not undo each other's settings.
     """
-    if device.type != "cpu" or torch.backends.mkldnn.matmul.fp32_precision != "bf16":  # type: ignore[attr-defined]
-        return nullcontext()
-    return _products(device, "ieee", "ieee")
+    return _products(device, "ieee", "ieee") if is_reduced(device) else nullcontext()

@@ -15,6 +15,12 @@ from core.models import LoadedModel
 PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
+def keeps_keys_and_values_only(loaded: LoadedModel) -> bool:
+    """Whether keys and values are all that this model keeps of earlier tokens (no recurrent or convolution state)."""
+    layers = DynamicCache(config=loaded.model.config).layers
+    return all(type(layer) in PLAIN_LAYERS for layer in layers)
+
+
 class SharedPrefix:
     """The key-value cache of ``ids`` (prefix tokens) on one model.
 

@@ -117,8 +117,9 @@ class AttackArtifact(Record):
     ``prompt`` is the user content, verbatim. ``suffix`` is its optimised part, exactly as it stands in ``prompt``
     (a leading space belongs to it), and ``suffix_ids`` the tokens optimised. ``loss`` is the mean negative
     log-likelihood of ``target_string`` in nats per target token on the source model, by one plain forward pass over the
-    whole sequence. For an optimised attack the suffix is the best seen, at step ``best_step`` of ``loss_history``
-    (index 0 is the initial suffix), which holds the losses that the search saw: equal to rounding.
+    whole sequence. For an optimised attack the suffix is the best seen (or the one that matched the target, where that
+    stops the search), at step ``best_step`` of ``loss_history`` (index 0 is the initial suffix), which holds the losses
+    that the search saw: equal to rounding.
     ``token_fidelity`` says whether the whole rendered conversation, tokenised again from its text, gives the ids
     that were scored. ``faults`` is what was found wrong with the artifact when it was made, in words.
     """

@@ -95,6 +95,7 @@ def test_suffixes_are_scored_alike_whichever_suffix_was_current(tiny):
 
 def test_the_bound_lets_few_candidates_through_and_never_the_wrong_one(tiny, monkeypatch):
     monkeypatch.setattr("attacks.objective.LIKELY", 40)
+    monkeypatch.setattr("attacks.objective.LIKELY_SHARE", 1)
     slot = slot_of(tiny)
     objective, _ = candidates_of(tiny, slot)
     vocabulary = tiny.embedding_table.shape[0]
@@ -104,6 +105,7 @@ def test_the_bound_lets_few_candidates_through_and_never_the_wrong_one(tiny, mon
         drawn = torch.randint(vocabulary, (40, len(slot.initial_ids)), generator=generator)
         losses = objective.losses(drawn)
         assert objective.best(drawn) == (int(losses.argmin()), pytest.approx(float(losses.min()), abs=1e-6))
+        assert (objective._bounds(objective._packed_hidden(drawn)) <= losses + 1e-5).all()
         skipped += len(drawn) - objective.fully_scored
     assert objective.likely_tokens < vocabulary
     assert skipped > 0
@@ -131,15 +133,24 @@ def test_a_model_that_ignores_positions_is_caught_by_its_losses(qwen, monkeypatc
     assert "losses differ" in caplog.text
 
 
-def test_the_model_is_left_as_it_was_found(tiny):
+def test_the_model_is_left_as_it_was_found_when_a_pass_breaks_off(tiny, monkeypatch):
     before = tiny.config._attn_implementation
     slot = slot_of(tiny)
     objective, drawn = candidates_of(tiny, slot)
-    objective._embed = None  # breaks the next pass in the middle of its preparations
-    with pytest.raises(TypeError):
-        objective.losses(drawn)
-    assert tiny.config._attn_implementation == before
-    assert NAME not in ALL_ATTENTION_FUNCTIONS
+
+    def broken(*args, **kwargs):
+        assert tiny.config._attn_implementation == NAME
+        raise KeyError("in the last block")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny.blocks[-1], "forward", broken)
+        for work in (lambda: objective.losses(drawn), lambda: objective.token_gradient(drawn[1])):
+            with pytest.raises(KeyError, match="last block"):
+                work()
+            assert tiny.config._attn_implementation == before
+            assert NAME not in ALL_ATTENTION_FUNCTIONS
+    # the keys and values of the suffix that broke off are not taken for those of the one before it
+    assert torch.allclose(objective.losses(drawn), TargetLoss(tiny, slot).losses(drawn), atol=1e-5)
 
 
 def test_losses_with_a_system_prompt_equal_the_plain_loop(qwen):

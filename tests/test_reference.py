@@ -10,11 +10,10 @@ import torch
 from attacks import reference as module
 from attacks.gcg import GCGConfig, run_gcg
 from attacks.objective import TargetLoss
-from attacks.reference import INTERPRETER, faults_of, older_config, reference
+from attacks.reference import INTERPRETER, faults_of, older_config, reference, scored_ids
 from attacks.run import NANOGCG, Attacker
 from core.embedded import cache_folder
 from core.errors import AttackPlaneError
-from core.prompt import Renderer
 from core.store import RunFolder
 from tests.test_gcg import SMALL, allowed_of, behaviours, slot_of
 
@@ -42,29 +41,27 @@ class Told:
         return self.answer
 
 
-def result_of(slot, ids, **changes):
-    plain = {
-        "before_ids": list(slot.before_ids), "after_ids": list(slot.after_ids), "target_ids": list(slot.target_ids),
-        "best_loss": 1.0, "best_string": slot.suffix_texts([ids])[0], "stopped": False,
-    }  # fmt: skip
-    return plain | changes
+def faults(told, *, reported=1.0, stopped=False, rendered=(1, 2, 3, 4), options=None):
+    result = {
+        "before_ids": [1],
+        "after_ids": [3],
+        "target_ids": [4],
+        "best_loss": reported,
+        "stopped": stopped,
+    }
+    return faults_of(told, result, scored_ids(result, [2]), rendered, options or {}, 1e-3)
 
 
-def test_each_fault_of_a_result_is_named_with_its_evidence(qwen):
-    slot = slot_of(qwen)
-    ids = list(slot.initial_ids)
-    arguments = Renderer(qwen), slot
-    assert faults_of(Told(1.0, True), *arguments, result_of(slot, ids), ids, early_stop=False) == []
-    (fault,) = faults_of(
-        Told(1.0, False), *arguments, result_of(slot, ids), [*ids[:-1], 70], early_stop=False
-    )
-    assert "ids" in fault
-    (fault,) = faults_of(Told(1.5, False), *arguments, result_of(slot, ids), ids, early_stop=False)
+def test_each_fault_of_a_result_is_named_with_its_evidence():
+    assert faults(Told(1.0, True)) == []
+    assert "ids" in faults(Told(1.0, True), rendered=(1, 9, 3, 4))[0]
+    (fault,) = faults(Told(1.5, True))
     assert "best_loss does not belong" in fault and "1.5000" in fault
-    (fault,) = faults_of(
-        Told(1.0, False), *arguments, result_of(slot, ids, stopped=True), ids, early_stop=True
-    )
-    assert "does not match" in fault
+    assert faults(Told(1.5, True), options={"use_mellowmax": True}) == []  # no likelihood to compare
+    early = {"early_stop": True}
+    assert "does not match" in faults(Told(1.0, False), stopped=True, options=early)[0]
+    assert faults(Told(1.0, True), stopped=True, options=early) == []
+    assert faults(Told(1.0, False), stopped=False, options=early) == []
 
 
 def worker(tmp_path, monkeypatch, body):
@@ -101,24 +98,25 @@ def test_an_environment_that_cannot_be_made_names_the_way_out(tmp_path, monkeypa
     assert not (tmp_path / "nanogcg-0.3.0" / "complete").exists()
 
 
-def test_stopping_on_a_match_returns_the_suffix_that_matches(qwen, monkeypatch):
-    slot, config = slot_of(qwen), dataclasses.replace(SMALL, num_steps=8, stop_on_match=True)
+@pytest.mark.parametrize("at", [2, 8])  # in the middle, and only after the last step
+def test_stopping_on_a_match_returns_the_suffix_that_matches(qwen, monkeypatch, at):
+    slot = slot_of(qwen)
+    config = dataclasses.replace(SMALL, num_steps=8, search_width=2, topk=400)
+    seen = []
+    run_gcg(
+        TargetLoss(qwen, slot), slot, config, allowed_of(qwen), seed=2, on_step=lambda s: seen.append(s.suffix_ids)
+    )  # fmt: skip
+    wanted = seen[at - 1]
+
+    def greedy(self, logits):
+        return self._current.tolist() == wanted
+
+    monkeypatch.setattr(TargetLoss, "_greedy", greedy)
     objective = TargetLoss(qwen, slot)
-    matching: list[list[int]] = []
-    gradient = objective.token_gradient
-
-    def third(suffix):
-        found = gradient(suffix)
-        matching.append(suffix.tolist())
-        objective.matches = len(matching) == 3
-        return found
-
-    monkeypatch.setattr(objective, "token_gradient", third)
+    config = dataclasses.replace(config, stop_on_match=True)
     state = run_gcg(objective, slot, config, allowed_of(qwen), seed=2)
-    assert state.step == 2 and state.best_ids == matching[-1]
-    assert state.best_loss == pytest.approx(
-        float(objective.losses(torch.tensor([state.best_ids]))[0]), abs=1e-5
-    )
+    assert state.step == at and state.best_ids == wanted
+    assert state.best_loss == pytest.approx(float(objective.losses(torch.tensor([wanted]))[0]), abs=1e-5)
 
 
 def test_a_match_is_seen_where_greedy_decoding_gives_the_target(qwen):
@@ -132,12 +130,19 @@ def test_a_match_is_seen_where_greedy_decoding_gives_the_target(qwen):
         objective = TargetLoss(qwen, dataclasses.replace(slot, target_ids=target))
         objective.token_gradient(suffix)
         assert objective.matches is expected
+        for path in ("packed", "cached", "plain"):
+            other = TargetLoss(qwen, dataclasses.replace(slot, target_ids=target), path=path)
+            other.share(suffix)
+            assert other.matches is expected
 
 
-def test_nanogcg_cannot_stop_at_a_loss(tmp_path, qwen):
-    config = GCGConfig(num_steps=1, suffix_length=6, stop_loss=0.5)
-    with RunFolder(tmp_path) as run, pytest.raises(AttackPlaneError, match="stop at a loss"):
-        Attacker(run, qwen, config, seed=0, engine=NANOGCG).attack(behaviours(1))
+@pytest.mark.parametrize("field", ["stop_loss", "momentum", "merge"])
+def test_what_nanogcg_does_not_have_is_refused_before_anything_is_written(tmp_path, qwen, field):
+    config = GCGConfig(num_steps=1, suffix_length=6, **{field: 1 if field == "merge" else 0.5})
+    with RunFolder(tmp_path) as run, pytest.raises(AttackPlaneError, match=field):
+        Attacker(run, qwen, config, seed=0, engine=NANOGCG)
+    with RunFolder(tmp_path) as run, pytest.raises(AttackPlaneError, match="buffer_size"):
+        Attacker(run, qwen, SMALL, seed=0, engine=NANOGCG, engine_options={"buffersize": 3})
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 
 from attacks.gcg import GCGConfig, GCGState, run_gcg
 from attacks.objective import TargetLoss
-from attacks.run import Attacker
+from attacks.run import Attacker, draft_model
 from attacks.selection import choose, merged, probe_sampled, screened, spearman
 from core.errors import AttackPlaneError
 from core.precision import reduced_products
@@ -31,7 +31,7 @@ def test_spearman_is_the_hand_derived_number():
     assert spearman(a, a.exp()) == pytest.approx(1.0)
     assert spearman(a, -a) == pytest.approx(-1.0)
     assert spearman(a, torch.tensor([2.0, 1.0, 3.0, 4.0])) == pytest.approx(1 - 6 * 2 / (4 * 15))
-    assert spearman(a[:1], a[:1]) == 0.0
+    assert spearman(a[:1], a[:1]) == spearman(a, torch.ones(4)) == 0.0
 
 
 class Table:
@@ -119,10 +119,13 @@ def test_momentum_is_the_running_mean_and_a_saved_state_goes_on_to_the_bit(qwen,
 
 
 def test_a_draft_model_with_another_vocabulary_is_refused_and_its_own_serves(tmp_path, qwen, tiny_folders):
-    with RunFolder(tmp_path / "other") as run, pytest.raises(AttackPlaneError, match="vocabulary"):
-        config = dataclasses.replace(SMALL, draft=str(tiny_folders["llama"]))
-        Attacker(run, qwen, config, seed=0).attack(behaviours(1))
+    with pytest.raises(AttackPlaneError, match="vocabulary"):
+        draft_model(qwen, str(tiny_folders["llama"]))
+    config = dataclasses.replace(SMALL, draft=str(tiny_folders["qwen2"]))
+    draft = draft_model(qwen, config.draft)
     with RunFolder(tmp_path / "own") as run:
-        config = dataclasses.replace(SMALL, draft=str(tiny_folders["qwen2"]))
-        artifact = Attacker(run, qwen, config, seed=0).attack(behaviours(1))[-1]
+        artifact = Attacker(run, qwen, config, seed=0, draft=draft).attack(behaviours(1))[-1]
     assert artifact.token_fidelity and artifact.loss < artifact.loss_history[0]
+    slot = slot_of(qwen)
+    with pytest.raises(AttackPlaneError, match="draft"):  # never plain GCG under another name
+        run_gcg(TargetLoss(qwen, slot), slot, config, allowed_of(qwen), seed=0)
