@@ -150,6 +150,7 @@ class Reference:
             "target": slot.target_text,
             "paced": paced,
             "candidates": paced,
+            "torch_seed": torch_seed,
         }
         initial = slot.suffix_texts([slot.initial_ids])[0]
         self._send(request | {"config": {"optim_str_init": initial, **config}})
