@@ -115,7 +115,7 @@ class TargetLoss:
         )
         head = 3 * len(self.target) * self.loaded.embedding_table.shape[0] * 4
         # larger ones gain nothing on a CPU (docs/lab-log.md)
-        most = 64 if self.loaded.device.type == "cpu" else 512
+        most = 128 if self.loaded.device.type == "cpu" else 512
         return max(1, min(most, memory_budget(self.loaded.device) // (cache + block + head)))
 
     # --- packed ---------------------------------------------------------------------------------------------------

@@ -46,6 +46,10 @@ from core.text import aligned
 from evaluation.behaviours import load_behaviours
 
 PARTS = ("gradient", "sampling", "fidelity", "scoring", "step")
+ON_A_GPU = (
+    "python -m benchmarks.gcg_speed --model 'embedded?dtype=bfloat16' --width 512",
+    "python -m benchmarks.gcg_speed --random llama-8b --dtype bfloat16 --width 512",
+)
 AGREEMENT = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -260,9 +264,8 @@ def main(
     sizes = len(slot.before_ids), len(slot.initial_ids), len(slot.after_ids), len(slot.target_ids)
     click.echo("tokens: {} prefix, {} suffix, {} tail, {} target".format(*sizes))
     if dry_run:
-        click.echo(
-            f"would run {pairs} steps at widths {widths}, {'in turn with nanogcg' if with_reference else 'alone'}"
-        )
+        how = "in turn with nanogcg" if with_reference else "alone"
+        click.echo(f"would run {pairs} steps at widths {widths}, {how}")
         return
     medians = []
     for width in widths:
@@ -280,6 +283,8 @@ def main(
                     file.write(
                         json.dumps(about | {"path": ours.objective.path, "screen": screen} | row) + "\n"
                     )
+    if not torch.cuda.is_available():
+        click.echo("\nno CUDA device here; on one this would be run too:\n  " + "\n  ".join(ON_A_GPU))
     if medians:
         click.echo(f"\nratio {min(medians):.2f}")
 
