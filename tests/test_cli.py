@@ -145,13 +145,17 @@ def test_bad_input_is_a_clean_error(tmp_path):
 
 def test_the_reference_engine_refuses_what_it_cannot_do_before_it_writes(tmp_path, tiny_folders):
     arguments = small_gcg(tiny_folders["qwen2"], tmp_path / "run")
-    assert "FIELD=JSON" in call(*arguments, "--engine", "nanogcg", "--nanogcg-option", "buffer_size=four", code=2)
+    assert "FIELD=JSON" in call(
+        *arguments, "--engine", "nanogcg", "--nanogcg-option", "buffer_size=four", code=2
+    )
     assert "--engine" in call(*arguments, "--nanogcg-option", "buffer_size=4", code=2)
     assert "did you mean 'buffer_size'" in call(
         *arguments, "--engine", "nanogcg", "--nanogcg-option", "buffersize=4", code=1
     )
     assert "momentum" in call(*arguments, "--engine", "nanogcg", "--momentum", 0.5, code=1)
-    call(*arguments, "--screen", 4, "--merge", 2, "--momentum", 0.5)  # the same folder takes the mended command
+    call(
+        *arguments, "--screen", 4, "--merge", 2, "--momentum", 0.5
+    )  # the same folder takes the mended command
 
 
 def test_debug_shows_the_error_itself():
