@@ -2,7 +2,7 @@
 
 It pins transformers 4.47.1 and breaks on 5, so it lives in a virtual environment in the cache folder, made on first use;
 ``$ATTACK_PLANE_NANOGCG`` names another interpreter that has it. The source model is written out once in the older format
-(adapter merged) and both sides must agree on the loss of the first prompt before anything runs.
+(adapter merged) and both sides must agree on the loss of a short text before anything runs.
 
 Three faults of nanogcg are looked for in each result and written into the artifact (``faults_of``):
 

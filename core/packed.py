@@ -57,16 +57,18 @@ def grouped_sdpa(
 ) -> tuple[Tensor, None]:
     """transformers' sdpa attention without its copies of keys and values for grouped queries.
 
-    The query heads of one key-value head stand below one another as more rows. Other than plain options go to transformers.
+    The query heads of one key-value head stand below one another as more rows, and so does ``attention_mask``, once for each
+    of them. Other than plain options go to transformers.
     """
     if any(options.get(name) is not None for name in ("position_bias", "softcap", "s_aux")):
         whole = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return whole(module, query, key, value, attention_mask, scaling=scaling, **options)
+        mask = attention_mask[:, :, : query.shape[2]]
+        return whole(module, query, key, value, mask, scaling=scaling, **options)
     rows, heads, length, _ = query.shape
-    groups = heads // key.shape[1]
-    folded = query.reshape(rows, key.shape[1], groups * length, -1)
-    mask = attention_mask.repeat(1, 1, groups, 1)
-    found = nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    folded = query.reshape(rows, key.shape[1], heads // key.shape[1] * length, -1)
+    found = nn.functional.scaled_dot_product_attention(
+        folded, key, value, attn_mask=attention_mask, scale=scaling
+    )
     return found.reshape(rows, heads, length, -1).transpose(1, 2), None
 
 
@@ -76,7 +78,7 @@ class PackedDecoder:
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
         self._known: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, int, int | None, int], Tensor] = {}
         self._now = threading.local()  # groups and keep of the batch that a thread runs
         self._original = loaded.config._attn_implementation
 
@@ -147,6 +149,7 @@ class PackedDecoder:
     ) -> tuple[Tensor, None]:
         """(1, heads, fed tokens, head dim) each -> (1, fed tokens, heads, head dim)."""
         own = self._own_attention(module)
+        fold = query.shape[1] // key.shape[1] if own is grouped_sdpa else 1
         parts, first = [], 0
         with full_products(query.device):
             for group in self._now.groups:
@@ -162,7 +165,7 @@ class PackedDecoder:
                     v = torch.cat([shared_v[:, :, : group.shared].expand(group.count, -1, -1, -1), v], 2)
                 if keep := self._now.keep:
                     self._known[module] = (k[:, :, :keep].detach(), v[:, :, :keep].detach())
-                mask = self._mask(group, options.get("sliding_window"), query)
+                mask = self._mask(group, options.get("sliding_window"), fold, query)
                 parts.append(own(module, q, k, v, mask, **options)[0].flatten(0, 1))
         return torch.cat(parts)[None], None
 
@@ -174,13 +177,13 @@ class PackedDecoder:
             return grouped_sdpa
         return ALL_ATTENTION_FUNCTIONS[self._original]
 
-    def _mask(self, group: Group, window: int | None, like: Tensor) -> Tensor:
-        """(1, 1, length, shared + length): 0 where a fed token sees a token, -inf where it does not."""
-        key = (group.shared, group.length, window)
+    def _mask(self, group: Group, window: int | None, fold: int, like: Tensor) -> Tensor:
+        """(1, 1, fold x length, shared + length): 0 where a fed token sees a token, -inf where it does not."""
+        key = (group.shared, group.length, window, fold)
         if key not in self._masks:
             seen = torch.arange(group.shared + group.length, device=like.device)
             distance = seen[group.shared :, None] - seen
             visible = (distance >= 0) & (distance < (window or len(seen)))
             mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
-            self._masks[key] = mask.masked_fill(~visible, float("-inf"))[None, None]
+            self._masks[key] = mask.masked_fill(~visible, float("-inf")).repeat(fold, 1)[None, None]
         return self._masks[key]
