@@ -20,21 +20,27 @@ class BatchSize:
 
     value: int
 
-    def over(self, items: Sequence[T], work: Callable[[Sequence[T]], R]) -> Iterator[R]:
-        """``work`` on consecutive slices of ``items``, in order."""
+    def over(
+        self, items: Sequence[T], work: Callable[[Sequence[T]], R], cost: Callable[[T], int] = lambda item: 1
+    ) -> Iterator[R]:
+        """``work`` on consecutive slices of ``items``, in order; a slice of several items costs at most ``value``."""
         start = 0
         while start < len(items):
+            stop, total = start + 1, cost(items[start])
+            while stop < len(items) and total + cost(items[stop]) <= self.value:
+                total += cost(items[stop])
+                stop += 1
             try:
-                result = work(items[start : start + self.value])
+                result = work(items[start:stop])
             except torch.OutOfMemoryError:
-                if self.value == 1:
+                if stop - start == 1:
                     raise
                 self.value = max(1, self.value // 2)
                 log.warning("out of memory: batches of %d from here on", self.value)
                 torch.cuda.empty_cache()
                 continue
             yield result
-            start += self.value
+            start = stop
 
 
 def memory_budget(device: torch.device) -> int:

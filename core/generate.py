@@ -51,15 +51,20 @@ def complete(
     return replies
 
 
+def stop_ids(loaded: LoadedModel) -> list[int]:
+    """Tokens that end a reply: the checkpoint's own, else the tokenizer's end of text, else none."""
+    own = loaded.model.generation_config.eos_token_id
+    stop = own if own is not None else loaded.tokenizer.eos_token_id
+    return [stop] if isinstance(stop, int) else list(stop or [])
+
+
 @torch.no_grad()
 def _generate(
     loaded: LoadedModel, ids: list[list[int]], max_new_tokens: int, temperature: float
 ) -> torch.Tensor:
     from transformers import GenerationConfig
 
-    own = loaded.model.generation_config
-    stop = own.eos_token_id if own.eos_token_id is not None else loaded.tokenizer.eos_token_id
-    ends = [stop] if isinstance(stop, int) else list(stop or [])
+    ends = stop_ids(loaded)
     pad = loaded.tokenizer.pad_token_id
     pad = pad if pad is not None else (ends[0] if ends else 0)
     longest = max(map(len, ids))

@@ -82,6 +82,11 @@ class PackedDecoder:
         self._now = threading.local()  # groups and keep of the batch that a thread runs
         self._original: str | None = None  # the model's own attention while ours is in its place
 
+    @property
+    def current(self) -> Sequence[Group]:
+        """The groups that the calling thread runs just now: tells a hook which of two batches it sees."""
+        return self._now.groups
+
     def hidden(self, embeddings: Tensor, groups: Sequence[Group], *, keep: int = 0) -> Tensor:
         """Final hidden states (after the last norm) of all fed tokens.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,11 +46,21 @@ class SharedPrefix:
 
     def expanded(self, batch: int) -> DynamicCache:
         """A fresh cache for ``batch`` sequences; appending to it leaves the prefix as it was."""
-        fresh = copy.copy(self._cache)
-        fresh.layers = []
-        for layer in self._cache.layers:
-            own = copy.copy(layer)
-            own.keys = layer.keys.expand(batch, -1, -1, -1)
-            own.values = layer.values.expand(batch, -1, -1, -1)
-            fresh.layers.append(own)
-        return fresh
+        return _copied(self._cache, lambda states: states.expand(batch, -1, -1, -1))
+
+
+def forked(cache: Any, rows: torch.Tensor | None = None) -> DynamicCache:
+    """A cache that goes on from ``cache``, which stays as it is; with ``rows`` (indices) of those sequences, in that order."""
+    return _copied(cache, (lambda states: states) if rows is None else (lambda states: states[rows]))
+
+
+def _copied(cache: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> DynamicCache:
+    # appending makes new tensors, so sharing the old ones is safe
+    fresh = copy.copy(cache)
+    fresh.layers = []
+    for layer in cache.layers:
+        own = copy.copy(layer)
+        if own.is_initialized:
+            own.keys, own.values = change(layer.keys), change(layer.values)
+        fresh.layers.append(own)
+    return fresh

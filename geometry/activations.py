@@ -1,15 +1,29 @@
-"""Residual stream at a few positions of every prompt, all layers, one forward pass.
+"""Residual stream at a few positions of every prompt, all layers, one forward pass of the model without its head.
 
 Layer L is the residual entering block L (``resid_pre``); layer n_layers is what leaves the last block, before the
-final norm. Hooks keep only the wanted positions, so memory does not grow with prompt length. Prompts are sorted by
-length and padded on the right, where causal attention cannot see the padding; tokens that all prompts share at the
-start (system prompt, template) are run once.
+final norm. Positions by name:
+
+    t_first      first token of the user content
+    t_goal       last token of the original request
+    t_inst       last token of the user content
+    t_post_inst  last template token before the reply
+    -1 .. -N     counted from the end of the prompt: -1 is t_post_inst [Arditi 2406.11717 reads -5..-1]
+    response     mean over the first 32 tokens of a reply [HARC 2607.00572]; the prompt was rendered with it as its target
+
+Steps: 1. Tokens that all prompts share at the start (system prompt, template) are run once. 2. Prompts are sorted by length
+and packed one after another, without padding, into batches of a few hundred tokens; on a CPU two batches run side by side
+(``core/packed.py``; the first prompt is checked against a plain pass, and where they differ prompts are padded on
+the right, where causal attention cannot see the padding). 3. Hooks keep only the wanted positions, so memory beyond the
+model's own does not grow with prompt length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,23 +33,51 @@ from tqdm import tqdm
 from core.batching import BatchSize
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
-from core.prefix import SharedPrefix
+from core.packed import Group, PackedDecoder
+from core.prefix import SharedPrefix, keeps_keys_and_values_only
 from core.prompt import Prompt
 from core.records import Activations
 
+log = logging.getLogger(__name__)
+
 POSITIONS = ("t_goal", "t_inst", "t_post_inst")
+RESPONSE, RESPONSE_TOKENS = "response", 32
+CPU_TOKENS, GPU_TOKENS = 2048, 32768
+"""Fed tokens of a batch. On a CPU more is slower: what passes between the products no longer fits the caches."""
+AGREEMENT = 1e-3
+"""Largest difference from a plain pass, relative to a layer's largest entry, at which packing is trusted (float32)."""
+
+
+def span_of(prompt: Prompt, position: str) -> range | None:
+    """Tokens of ``prompt.ids + prompt.target_ids`` that a position names; None where the prompt has none.
+
+    Raises:
+        AttackPlaneError: no such position name.
+    """
+    if position == RESPONSE:
+        n = min(RESPONSE_TOKENS, len(prompt.target_ids))
+        return range(len(prompt.ids), len(prompt.ids) + n) if n else None
+    if position == "t_first":
+        return range(prompt.content.start, prompt.content.start + 1)
+    if position in POSITIONS:
+        index: int | None = getattr(prompt, position)
+        return None if index is None else range(index, index + 1)
+    if position.startswith("-") and position[1:].isdigit() and int(position):
+        index = len(prompt.ids) + int(position)
+        return range(index, index + 1) if index >= 0 else None
+    raise AttackPlaneError(
+        "unknown position",
+        got=position,
+        remedy="t_first, t_goal, t_inst, t_post_inst, response, or -1, -2, ...",
+    )
 
 
 @contextmanager
-def captured(loaded: LoadedModel, rows: Tensor, columns: Tensor, out: Tensor) -> Iterator[None]:
-    """While open, a forward pass writes ``out[:, layer] = residual[rows, columns]`` for every layer.
+def read_residuals(loaded: LoadedModel, keep: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While open, a forward pass calls ``keep(layer, residual (batch, fed, d_model))`` for layers 0 to n_layers.
 
-    ``rows`` and ``columns`` are (prompt, position) indices into (batch, fed tokens); ``out`` is (prompt, layer,
-    position, d_model) float32 on the CPU. Hooks are gone when it closes, also after an error.
+    Hooks are gone when it closes, also after an error.
     """
-
-    def keep(layer: int, hidden: Tensor) -> None:
-        out[:, layer] = hidden[rows, columns].float().cpu()
 
     def before(layer: int) -> Any:
         def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -58,15 +100,122 @@ def captured(loaded: LoadedModel, rows: Tensor, columns: Tensor, out: Tensor) ->
             handle.remove()
 
 
-def shared_length(ids: Sequence[Sequence[int]], positions: Sequence[Sequence[int]]) -> int:
+def shared_length(ids: Sequence[Sequence[int]], first_wanted: int) -> int:
     """How many leading tokens all prompts share, ending before the first wanted position."""
-    limit = min(min(p) for p in positions)
     # whatever the lexicographically first and last share, all between them share too
     first, last = min(map(tuple, ids)), max(map(tuple, ids))
-    for index in range(min(limit, len(first), len(last))):
-        if first[index] != last[index]:
-            return index
-    return min(limit, len(first), len(last))
+    limit = min(first_wanted, len(first), len(last))
+    return next((index for index in range(limit) if first[index] != last[index]), limit)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Where the wanted tokens of a batch stand in its flattened tokens, and which (row, position) each is of."""
+
+    tokens: Tensor
+    owners: Tensor
+    lengths: Tensor
+    out: Tensor
+    """(row, layer, position, d_model), float32 on the CPU."""
+
+    def keep(self, layer: int, hidden: Tensor) -> None:
+        picked = hidden.flatten(0, -2)[self.tokens].float().cpu()
+        if len(picked) != len(self.lengths):  # means over several tokens, in float64
+            sums = torch.zeros(len(self.lengths), picked.shape[1], dtype=torch.float64)
+            picked = (sums.index_add_(0, self.owners, picked.double()) / self.lengths[:, None]).float()
+        self.out[:, layer] = picked.view(-1, *self.out.shape[2:])
+
+
+class _Reader:
+    """Feeds prompts and writes the wanted residuals into ``resid`` (prompt, layer, position, d_model)."""
+
+    def __init__(
+        self, loaded: LoadedModel, ids: list[list[int]], spans: list[list[range]], shared: int
+    ) -> None:
+        self.loaded, self.ids, self.spans = loaded, ids, spans
+        self.prefix = torch.tensor(ids[0][:shared], dtype=torch.long, device=loaded.device)
+        self.shared = shared
+        self.resid = torch.empty(len(ids), loaded.n_layers + 1, len(spans[0]), loaded.d_model)
+        self._packed: PackedDecoder | None = None
+        self._plain: SharedPrefix | None = None
+
+    def fed(self, i: int) -> int:
+        return len(self.ids[i]) - self.shared
+
+    def _wanted(self, rows: Sequence[int], starts: Sequence[int]) -> _Wanted:
+        """``starts``: where each row's first fed token stands in the flattened batch."""
+        spans = [
+            range(s.start - self.shared + at, s.stop - self.shared + at)
+            for i, at in zip(rows, starts, strict=True)
+            for s in self.spans[i]
+        ]
+        lengths = torch.tensor([len(s) for s in spans])
+        owners = torch.arange(len(spans)).repeat_interleave(lengths)
+        tokens = torch.tensor([t for s in spans for t in s], device=self.loaded.device)
+        return _Wanted(tokens, owners, lengths, torch.empty(len(rows), *self.resid.shape[1:]))
+
+    @torch.no_grad()
+    def plain(self, rows: Sequence[int]) -> None:
+        """Rows padded on the right, after the cached prefix where the model's cache allows it."""
+        if self._plain is None:
+            self._plain = SharedPrefix(self.loaded, self.prefix)
+            if not self._plain.usable:
+                self.shared = 0
+        longest = max(map(self.fed, rows))
+        fed = torch.zeros(len(rows), longest, dtype=torch.long)
+        for row, i in enumerate(rows):
+            fed[row, : self.fed(i)] = torch.tensor(self.ids[i][self.shared :])
+        cache = {"past_key_values": self._plain.expanded(len(rows))} if self.shared else {}
+        wanted = self._wanted(rows, [row * longest for row in range(len(rows))])
+        with read_residuals(self.loaded, wanted.keep):
+            self.loaded.decoder(input_ids=fed.to(self.loaded.device), use_cache=bool(self.shared), **cache)
+        self.resid[list(rows)] = wanted.out
+
+    @torch.no_grad()
+    def packed(self, rows: Sequence[int]) -> None:
+        """Rows one after another in a flat batch, in two side by side on a CPU. ``rows`` are sorted by length."""
+        if self._packed is None:
+            self._packed = PackedDecoder(self.loaded)
+            if self.shared:
+                self._packed.hidden(self._embedded(self.prefix), [Group(0, self.shared, 1)], keep=self.shared)
+        decoder = self._packed
+        two = self.loaded.device.type == "cpu" and torch.get_num_threads() > 1 and len(rows) > 1
+        parts = [list(rows[start::2]) for start in (0, 1)] if two else [list(rows)]
+        batches, wanted = [], {}
+        for part in parts:
+            lengths = [self.fed(i) for i in part]
+            groups = [Group(self.shared, n, len(list(same))) for n, same in groupby(lengths)]
+            fed = torch.tensor([t for i in part for t in self.ids[i][self.shared :]])
+            starts = [sum(lengths[:row]) for row in range(len(part))]
+            batches.append((self._embedded(fed.to(self.loaded.device)), groups))
+            wanted[id(groups)] = self._wanted(part, starts)
+        with read_residuals(self.loaded, lambda layer, h: wanted[id(decoder.current)].keep(layer, h)):
+            if two:
+                decoder.hidden_of_two(batches)
+            else:
+                decoder.hidden(*batches[0])
+        for part, (_, groups) in zip(parts, batches, strict=True):
+            self.resid[part] = wanted[id(groups)].out
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        return self.loaded.model.get_input_embeddings()(ids)
+
+    def fault_of_packing(self, row: int) -> str | None:
+        """What speaks against packing on this model, if anything does; tried on one prompt."""
+        if not keeps_keys_and_values_only(self.loaded):
+            return "it keeps more than keys and values"
+        try:
+            self.packed([row])
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        found = self.resid[row].clone()
+        self.plain([row])
+        scale = self.resid[row].abs().amax((1, 2), keepdim=True).clamp_min(1e-6)
+        worst = float(((found - self.resid[row]) / scale).abs().nan_to_num(torch.inf).max())
+        bound = AGREEMENT if self.loaded.dtype == torch.float32 else 100 * AGREEMENT
+        return None if worst <= bound else f"residuals differ by {worst:.1g} of the layer's largest entry"
 
 
 def collect(
@@ -74,42 +223,42 @@ def collect(
     prompts: Sequence[Prompt],
     prompt_ids: Sequence[str],
     *,
-    batch_size: int = 32,
+    positions: Sequence[str] = POSITIONS,
+    batch_tokens: int | None = None,
     share_prefix: bool = True,
+    packed: bool = True,
     description: str = "activations",
 ) -> Activations:
-    """Residuals of ``prompts`` at ``POSITIONS``; a prompt without a request span has NaN at t_goal."""
+    """Residuals of ``prompts`` at ``positions``; NaN where a prompt has no such position.
+
+    Args:
+        batch_tokens: fed tokens of a batch; halved when the device runs out of memory.
+        packed: False pads prompts on the right in place of packing them.
+    """
     if not prompts:
         raise AttackPlaneError("no prompts to read", where=loaded.spec)
-    positions = [(p.t_goal if p.t_goal is not None else p.t_inst, p.t_inst, p.t_post_inst) for p in prompts]
-    shared = shared_length([p.ids for p in prompts], positions) if share_prefix else 0
-    prefix = SharedPrefix(loaded, torch.tensor(prompts[0].ids[:shared], dtype=torch.long))
-    if not prefix.usable:
-        shared = 0
-    resid = torch.empty(len(prompts), loaded.n_layers + 1, len(POSITIONS), loaded.d_model)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].ids))
+    found = [[span_of(p, name) for name in positions] for p in prompts]
+    spans = [[s or range(p.t_inst, p.t_inst + 1) for s in row] for p, row in zip(prompts, found, strict=True)]
+    # nothing after the last wanted token can change it
+    ids = [[*p.ids, *p.target_ids][: max(s.stop for s in row)] for p, row in zip(prompts, spans, strict=True)]
+    first = min(s.start for row in spans for s in row)
+    reader = _Reader(loaded, ids, spans, shared_length(ids, first) if share_prefix else 0)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    if packed and (fault := reader.fault_of_packing(order[0])):
+        log.warning("%s: prompts are padded, not packed (%s)", loaded.spec, fault)
+        packed = False
+    read = reader.packed if packed else reader.plain
+    tokens = batch_tokens or (CPU_TOKENS if loaded.device.type == "cpu" else GPU_TOKENS)
     with tqdm(total=len(prompts), desc=description, unit="prompt", leave=False) as bar:
 
-        @torch.no_grad()
         def work(part: Sequence[int]) -> None:
-            longest = max(len(prompts[i].ids) for i in part) - shared
-            fed = torch.zeros(len(part), longest, dtype=torch.long)
-            for row, i in enumerate(part):
-                own = prompts[i].ids[shared:]
-                fed[row, : len(own)] = torch.tensor(own)
-            columns = torch.tensor([positions[i] for i in part]) - shared
-            rows = torch.arange(len(part))[:, None].expand_as(columns)
-            out = torch.empty(len(part), *resid.shape[1:])
-            cache = {"past_key_values": prefix.expanded(len(part))} if shared else {}
-            device = loaded.device
-            with captured(loaded, rows.to(device), columns.to(device), out):
-                loaded.decoder(input_ids=fed.to(device), use_cache=bool(shared), **cache)
-            resid[list(part)] = out
+            read(part)
             bar.update(len(part))
 
-        for _ in BatchSize(batch_size).over(order, work):
+        for _ in BatchSize(tokens).over(order, work, cost=reader.fed):
             pass
-    for index, prompt in enumerate(prompts):
-        if prompt.t_goal is None:
-            resid[index, :, 0] = torch.nan
-    return Activations(resid, POSITIONS, tuple(prompt_ids), loaded.spec)
+    for row, spans_found in enumerate(found):
+        for column, span in enumerate(spans_found):
+            if span is None:
+                reader.resid[row, :, column] = torch.nan
+    return Activations(reader.resid, tuple(positions), tuple(prompt_ids), loaded.spec)

@@ -24,7 +24,7 @@ Statistics per layer (``Directions.statistics``), all from the activations at ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,8 +76,20 @@ def d_prime(positive: Tensor, negative: Tensor) -> Tensor:
     return (positive.mean(0) - negative.mean(0)) / pooled
 
 
-def held_out_separation(resid: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """Two-fold held-out d' per layer: the direction from one half, d' on the other, both ways, averaged.
+def auroc(positive: Tensor, negative: Tensor) -> Tensor:
+    """(n, ...) and (m, ...) scores -> (...): the probability that a positive one is the higher; ties count half."""
+    difference = positive[:, None] - negative[None]
+    return ((difference > 0).float() + 0.5 * (difference == 0).float()).mean((0, 1))
+
+
+def held_out_separation(
+    resid: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    measure: Callable[[Tensor, Tensor], Tensor] = d_prime,
+) -> Tensor:
+    """Two-fold held-out ``measure`` (d', or ``auroc``) per layer: the direction from one half, the measure on the other, both
+    ways, averaged.
 
     ``positive`` and ``negative`` are (n,) prompt indices, or (draw, n) for many labellings at once; the result is
     (layer,) or (draw, layer).
@@ -89,7 +101,7 @@ def held_out_separation(resid: Tensor, positive: Tensor, negative: Tensor) -> Te
         scores = torch.einsum("nld,kld->knl", resid, unit(differences(weights, resid)))
         draws = torch.arange(len(a))[:, None]
         sides = scores[draws, a[:, 1 - fold :: 2]], scores[draws, b[:, 1 - fold :: 2]]
-        total += d_prime(*(side.transpose(0, 1) for side in sides)) / 2
+        total += measure(*(side.transpose(0, 1) for side in sides)) / 2
     return total if positive.dim() == 2 else total[0]
 
 

@@ -27,11 +27,12 @@ CONTRAST = "contrast.jsonl"
 
 @dataclass(frozen=True)
 class DirectionsConfig:
-    """What directions are estimated on. ``reply_tokens``: of the model's own replies that say refused or accepted."""
+    """What directions are estimated on. ``reply_tokens``: of the model's own replies, which say refused or accepted and whose
+    mean is the response side."""
 
     contrast: str = "demonstration"
     splits: tuple[str, ...] = ("train", "validation")
-    reply_tokens: int = 24
+    reply_tokens: int = 32
     resamples: int = 200
     seed: int = 0
     system_prompt: str | None = None
@@ -87,7 +88,7 @@ def directions_of(
     if not missing:
         return made_from
     renderer = Renderer(loaded)
-    refused = contrast_replies(run, renderer, behaviours, config, made_from)
+    refused = verdicts(contrast_replies(run, renderer, behaviours, config))
     prompts = rendered(renderer, behaviours, config.system_prompt)
     activations = collect(loaded, prompts, [b.behaviour_id for b in behaviours])
     harmful = [b.label == "harmful" for b in behaviours]
@@ -121,9 +122,16 @@ def contrast_replies(
     renderer: Renderer,
     behaviours: Sequence[Behaviour],
     config: DirectionsConfig,
-    made_from: str,
-) -> list[bool | None]:
-    """Whether the model's own greedy reply refused each contrast prompt, by our refusal phrases."""
+) -> list[str]:
+    """The model's own greedy reply to each contrast prompt, made once a run."""
+    made_from = content_hash(
+        [
+            renderer.loaded.fingerprint,
+            config.reply_tokens,
+            config.system_prompt,
+            [b.request for b in behaviours],
+        ]
+    )
     rows = [r for r in run.rows(CONTRAST) if r["made_from"] == made_from]
     if not rows:
         texts = [
@@ -139,5 +147,9 @@ def contrast_replies(
         }
         run.append(CONTRAST, row)
         rows = [row]
-    replies = [rows[0]["replies"][b.behaviour_id] for b in behaviours]
+    return [rows[0]["replies"][b.behaviour_id] for b in behaviours]
+
+
+def verdicts(replies: Sequence[str]) -> list[bool | None]:
+    """Whether each reply refused, by our refusal phrases; None for an empty one."""
     return [is_refusal(reply) if reply.strip() else None for reply in replies]

@@ -60,8 +60,8 @@ def test_residuals_do_not_depend_on_the_batch_to_1e_4_of_the_layers_largest_entr
     renderer = Renderer(embedded)
     prompts = [renderer.render(Conversation.build(b.request)) for b in load_behaviours()[:6]]
     ids = [str(i) for i in range(6)]
-    together = collect(embedded, prompts, ids, batch_size=6).resid
-    alone = collect(embedded, prompts, ids, batch_size=1, share_prefix=False).resid
+    together = collect(embedded, prompts, ids, batch_tokens=400).resid
+    alone = collect(embedded, prompts, ids, batch_tokens=1, share_prefix=False).resid
     scale = alone.abs().amax(dim=(0, 2, 3), keepdim=True).clamp_min(1.0)
     assert ((together - alone).abs() / scale).max() < 1e-4
 

@@ -54,7 +54,7 @@ def prompts_of(loaded, suffix=" x x x"):
 # --- activations ------------------------------------------------------------------------------------------------------
 def test_residuals_equal_hugging_face_hidden_states(tiny):
     prompts = prompts_of(tiny)
-    found = collect(tiny, prompts, REQUESTS, batch_size=3)
+    found = collect(tiny, prompts, REQUESTS, batch_tokens=60)
     for row, prompt in enumerate(prompts):
         with torch.no_grad():
             hidden = tiny.decoder(
@@ -71,10 +71,10 @@ def test_residuals_equal_hugging_face_hidden_states(tiny):
 
 def test_residuals_do_not_depend_on_batch_order_padding_or_the_shared_prefix(tiny):
     prompts = prompts_of(tiny)
-    alone = collect(tiny, prompts, REQUESTS, batch_size=1, share_prefix=False).resid
-    together = collect(tiny, prompts, REQUESTS, batch_size=4, share_prefix=False).resid
-    shared = collect(tiny, prompts, REQUESTS, batch_size=4).resid
-    turned = collect(tiny, prompts[::-1], REQUESTS[::-1], batch_size=2).resid.flip(0)
+    alone = collect(tiny, prompts, REQUESTS, batch_tokens=1, share_prefix=False).resid
+    together = collect(tiny, prompts, REQUESTS, batch_tokens=400, share_prefix=False).resid
+    shared = collect(tiny, prompts, REQUESTS, batch_tokens=400).resid
+    turned = collect(tiny, prompts[::-1], REQUESTS[::-1], batch_tokens=80).resid.flip(0)
     for other in (together, shared, turned):
         assert (other - alone).abs().max() < 1e-4
 

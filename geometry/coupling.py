@@ -1,0 +1,78 @@
+"""How coupled harmfulness and refusal are, and how far directions drift [SG 2606.16349, RG 2604.27019].
+
+C_cos    cos(h, r), signed, of the two best carriers
+C_sub    (1/k) sum of cos^2 of the principal angles of two k-dimensional subspaces, k = 3; random subspaces: k/d
+C_layer  exp(-|L_h - L_r| / 4)
+HRCI v1  0.4 C_cos + 0.4 C_sub + 0.2 C_layer;   v2  0.5 C_cos + 0.5 C_sub
+
+effective rank  exp(-sum q log q), q = sigma^2 / sum sigma^2, of a matrix whose rows are directions by position and layer;
+                raw, and with rows of unit length (raw, the long differences of late layers decide it)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from core.errors import AttackPlaneError
+from geometry.directions import unit
+
+SUBSPACE = 3
+
+
+def subspace(rows: Tensor, k: int = SUBSPACE) -> Tensor:
+    """(n, d_model) -> (k, d_model) orthonormal: the k leading right singular vectors of the rows at unit length."""
+    kept = rows[rows.norm(dim=-1) > 0].double()
+    if len(kept) < k:
+        raise AttackPlaneError("too few directions for a subspace", got=len(kept), remedy=f"at least {k}")
+    return torch.linalg.svd(unit(kept), full_matrices=False).Vh[:k]
+
+
+def principal_cosines(a: Tensor, b: Tensor) -> Tensor:
+    """(k, d) and (l, d) orthonormal rows -> (min(k, l),) cosines of the principal angles, largest first."""
+    return torch.linalg.svdvals(a.double() @ b.double().T).clamp(0, 1)
+
+
+def subspace_overlap(a: Tensor, b: Tensor) -> float:
+    """C_sub of two subspaces given by orthonormal rows."""
+    return float((principal_cosines(a, b) ** 2).mean())
+
+
+def layer_closeness(first: int, second: int) -> float:
+    """C_layer."""
+    return math.exp(-abs(first - second) / 4)
+
+
+def hrci(c_cos: float, c_sub: float, c_layer: float | None = None) -> float:
+    """Version 1 with ``c_layer``, version 2 without."""
+    if c_layer is None:
+        return 0.5 * c_cos + 0.5 * c_sub
+    return 0.4 * c_cos + 0.4 * c_sub + 0.2 * c_layer
+
+
+def effective_rank(rows: Tensor, *, normalise: bool) -> float:
+    """Effective number of dimensions that ``rows`` (n, d_model) span; 1 to min(n, d_model), 0 if all are zero."""
+    kept = rows[rows.norm(dim=-1) > 0].double()
+    if not len(kept):
+        return 0.0
+    power = torch.linalg.svdvals(unit(kept) if normalise else kept) ** 2
+    q = power / power.sum()
+    return float(torch.exp(-(q * q.clamp_min(1e-300).log()).sum()))
+
+
+def random_nulls(
+    d_model: int, generator: torch.Generator, *, k: int = SUBSPACE, draws: int = 1000
+) -> dict[str, float]:
+    """Of random directions and subspaces: mean and 95th percentile of |cos| and of C_sub."""
+    a, b = unit(torch.randn(2, draws, d_model, generator=generator))
+    cosines = (a * b).sum(-1).abs()
+    frames = torch.linalg.qr(torch.randn(2, draws // 5, d_model, k, generator=generator)).Q
+    overlaps = (frames[0].transpose(1, 2) @ frames[1]).square().sum((1, 2)) / k
+    return {
+        "cos_mean": float(cosines.mean()),
+        "cos_95": float(cosines.quantile(0.95)),
+        "c_sub_mean": float(overlaps.mean()),
+        "c_sub_95": float(overlaps.quantile(0.95)),
+    }

@@ -1,0 +1,96 @@
+"""Effects of interventions: what they change, less what their controls change, paired by prompt.
+
+Rows are outcomes of one behaviour under one intervention: model, label, behaviour_id, mode, operation, strength, kind
+(``intervention``, or the control: ``random``, ``matched``, ``wrong_layer``, ``wrong_position``), draw, and the numbers of
+``OUTCOMES``. For every mode and strength:
+
+    change   mean over behaviours of (outcome under the intervention - outcome when left alone)
+    effect   mean over behaviours of (outcome under the intervention - mean outcome over the controls) [SG 2606.16349]
+
+once over all controls as the papers have them (``random``, ``wrong_layer``, ``wrong_position``), once over ``matched`` ones, which
+move every token as far as the intervention does. Intervals resample behaviours; all that is compared is of the same behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+OUTCOMES = ("complied", "refused", "degenerate", "refusal", "kl")
+"""Shares of replies; mean log-probability of refusals (nats per token); KL of the next token (nats)."""
+PLAIN_CONTROLS = ("random", "wrong_layer", "wrong_position")
+
+Row = Mapping[str, Any]
+
+
+def by_behaviour(rows: Sequence[Row], outcome: str) -> dict[str, float]:
+    """Mean outcome of each behaviour over its rows."""
+    found: dict[str, list[float]] = {}
+    for r in rows:
+        found.setdefault(r["behaviour_id"], []).append(float(r[outcome]))
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def paired(first: Sequence[Row], second: Sequence[Row], outcome: str) -> list[float]:
+    """Differences of the behaviours that both have, in the order of ``first``."""
+    a, b = by_behaviour(first, outcome), by_behaviour(second, outcome)
+    return [a[name] - b[name] for name in a if name in b]
+
+
+def bootstrap(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> list[float] | None:
+    """95 % percentile interval of the mean; None without values."""
+    if not len(values):
+        return None
+    array = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
+    return np.quantile(array[drawn].mean(1), [0.025, 0.975]).tolist()
+
+
+def pick(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+    """Rows whose fields have these values; a tuple means one of them."""
+    return [
+        r for r in rows if all(r[k] in v if isinstance(v, tuple) else r[k] == v for k, v in wanted.items())
+    ]
+
+
+def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One row per model, label, mode, operation, strength and outcome."""
+    keys = ("model", "label", "mode", "operation", "strength")
+    found = []
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for r in rows:
+        groups.setdefault(tuple(r[k] for k in keys), []).append(r)
+    for key, members in groups.items():
+        own = pick(members, kind="intervention")
+        if not own or key[2] == "none":
+            continue
+        alone = pick(rows, model=key[0], label=key[1], mode="none")
+        controls = {"controls": pick(members, kind=PLAIN_CONTROLS), "matched": pick(members, kind="matched")}
+        for outcome in OUTCOMES:
+            change = paired(own, alone, outcome)
+            row: dict[str, Any] = dict(zip(keys, key, strict=True)) | {
+                "outcome": outcome,
+                "n": len(by_behaviour(own, outcome)),
+                "alone": _mean(alone, outcome),
+                "value": _mean(own, outcome),
+                "change": float(np.mean(change)),
+                "change_interval": bootstrap(change),
+                "delta_norm": _mean(own, "delta_norm"),
+            }
+            for name, others in controls.items():
+                differences = paired(own, others, outcome)
+                row |= {
+                    name: _mean(others, outcome),
+                    f"{name}_delta_norm": _mean(others, "delta_norm"),
+                    f"effect_{name}": float(np.mean(differences)) if differences else None,
+                    f"effect_{name}_interval": bootstrap(differences),
+                }
+            found.append(row)
+    return found
+
+
+def _mean(rows: Sequence[Row], outcome: str) -> float | None:
+    values = list(by_behaviour(rows, outcome).values())
+    return float(np.mean(values)) if values else None

@@ -1,0 +1,276 @@
+"""Ablation and steering of directions in the residual stream, by hooks in a context manager.
+
+One linear edit covers both, at every touched token of a residual layer [SG 2606.16349, Arditi 2406.11717]:
+
+    a <- a - sum_k (read_k . a) write_k + shift
+
+    ablation of u      read = u, write = lambda u            (lambda = 1: no component along u is left)
+    ablation of a span read = write = orthonormal basis of it, times lambda
+    steering by u      shift = lambda u                      (lambda in units of the residual, or of a class difference)
+    matched control    write = lambda w, w random, and (read . a) is that of the intervention itself in the same forward pass: every
+                       token is moved exactly as far at every layer, along another direction
+
+Modes, from a harmfulness direction h and a refusal direction r: H, R, H+R (ablation of their span, steering by n(h + r)),
+H-R and R-H (Gram-Schmidt: the first without its component along the second, renormalised).
+
+Residual layers are numbered as everywhere: L enters block L, n_layers leaves the last block. Within a block attention's output
+may bring the direction back for the MLP to read; Arditi projects those outputs too, SG and we do not.
+
+Where: ``all`` tokens, the ``prompt``, the ``reply``, a position by name (``t_inst``, ``-1``) or a range of them
+(``t_inst..t_post_inst``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import AttackPlaneError
+from core.models import LoadedModel
+from core.prompt import Prompt
+from core.records import nearest
+from geometry.activations import span_of
+from geometry.directions import unit
+
+MODES = ("H", "R", "H+R", "H-R", "R-H")
+OPERATIONS = ("ablate", "steer")
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """One edit at some residual layers. ``read`` and ``write`` are (k, d_model) or None, ``shift`` (d_model,) or None.
+
+    ``kind`` says what it is to its study: the intervention itself, or which control of it, and ``draw`` which one of those.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    read: Tensor | None = None
+    write: Tensor | None = None
+    shift: Tensor | None = None
+    where: str = "all"
+    kind: str = "intervention"
+    strength: float = 0.0
+    draw: int = 0
+    follows: Intervention | None = None
+    """The intervention whose (read . a) is taken, in the same batch."""
+
+    @property
+    def rank(self) -> int:
+        return 1 if self.write is None else len(self.write)
+
+    @property
+    def operation(self) -> str:
+        return "ablate" if self.shift is None else "steer"
+
+
+def without(first: Tensor, second: Tensor) -> Tensor:
+    """(d_model,) unit vector of ``first`` without its component along ``second`` (one step of Gram-Schmidt).
+
+    Raises:
+        AttackPlaneError: nothing is left of it.
+    """
+    second = unit(second.double())
+    rest = first.double() - (first.double() @ second) * second
+    if rest.norm() < 1e-6 * first.norm():
+        raise AttackPlaneError("the two directions are parallel: nothing is left of one without the other")
+    return unit(rest).float()
+
+
+def basis(mode: str, h: Tensor, r: Tensor) -> Tensor:
+    """(k, d_model) orthonormal rows that span a mode's directions; k is 2 for H+R, else 1.
+
+    Raises:
+        AttackPlaneError: unknown mode, or a direction that is zero.
+    """
+    if mode not in MODES:
+        raise AttackPlaneError("unknown mode", got=mode, remedy=nearest(mode, list(MODES)))
+    for name, direction in (("harmfulness", h), ("refusal", r)):
+        if name[0].upper() in mode and not direction.norm() > 0:
+            raise AttackPlaneError(
+                f"there is no {name} direction at this layer", remedy="choose another layer"
+            )
+    if mode == "H":
+        return unit(h)[None]
+    if mode == "R":
+        return unit(r)[None]
+    if mode == "H+R":
+        return torch.stack([unit(h), without(r, h)])
+    return without(h, r)[None] if mode == "H-R" else without(r, h)[None]
+
+
+def ablation(
+    name: str, rows: Tensor, layers: Sequence[int], strength: float = 1.0, where: str = "all"
+) -> Intervention:
+    """Take ``strength`` of the component in the span of orthonormal ``rows`` (k, d_model) out of the residual."""
+    return Intervention(name, tuple(layers), rows, strength * rows, None, where, "intervention", strength)
+
+
+def steering(
+    name: str, direction: Tensor, layers: Sequence[int], strength: float, where: str = "all"
+) -> Intervention:
+    """Add ``strength`` (in units of the residual) times the unit vector along ``direction`` (d_model,)."""
+    shift = strength * unit(direction)
+    return Intervention(name, tuple(layers), None, None, shift, where, "intervention", strength)
+
+
+def random_rows(k: int, d_model: int, generator: torch.Generator) -> Tensor:
+    """(k, d_model) orthonormal rows in a random direction."""
+    return torch.linalg.qr(torch.randn(d_model, k, generator=generator)).Q.T.contiguous()
+
+
+def random_controls(of: Intervention, n: int, generator: torch.Generator) -> list[Intervention]:
+    """The same edit along ``n`` random unit directions, as the papers do it: an ablation of them moves tokens less."""
+    return [_along(of, w, w, "random", draw) for draw, w in enumerate(_drawn(of, n, generator))]
+
+
+def matched_controls(of: Intervention, n: int, generator: torch.Generator) -> list[Intervention]:
+    """As ``random_controls``, but every token is moved as far as ``of`` moves it, in the same batch: (read . a) is that of ``of``.
+
+    Reading ``of``'s direction in the control's own residual would not do at several layers: there it is never taken away.
+    """
+    found = [_along(of, of.read, w, "matched", draw) for draw, w in enumerate(_drawn(of, n, generator))]
+    return [dataclasses.replace(control, follows=of) for control in found]
+
+
+def _drawn(of: Intervention, n: int, generator: torch.Generator) -> list[Tensor]:
+    d = of.write.shape[1] if of.write is not None else len(of.shift)  # type: ignore[arg-type]
+    return [random_rows(of.rank, d, generator) for _ in range(n)]
+
+
+def _along(of: Intervention, read: Tensor | None, rows: Tensor, kind: str, draw: int) -> Intervention:
+    if of.shift is not None:
+        return dataclasses.replace(of, shift=of.shift.norm() * rows[0], kind=kind, draw=draw)
+    return dataclasses.replace(of, read=read, write=of.strength * rows, kind=kind, draw=draw)
+
+
+def touched(prompt: Prompt, where: str) -> tuple[Tensor, bool]:
+    """(prompt tokens,) which tokens of the prompt an intervention touches, and whether it touches the reply.
+
+    Raises:
+        AttackPlaneError: no such place.
+    """
+    mask = torch.zeros(len(prompt.ids))
+    if where in ("all", "prompt", "reply"):
+        mask += where != "reply"
+        return mask, where != "prompt"
+    first, _, last = where.partition("..")
+    start, stop = span_of(prompt, first), span_of(prompt, last or first)
+    if start is None or stop is None or stop.stop > len(mask) or start.start >= stop.stop:
+        raise AttackPlaneError(
+            "no such place in the prompt", got=where, remedy="all, prompt, reply, t_inst, -1, or FIRST..LAST"
+        )
+    mask[start.start : stop.stop] = 1
+    return mask, False
+
+
+class Edits:
+    """The interventions of the rows of a batch, stacked. ``mask`` (row, fed token) says which tokens the next pass edits
+    (None: all); ``moved`` (row,) sums the lengths of what was added to tokens, ``count`` how many."""
+
+    def __init__(self, rows: Sequence[Intervention | None], d_model: int, device: torch.device | str) -> None:
+        self.mask: Tensor | None = None
+        self.moved, self.count = torch.zeros(len(rows)), torch.zeros(len(rows))
+        self._device = device
+        own = {id(row): i for i, row in reversed(list(enumerate(rows))) if row}
+        self.leader = torch.arange(len(rows), device=device)
+        """(row,) whose (read . a) each row takes: its own, or that of the nearest earlier row that it follows."""
+        for i, row in enumerate(rows):
+            if row and row.follows:
+                before = [j for j in range(i) if rows[j] is row.follows]
+                self.leader[i] = before[-1] if before else own[id(row.follows)]
+        self.layers = sorted({layer for row in rows if row for layer in row.layers})
+        rank = max([0, *(len(row.read) for row in rows if row and row.read is not None)])
+        self._stacked: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._at = {}
+        for layer in self.layers:
+            here = tuple(i for i, row in enumerate(rows) if row and layer in row.layers)
+            if here not in self._stacked:
+                self._stacked[here] = self._stack(rows, here, rank, d_model)
+            self._at[layer] = here
+
+    def _stack(
+        self, rows: Sequence[Intervention | None], here: Sequence[int], rank: int, d: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Zeros where a row has no edit: they leave it as it was, to the bit."""
+        read, write = torch.zeros(len(rows), rank, d), torch.zeros(len(rows), rank, d)
+        shift, edited = torch.zeros(len(rows), 1, d), torch.zeros(len(rows), 1)
+        for i in here:
+            row = rows[i]
+            assert row is not None
+            edited[i] = 1
+            if row.read is not None and row.write is not None:
+                read[i, : len(row.read)], write[i, : len(row.read)] = row.read, row.write
+            if row.shift is not None:
+                shift[i, 0] = row.shift
+        return tuple(t.to(self._device) for t in (read, write, shift, edited))  # type: ignore[return-value]
+
+    def select(self, keep: Tensor) -> None:
+        """Go on with some rows only."""
+        self._stacked = {k: tuple(t[keep] for t in v) for k, v in self._stacked.items()}  # type: ignore[misc]
+        self.mask = None if self.mask is None else self.mask[keep]
+        self.moved, self.count = self.moved[keep.cpu()], self.count[keep.cpu()]
+        new = torch.zeros_like(self.leader)
+        new[keep] = torch.arange(len(keep), device=new.device)
+        self.leader = new[self.leader[keep]]
+
+    def __call__(self, layer: int, hidden: Tensor) -> Tensor:
+        """(row, fed, d_model) -> the same, edited."""
+        read, write, shift, edited = self._stacked[self._at[layer]]
+        a = hidden.float()
+        components = torch.bmm(a, read.transpose(1, 2))[self.leader]
+        change = shift - torch.bmm(components, write)
+        mask = torch.ones_like(a[..., 0]) if self.mask is None else self.mask
+        change = change * mask[..., None]
+        self.moved += change.norm(dim=-1).sum(1).cpu()
+        self.count += (mask * edited).sum(1).cpu()
+        return (a + change).to(hidden.dtype)
+
+
+@contextmanager
+def edited(loaded: LoadedModel, edits: Edits) -> Iterator[None]:
+    """While open, forward passes of the model are edited. Hooks are gone when it closes, also after an error."""
+    handles = []
+
+    def before(layer: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (edits(layer, args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": edits(layer, kwargs["hidden_states"])}
+
+        return hook
+
+    def after(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return edits(loaded.n_layers, output[0]), *output[1:]
+        return edits(loaded.n_layers, output)
+
+    try:
+        for layer in edits.layers:
+            if not 0 <= layer <= loaded.n_layers:
+                raise AttackPlaneError(
+                    "no such layer", where=loaded.spec, got=layer, remedy=f"0 to {loaded.n_layers}"
+                )
+            if layer < loaded.n_layers:
+                handles.append(
+                    loaded.blocks[layer].register_forward_pre_hook(before(layer), with_kwargs=True)
+                )
+            else:
+                handles.append(loaded.blocks[-1].register_forward_hook(after))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def intervened(loaded: LoadedModel, intervention: Intervention, rows: int = 1) -> Iterator[None]:
+    """While open, every token of every one of ``rows`` sequences that the model reads is edited, whatever ``where`` says."""
+    with edited(loaded, Edits([intervention] * rows, loaded.d_model, loaded.device)):
+        yield

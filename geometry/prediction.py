@@ -1,0 +1,144 @@
+"""Does the place of a prompt on the plane say whether it succeeds? And how far apart do classes lie?
+
+Within an attack class, AUROC of success by each of three scores; more than 0.5 means that suppression goes with success:
+
+    H     -x           less harmfulness at t_inst
+    R     -y           less refusal at t_post_inst
+    both  a linear discriminant on (x, y), fitted on the other behaviours of the class (so it can learn the other sign too)
+
+``pooled`` averages over classes, weighted by the number of (success, failure) pairs: prompts of different classes are never
+compared. Intervals resample behaviours; the null permutes success within each class, everything anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from core.records import PlanePoint
+
+SCORES = ("H", "R", "both")
+POOLED = "pooled"
+
+
+def auroc(scores: np.ndarray, success: np.ndarray) -> tuple[float, int]:
+    """AUROC of ``success`` (n,) by ``scores`` (n,), ties half, and how many pairs it is over (NaN, 0 without any)."""
+    difference = scores[success][:, None] - scores[~success][None]
+    if not difference.size:
+        return float("nan"), 0
+    return float(((difference > 0) + 0.5 * (difference == 0)).mean()), difference.size
+
+
+def held_out_scores(where: np.ndarray, success: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(n, 2) points -> (n,) discriminant scores, each from points of other groups only; 0 where those have one outcome."""
+    found = np.zeros(len(where))
+    for group in np.unique(groups):
+        test = groups == group
+        yes, no = where[~test & success], where[~test & ~success]
+        if len(yes) and len(no):
+            centred = np.concatenate([yes - yes.mean(0), no - no.mean(0)])
+            spread = centred.T @ centred
+            spread += (1e-6 * np.trace(spread) + 1e-12) * np.eye(2)
+            weights = np.linalg.solve(spread, yes.mean(0) - no.mean(0))
+            found[test] = (where[test] - (yes.mean(0) + no.mean(0)) / 2) @ weights
+    return found
+
+
+def _within(
+    where: np.ndarray, success: np.ndarray, groups: np.ndarray, classes: np.ndarray, both: np.ndarray
+) -> dict[str, dict[str, tuple[float, int]]]:
+    """{score: {class or pooled: (AUROC, pairs)}}."""
+    found: dict[str, dict[str, tuple[float, int]]] = {}
+    for name, scores in zip(SCORES, (-where[:, 0], -where[:, 1], both), strict=True):
+        per = {str(c): auroc(scores[classes == c], success[classes == c]) for c in np.unique(classes)}
+        pairs = sum(n for _, n in per.values())
+        total = sum(a * n for a, n in per.values() if n)
+        found[name] = per | {POOLED: (total / pairs if pairs else float("nan"), pairs)}
+    return found
+
+
+def _both(where: np.ndarray, success: np.ndarray, groups: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    scores = np.zeros(len(where))
+    for c in np.unique(classes):
+        here = classes == c
+        scores[here] = held_out_scores(where[here], success[here], groups[here])
+    return scores
+
+
+def success_prediction(
+    points: Sequence[PlanePoint], *, draws: int = 200, resamples: int = 1000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Rows (class or pooled) x (H, R, both) of judged attack points of one target and frame: AUROC, interval, null."""
+    judged = [p for p in points if p.kind == "attack" and p.jailbroken is not None]
+    if not judged:
+        return []
+    rng = np.random.default_rng(seed)
+    where = np.array([(p.x, p.y) for p in judged])
+    success = np.array([bool(p.jailbroken) for p in judged])
+    names, groups = np.unique([p.behaviour_id for p in judged], return_inverse=True)
+    classes = np.array([p.class_name for p in judged])
+    both = _both(where, success, groups, classes)
+    found = _within(where, success, groups, classes, both)
+    resampled, nulls = [], []
+    members = [np.nonzero(groups == g)[0] for g in range(len(names))]
+    for drawn in rng.integers(len(names), size=(resamples, len(names))):
+        rows = np.concatenate([members[g] for g in drawn])
+        resampled.append(_within(where[rows], success[rows], groups[rows], classes[rows], both[rows]))
+    for _ in range(draws):
+        shuffled = success.copy()
+        for c in np.unique(classes):
+            here = np.nonzero(classes == c)[0]
+            shuffled[here] = rng.permutation(success[here])
+        nulls.append(_within(where, shuffled, groups, classes, _both(where, shuffled, groups, classes)))
+    rows_out = []
+    for score in SCORES:
+        for name, (value, pairs) in found[score].items():
+            if not pairs:
+                continue
+            drawn_values = [r[score][name][0] for r in resampled if name in r[score]]
+            low, high = np.nanquantile(drawn_values, [0.025, 0.975])
+            null = float(np.nanquantile([n[score][name][0] for n in nulls], 0.95))
+            here = success if name == POOLED else success[classes == name]
+            rows_out.append({"target": judged[0].target, "frame": judged[0].frame, "class": name, "score": score, "auroc": value,
+                             "interval": [float(low), float(high)], "null_95": null, "successes": int(here.sum()),
+                             "failures": int((~here).sum())})  # fmt: skip
+    return rows_out
+
+
+def centroid_distances(
+    points: Sequence[PlanePoint], *, draws: int = 200, resamples: int = 1000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Distance of every two classes' centroids on the plane (units of the residual), over the behaviours that both have.
+
+    The interval resamples behaviours; a resampled distance is biased upwards, so it is held against ``null_95``, from
+    swapping the two classes' points within behaviours at random.
+    """
+    rng = np.random.default_rng(seed)
+    means: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for p in points:
+        if p.kind == "attack":
+            means.setdefault(p.class_name, {}).setdefault(p.behaviour_id, []).append((p.x, p.y))
+    rows = []
+    for first, second in combinations(means, 2):
+        shared = [b for b in means[first] if b in means[second]]
+        if len(shared) < 2:
+            continue
+        moved = np.array([np.mean(means[first][b], 0) - np.mean(means[second][b], 0) for b in shared])
+        drawn = moved[rng.integers(len(moved), size=(resamples, len(moved)))].mean(1)
+        signs = rng.choice([-1.0, 1.0], size=(draws, len(moved), 1))
+        low, high = np.quantile(np.linalg.norm(drawn, axis=1), [0.025, 0.975])
+        rows.append(
+            {
+                "target": points[0].target,
+                "frame": points[0].frame,
+                "classes": [first, second],
+                "behaviours": len(shared),
+                "distance": float(np.linalg.norm(moved.mean(0))),
+                "interval": [float(low), float(high)],
+                "null_95": float(np.quantile(np.linalg.norm((signs * moved).mean(1), axis=1), 0.95)),
+            }
+        )
+    return rows

@@ -1,0 +1,81 @@
+"""A claim is measured by checks; each is an estimate with an interval, held against a threshold.
+
+    yes      the whole 95 % interval lies on the claimed side of the threshold
+    no       none of it does
+    unclear  the threshold lies inside, or nothing could be measured
+
+A claim ``holds`` if all its checks say yes, ``fails`` if any says no, and is ``undecided`` otherwise. Where a null exists the
+threshold is the 95th percentile of the null, or the measure is a difference from its controls and the threshold 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Check:
+    """``claimed`` is ``above`` or ``below`` the threshold. ``nulls``: what meaningless directions or labels give."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    threshold: float
+    claimed: str
+    unit: str
+    n: int
+    nulls: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def outcome(self) -> str:
+        if not all(map(math.isfinite, (self.value, self.low, self.high, self.threshold))):
+            return "unclear"
+        low, high, bar = self.low, self.high, self.threshold
+        if self.claimed == "below":
+            low, high, bar = -high, -low, -bar
+        return "yes" if low > bar else "no" if high <= bar else "unclear"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim on one model. ``note`` says what the reader must know to read it, or why it could not be measured."""
+
+    number: int
+    title: str
+    model: str
+    checks: tuple[Check, ...]
+    note: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        outcomes = {c.outcome for c in self.checks}
+        if "no" in outcomes:
+            return "fails"
+        return "holds" if outcomes == {"yes"} else "undecided"
+
+    def to_row(self) -> dict[str, Any]:
+        row = asdict(self) | {"verdict": self.verdict}
+        row["checks"] = [asdict(c) | {"outcome": c.outcome} for c in self.checks]
+        return row
+
+
+def mean_check(
+    name: str, values: Sequence[float], *, unit: str, threshold: float = 0.0, claimed: str = "above",
+    nulls: dict[str, float] | None = None, resamples: int = 2000, seed: int = 0,
+) -> Check:  # fmt: skip
+    """The mean of per-behaviour values with its percentile bootstrap interval; NaN and unclear without values."""
+    array = np.asarray([v for v in values if math.isfinite(v)], dtype=np.float64)
+    if not len(array):
+        return Check(name, math.nan, math.nan, math.nan, threshold, claimed, unit, 0, nulls or {})
+    drawn = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
+    low, high = np.quantile(array[drawn].mean(1), [0.025, 0.975])
+    return Check(
+        name, float(array.mean()), float(low), float(high), threshold, claimed, unit, len(array), nulls or {}
+    )

@@ -1,0 +1,392 @@
+"""One model in front of the contrast set: residuals, own replies, fields, carriers, response side, interventions.
+
+What takes long is kept in the run folder under a hash of all it depends on, so that a command goes on where it was stopped
+and several commands share it. Replies under refusal ablation stay in the run folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import evaluation
+from core.errors import AttackPlaneError
+from core.generate import complete
+from core.prompt import Conversation, Prompt, Renderer
+from core.records import Behaviour, content_hash
+from core.store import RunFolder
+from evaluation.behaviours import load_behaviours
+from evaluation.judges import outcome_of
+from geometry.activations import RESPONSE, collect
+from geometry.carriers import Carrier, candidates, screened
+from geometry.contrasts import Contrast
+from geometry.directions import SMALLEST_CLASS, indices, layer_score, refused_and_accepted
+from geometry.interventions import Intervention, ablation
+from geometry.rollout import rollout
+from pipeline.common import opened
+from pipeline.directions import DirectionsConfig, contrast_replies, contrast_set, rendered, verdicts
+
+MEASURED = "measured.jsonl"
+TAIL = ("-5", "-4", "-3", "-2", "-1")
+POSITIONS = ("t_first", "t_goal", "t_inst", *TAIL)
+ESTIMATORS = ("auto", "harc", "zhao")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """``estimator`` of the refusal contrast: auto is zhao where the model refuses and accepts enough, else harc.
+
+    ``carrier_prompts`` of each label, and every ``carrier_every``-th layer, are tried for carriers; ``refusals``: how many texts the
+    log-probability of a refusal is a mean over; ``controls``: random directions of each kind.
+    """
+
+    contrast: str = "demonstration"
+    splits: tuple[str, ...] = ("train", "validation")
+    held_out: str = "demonstration"
+    held_out_splits: tuple[str, ...] = ("test",)
+    estimator: str = "auto"
+    reply_tokens: int = 32
+    resamples: int = 200
+    controls: int = 5
+    carrier_prompts: int = 12
+    carrier_every: int = 3
+    refusals: int = 2
+    seed: int = 0
+    system_prompt: str | None = None
+
+    @property
+    def directions(self) -> DirectionsConfig:
+        return DirectionsConfig(
+            self.contrast, self.splits, self.reply_tokens, self.resamples, self.seed, self.system_prompt
+        )
+
+
+def refusal_texts(n: int) -> list[str]:
+    """First sentences of our refusals."""
+    text = (Path(str(evaluation.__file__)).parent / "data" / "refusals.txt").read_text()
+    return [line.partition(".")[0] + "." for line in text.strip().splitlines()[:n]]
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Response-side residuals: ``harmful`` continuations, ``refusal`` and ``benign`` replies stand on the sides of contrasts.
+
+    ``forced``: the refusals are our texts after the prompt, since the model's own are too few.
+    """
+
+    harmfulness: Contrast
+    refusal_paper: Contrast
+    refusal_code: Contrast
+    forced: bool
+
+
+class Study:
+    """``loaded`` and what was measured on it, lazily. Use within the run's lock."""
+
+    def __init__(self, run: RunFolder, spec: str, config: StudyConfig) -> None:
+        self.run, self.spec, self.config = run, spec, config
+        self.loaded = opened(spec)
+        self.renderer = Renderer(self.loaded)
+        self.behaviours = contrast_set(config.directions)
+        self.harmful = [b.label == "harmful" for b in self.behaviours]
+        self._known = {row["key"]: row["value"] for row in run.rows(MEASURED)}
+
+    # --- what is kept ---------------------------------------------------------------------------------------------
+    def kept(self, what: str, depends: Any, make: Callable[[], Any]) -> Any:
+        """``make()`` as JSON, from the run where the same was made before."""
+        key = content_hash([what, self.loaded.fingerprint, depends])
+        if key not in self._known:
+            self._known[key] = make()
+            row = {"key": key, "what": what, "model": self.spec, "value": self._known[key]}
+            self.run.append(MEASURED, row)
+        return self._known[key]
+
+    @property
+    def _set(self) -> list[Any]:
+        return [self.config.system_prompt, self.config.reply_tokens, [b.request for b in self.behaviours]]
+
+    # --- prompts and replies --------------------------------------------------------------------------------------
+    def held_out(self, label: str) -> list[Behaviour]:
+        """Behaviours that no direction was estimated on.
+
+        Raises:
+            AttackPlaneError: none has this label, or some are contrast prompts.
+        """
+        found = load_behaviours(self.config.held_out, label=label, splits=self.config.held_out_splits)
+        both = {b.request for b in found} & {b.request for b in self.behaviours}
+        if both:
+            raise AttackPlaneError(
+                "held-out prompts are among those that directions are estimated on",
+                where=self.config.held_out,
+                got=sorted(both)[0],
+                remedy="give other splits or another file",
+            )
+        return found
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        return rendered(self.renderer, self.behaviours, self.config.system_prompt)
+
+    @cached_property
+    def replies(self) -> list[str]:
+        return contrast_replies(self.run, self.renderer, self.behaviours, self.config.directions)
+
+    @cached_property
+    def refused(self) -> list[bool | None]:
+        return verdicts(self.replies)
+
+    @property
+    def refusal_rate(self) -> float:
+        """Share of harmful contrast prompts that the model refuses by itself."""
+        judged = [r for r, h in zip(self.refused, self.harmful, strict=True) if h and r is not None]
+        return sum(judged) / max(1, len(judged))
+
+    @cached_property
+    def refusal_ids(self) -> list[tuple[int, ...]]:
+        conversation = Conversation.build(self.behaviours[0].request, system=self.config.system_prompt)
+        texts = refusal_texts(self.config.refusals)
+        return [self.renderer.render(conversation, target=text).target_ids for text in texts]
+
+    # --- contrasts ------------------------------------------------------------------------------------------------
+    @cached_property
+    def estimator(self) -> str:
+        """Of the refusal contrast."""
+        enough = min(map(len, refused_and_accepted(self.refused))) >= SMALLEST_CLASS
+        if self.config.estimator == "zhao" and not enough:
+            raise AttackPlaneError(
+                "too few replies for the zhao estimator",
+                where=self.spec,
+                got=f"{sum(r is True for r in self.refused)} refused, {sum(r is False for r in self.refused)} accepted",
+                remedy="use --estimator harc",
+            )
+        if self.config.estimator != "auto":
+            return self.config.estimator
+        return "zhao" if enough else "harc"
+
+    @cached_property
+    def _activations(self) -> Any:
+        present = [
+            p for p in POSITIONS if not p.startswith("-") or int(p) >= -min(len(q.ids) for q in self.prompts)
+        ]
+        return collect(
+            self.loaded, self.prompts, [b.behaviour_id for b in self.behaviours], positions=present,
+            description="contrast prompts",
+        )  # fmt: skip
+
+    def contrast(self, kind: str, position: str) -> Contrast:
+        """``harm``: harmful against harmless prompts at a position; ``refusal``: refused against accepted ones."""
+        sides = (
+            (indices(self.harmful), indices(not h for h in self.harmful))
+            if kind == "harm"
+            else refused_and_accepted(self.refused)
+        )
+        units = tuple(b.behaviour_id for b in self.behaviours)
+        return Contrast(f"{kind} at {position}", self._activations.at(position), *sides, units)
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        return self._activations.positions
+
+    @property
+    def tail(self) -> list[str]:
+        """Of -5..-1 those that stand after the user content in every prompt."""
+        return [p for p in TAIL if all(int(p) >= -len(q.tail) for q in self.prompts)]
+
+    @cached_property
+    def harmfulness(self) -> Contrast:
+        return self.contrast("harm", "t_inst")
+
+    @cached_property
+    def refusal(self) -> Contrast:
+        """The refusal contrast at t_post_inst by this study's estimator."""
+        return self.contrast("harm" if self.estimator == "harc" else "refusal", "-1")
+
+    @cached_property
+    def layer(self) -> int:
+        """The best inner layer by ``eq6_prompt`` of HARC's two directions: prompts alone decide, no reply or intervention."""
+        h, r = self.harmfulness, self.contrast("harm", "-1")
+        from geometry.directions import held_out_separation
+
+        separation = [held_out_separation(c.resid, c.positive, c.negative) * c.alive for c in (h, r)]
+        score = layer_score((h.direction * r.direction).sum(-1), *separation)
+        return int(score.nan_to_num(-torch.inf).argmax())
+
+    # --- carriers -------------------------------------------------------------------------------------------------
+    def field(self, kind: str) -> dict[str, Contrast]:
+        """Contrasts that carriers are looked for in: H at t_inst, R at the template's tokens by this study's estimator."""
+        if kind == "H":
+            return {"t_inst": self.harmfulness}
+        label = "harm" if self.estimator == "harc" else "refusal"
+        return {p: self.contrast(label, p) for p in self.tail}
+
+    def carriers(self, kind: str) -> list[Carrier]:
+        """Scored candidates of one field, best first; their vectors are made anew from the residuals."""
+        field, n = self.field(kind), self.config.carrier_prompts
+        found = candidates(field, self.loaded.n_layers, self.config.carrier_every)
+
+        def make() -> list[dict[str, Any]]:
+            harmful = [p for p, h in zip(self.prompts, self.harmful, strict=True) if h][:n]
+            harmless = [p for p, h in zip(self.prompts, self.harmful, strict=True) if not h][:n]
+            return [c.to_row() for c in screened(self.loaded, found, harmful, harmless, self.refusal_ids)]
+
+        depends = [*self._set, kind, self.estimator, n, self.config.carrier_every, self.config.refusals]
+        by_place = {(c.position, c.layer): c for c in found}
+        return [
+            replace(
+                by_place[row["position"], row["layer"]],
+                **{name: row[name] for name in ("comply", "refuse", "kl")},
+            )
+            for row in self.kept("carriers", depends, make)
+        ]
+
+    def carrier(self, kind: str) -> Carrier:
+        """The best admissible carrier of a field, else the best by score (``admissible`` says which)."""
+        return self.carriers(kind)[0]
+
+    def place(self, carrier: Carrier) -> list[Any]:
+        """What a carrier's vector depends on besides the contrast set."""
+        return [carrier.position, carrier.layer, self.estimator]
+
+    # --- response side --------------------------------------------------------------------------------------------
+    @cached_property
+    def ablated_replies(self) -> list[str]:
+        """Replies to the harmful contrast prompts with the refusal carrier ablated at all layers."""
+        harmful = [p for p, h in zip(self.prompts, self.harmful, strict=True) if h]
+        carrier = self.carrier("R")
+
+        def make() -> list[str]:
+            edit = ablation("R", carrier.vector[None], range(self.loaded.n_layers + 1))
+            found = rollout(
+                self.loaded, harmful, [edit], max_new_tokens=self.config.reply_tokens,
+                description="replies under ablation",
+            )  # fmt: skip
+            return [self.text(row[0].reply) for row in found]
+
+        return self.kept("ablated replies", [*self._set, self.place(carrier)], make)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.loaded.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def response_residuals(
+        self, requests: Sequence[tuple[str, str | None]], replies: Sequence[str]
+    ) -> torch.Tensor:
+        """(reply, layer, d_model): mean over the first 32 tokens of each reply to (user content, system prompt)."""
+        prompts = [
+            self.renderer.render(Conversation(content, system=system), target=reply, allow_trim=True)
+            for (content, system), reply in zip(requests, replies, strict=True)
+        ]
+        ids = [str(i) for i in range(len(prompts))]
+        return collect(
+            self.loaded, prompts, ids, positions=(RESPONSE,), description="replies"
+        ).at(RESPONSE)  # fmt: skip
+
+    @cached_property
+    def responses(self) -> Responses:
+        """Response-side contrasts.
+
+        Raises:
+            AttackPlaneError: too few harmful continuations or benign replies.
+        """
+        bad = [b for b, h in zip(self.behaviours, self.harmful, strict=True) if h]
+        kinds: dict[str, list[tuple[Behaviour, str]]] = {"continuation": [], "refusal": [], "benign": []}
+        for b, reply in zip(bad, self.ablated_replies, strict=True):
+            if outcome_of(reply) == "complied":
+                kinds["continuation"].append((b, reply))
+        for b, h, reply in zip(self.behaviours, self.harmful, self.replies, strict=True):
+            what = outcome_of(reply)
+            if h and what == "refused":
+                kinds["refusal"].append((b, reply))
+            if not h and what == "complied":
+                kinds["benign"].append((b, reply))
+        forced = len(kinds["refusal"]) < SMALLEST_CLASS
+        if forced:
+            texts = refusal_texts(8)
+            kinds["refusal"] = [(b, texts[i % len(texts)]) for i, b in enumerate(bad)]
+        for name, found in kinds.items():
+            if len(found) < SMALLEST_CLASS:
+                raise AttackPlaneError(
+                    f"too few {name} replies for the response side", where=self.spec, got=len(found)
+                )
+        items = [pair for found in kinds.values() for pair in found]
+        requests = [(b.request, self.config.system_prompt) for b, _ in items]
+        resid = self.response_residuals(requests, [reply for _, reply in items])
+        units = tuple(b.behaviour_id for b, _ in items)
+        ends = [len(kinds["continuation"]), len(kinds["refusal"]), len(kinds["benign"])]
+        continuation, refusal, benign = torch.arange(len(items)).split(ends)
+        return Responses(
+            Contrast("harmful continuation - benign", resid, continuation, benign, units),
+            Contrast("refusal - harmful continuation", resid, refusal, continuation, units),
+            Contrast("refusal - helpful", resid, refusal, benign, units),
+            forced,
+        )
+
+    # --- interventions --------------------------------------------------------------------------------------------
+    def measure(
+        self,
+        interventions: Sequence[Intervention],
+        behaviours: Sequence[Behaviour],
+        tokens: int,
+        made_from: Any,
+    ) -> list[dict[str, Any]]:
+        """Outcome rows of behaviours under interventions and left alone, as ``geometry.effects`` reads them.
+
+        ``made_from``: what the interventions' vectors depend on, besides the contrast set. Equal random controls of several
+        modes are run once.
+        """
+        prompts = rendered(self.renderer, behaviours, self.config.system_prompt)
+        names = [_identity(edit) for edit in interventions]
+        todo = dict(zip(names, interventions, strict=True))
+        rows: list[dict[str, Any]] = []
+        with tqdm(
+            total=len(behaviours), desc="prompts under interventions", unit="prompt", leave=False
+        ) as bar:
+            for behaviour, prompt in zip(behaviours, prompts, strict=True):
+
+                def make(prompt: Prompt = prompt) -> list[dict[str, Any]]:
+                    edits = [None, *todo.values()]
+                    found = rollout(
+                        self.loaded, [prompt], edits, refusals=self.refusal_ids, max_new_tokens=tokens
+                    )
+                    return [_row(o.kl, o.refusal, o.delta_norm, self.text(o.reply), tokens) for o in found[0]]
+
+                depends = [*self._set, behaviour.request, tokens, self.refusal_ids, made_from, list(todo)]
+                alone, *values = self.kept("outcomes", depends, make)
+                of = dict(zip(todo, values, strict=True)) | {"none": alone}
+                whose = {"model": self.spec, "label": behaviour.label, "behaviour_id": behaviour.behaviour_id}
+                for name, edit in [("none", None), *zip(names, interventions, strict=True)]:
+                    rows.append(whose | _described(edit) | of[name])
+                bar.update()
+        return rows
+
+    def own_replies(self, behaviours: Sequence[Behaviour]) -> list[str]:
+        texts = [
+            self.renderer.text(Conversation.build(b.request, system=self.config.system_prompt))
+            for b in behaviours
+        ]
+        return complete(self.renderer, texts, max_new_tokens=self.config.reply_tokens, batch_size=32)
+
+
+def _row(kl: float, refusal: float, delta_norm: float, reply: str, tokens: int) -> dict[str, Any]:
+    what = outcome_of(reply) if tokens else None
+    shares = {
+        name: None if what is None else float(what == name) for name in ("complied", "refused", "degenerate")
+    }
+    return {"kl": kl, "refusal": refusal, "delta_norm": delta_norm, **shares, "reply": reply}
+
+
+def _described(edit: Intervention | None) -> dict[str, Any]:
+    if edit is None:
+        return {"mode": "none", "operation": "none", "strength": 0.0, "kind": "none", "draw": 0}
+    return {"mode": edit.name, **{k: getattr(edit, k) for k in ("operation", "strength", "kind", "draw")}}
+
+
+def _identity(edit: Intervention) -> str:
+    """What an intervention is within one study; a random control is the same for all modes of its rank."""
+    mode = edit.rank if edit.kind == "random" else edit.name
+    return content_hash([mode, edit.operation, edit.strength, edit.kind, edit.draw, edit.layers, edit.where])
