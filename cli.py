@@ -6,7 +6,7 @@ import logging
 
 import click
 
-from commands import gcg, interchange, looks, prompts, stages
+from commands import gcg, interchange, looks, mechanism, prompts, stages
 from commands.common import CONTEXT, Group
 
 
@@ -37,7 +37,14 @@ def cli(debug: bool) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-for command in (gcg.gcg, *prompts.COMMANDS, *stages.COMMANDS, *interchange.COMMANDS, *looks.COMMANDS):
+for command in (
+    gcg.gcg,
+    *prompts.COMMANDS,
+    *stages.COMMANDS,
+    *mechanism.COMMANDS,
+    *interchange.COMMANDS,
+    *looks.COMMANDS,
+):
     cli.add_command(command)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from core.records import PlanePoint
 
 SCORES = ("H", "R", "both")
+EITHER = "better of H, R"
 POOLED = "pooled"
 
 
@@ -57,6 +58,8 @@ def _within(
         pairs = sum(n for _, n in per.values())
         total = sum(a * n for a, n in per.values() if n)
         found[name] = per | {POOLED: (total / pairs if pairs else float("nan"), pairs)}
+    # which of the two is the better is chosen anew in every resample and in every draw of the null
+    found[EITHER] = {POOLED: max((found[s][POOLED] for s in ("H", "R")), key=lambda pair: pair[0])}
     return found
 
 
@@ -94,7 +97,7 @@ def success_prediction(
             shuffled[here] = rng.permutation(success[here])
         nulls.append(_within(where, shuffled, groups, classes, _both(where, shuffled, groups, classes)))
     rows_out = []
-    for score in SCORES:
+    for score in (*SCORES, EITHER):
         for name, (value, pairs) in found[score].items():
             if not pairs:
                 continue

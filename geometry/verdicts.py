@@ -51,11 +51,15 @@ class Claim:
     model: str
     checks: tuple[Check, ...]
     note: str = ""
+    applicable: bool = True
+    """Whether the model has what the claim is about; if not the claim is undecided whatever its checks say."""
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
         outcomes = {c.outcome for c in self.checks}
+        if not self.applicable:
+            return "undecided"
         if "no" in outcomes:
             return "fails"
         return "holds" if outcomes == {"yes"} else "undecided"
@@ -64,6 +68,21 @@ class Claim:
         row = asdict(self) | {"verdict": self.verdict}
         row["checks"] = [asdict(c) | {"outcome": c.outcome} for c in self.checks]
         return row
+
+
+def difference_check(
+    name: str, values: Sequence[float], reference: Sequence[float], *, unit: str, threshold: float,
+    claimed: str = "above", nulls: dict[str, float] | None = None, resamples: int = 2000, seed: int = 0,
+) -> Check:  # fmt: skip
+    """Mean of ``values`` less mean of ``reference``, unpaired: both are resampled."""
+    a, b = np.asarray(values, dtype=np.float64), np.asarray(reference, dtype=np.float64)
+    if not len(a) or not len(b):
+        return Check(name, math.nan, math.nan, math.nan, threshold, claimed, unit, len(a), nulls or {})
+    rng = np.random.default_rng(seed)
+    first = a[rng.integers(len(a), size=(resamples, len(a)))].mean(1)
+    low, high = np.quantile(first - b[rng.integers(len(b), size=(resamples, len(b)))].mean(1), [0.025, 0.975])
+    value = float(a.mean() - b.mean())
+    return Check(name, value, float(low), float(high), threshold, claimed, unit, len(a), nulls or {})
 
 
 def mean_check(

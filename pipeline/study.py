@@ -13,22 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import evaluation
 from core.errors import AttackPlaneError
-from core.generate import complete
 from core.prompt import Conversation, Prompt, Renderer
 from core.records import Behaviour, content_hash
 from core.store import RunFolder
 from evaluation.behaviours import load_behaviours
-from evaluation.judges import outcome_of
-from geometry.activations import RESPONSE, collect
+from geometry.activations import collect
 from geometry.carriers import Carrier, candidates, screened
 from geometry.contrasts import Contrast
-from geometry.directions import SMALLEST_CLASS, indices, layer_score, refused_and_accepted
-from geometry.interventions import Intervention, ablation
-from geometry.rollout import rollout
+from geometry.directions import (
+    SMALLEST_CLASS,
+    held_out_separation,
+    indices,
+    layer_score,
+    refused_and_accepted,
+)
 from pipeline.common import opened
 from pipeline.directions import DirectionsConfig, contrast_replies, contrast_set, rendered, verdicts
 
@@ -71,19 +72,6 @@ def refusal_texts(n: int) -> list[str]:
     """First sentences of our refusals."""
     text = (Path(str(evaluation.__file__)).parent / "data" / "refusals.txt").read_text()
     return [line.partition(".")[0] + "." for line in text.strip().splitlines()[:n]]
-
-
-@dataclass(frozen=True)
-class Responses:
-    """Response-side residuals: ``harmful`` continuations, ``refusal`` and ``benign`` replies stand on the sides of contrasts.
-
-    ``forced``: the refusals are our texts after the prompt, since the model's own are too few.
-    """
-
-    harmfulness: Contrast
-    refusal_paper: Contrast
-    refusal_code: Contrast
-    forced: bool
 
 
 class Study:
@@ -211,8 +199,6 @@ class Study:
     def layer(self) -> int:
         """The best inner layer by ``eq6_prompt`` of HARC's two directions: prompts alone decide, no reply or intervention."""
         h, r = self.harmfulness, self.contrast("harm", "-1")
-        from geometry.directions import held_out_separation
-
         separation = [held_out_separation(c.resid, c.positive, c.negative) * c.alive for c in (h, r)]
         score = layer_score((h.direction * r.direction).sum(-1), *separation)
         return int(score.nan_to_num(-torch.inf).argmax())
@@ -253,140 +239,15 @@ class Study:
         """What a carrier's vector depends on besides the contrast set."""
         return [carrier.position, carrier.layer, self.estimator]
 
-    # --- response side --------------------------------------------------------------------------------------------
-    @cached_property
-    def ablated_replies(self) -> list[str]:
-        """Replies to the harmful contrast prompts with the refusal carrier ablated at all layers."""
-        harmful = [p for p, h in zip(self.prompts, self.harmful, strict=True) if h]
-        carrier = self.carrier("R")
-
-        def make() -> list[str]:
-            edit = ablation("R", carrier.vector[None], range(self.loaded.n_layers + 1))
-            found = rollout(
-                self.loaded, harmful, [edit], max_new_tokens=self.config.reply_tokens,
-                description="replies under ablation",
-            )  # fmt: skip
-            return [self.text(row[0].reply) for row in found]
-
-        return self.kept("ablated replies", [*self._set, self.place(carrier)], make)
-
     def text(self, ids: Sequence[int]) -> str:
         return self.loaded.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
-    def response_residuals(
-        self, requests: Sequence[tuple[str, str | None]], replies: Sequence[str]
-    ) -> torch.Tensor:
-        """(reply, layer, d_model): mean over the first 32 tokens of each reply to (user content, system prompt)."""
-        prompts = [
-            self.renderer.render(Conversation(content, system=system), target=reply, allow_trim=True)
-            for (content, system), reply in zip(requests, replies, strict=True)
-        ]
-        ids = [str(i) for i in range(len(prompts))]
-        return collect(
-            self.loaded, prompts, ids, positions=(RESPONSE,), description="replies"
-        ).at(RESPONSE)  # fmt: skip
+    def prompts_of(self, contents: Sequence[tuple[str, str | None]]) -> list[Prompt]:
+        """(user content, system prompt) pairs, rendered."""
+        return [self.renderer.render(Conversation(c, system=s), allow_trim=True) for c, s in contents]
 
-    @cached_property
-    def responses(self) -> Responses:
-        """Response-side contrasts.
-
-        Raises:
-            AttackPlaneError: too few harmful continuations or benign replies.
-        """
-        bad = [b for b, h in zip(self.behaviours, self.harmful, strict=True) if h]
-        kinds: dict[str, list[tuple[Behaviour, str]]] = {"continuation": [], "refusal": [], "benign": []}
-        for b, reply in zip(bad, self.ablated_replies, strict=True):
-            if outcome_of(reply) == "complied":
-                kinds["continuation"].append((b, reply))
-        for b, h, reply in zip(self.behaviours, self.harmful, self.replies, strict=True):
-            what = outcome_of(reply)
-            if h and what == "refused":
-                kinds["refusal"].append((b, reply))
-            if not h and what == "complied":
-                kinds["benign"].append((b, reply))
-        forced = len(kinds["refusal"]) < SMALLEST_CLASS
-        if forced:
-            texts = refusal_texts(8)
-            kinds["refusal"] = [(b, texts[i % len(texts)]) for i, b in enumerate(bad)]
-        for name, found in kinds.items():
-            if len(found) < SMALLEST_CLASS:
-                raise AttackPlaneError(
-                    f"too few {name} replies for the response side", where=self.spec, got=len(found)
-                )
-        items = [pair for found in kinds.values() for pair in found]
-        requests = [(b.request, self.config.system_prompt) for b, _ in items]
-        resid = self.response_residuals(requests, [reply for _, reply in items])
-        units = tuple(b.behaviour_id for b, _ in items)
-        ends = [len(kinds["continuation"]), len(kinds["refusal"]), len(kinds["benign"])]
-        continuation, refusal, benign = torch.arange(len(items)).split(ends)
-        return Responses(
-            Contrast("harmful continuation - benign", resid, continuation, benign, units),
-            Contrast("refusal - harmful continuation", resid, refusal, continuation, units),
-            Contrast("refusal - helpful", resid, refusal, benign, units),
-            forced,
+    def residuals(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """(prompt, layer, d_model) at t_inst."""
+        return collect(self.loaded, prompts, [str(i) for i in range(len(prompts))], positions=("t_inst",)).at(
+            "t_inst"
         )
-
-    # --- interventions --------------------------------------------------------------------------------------------
-    def measure(
-        self,
-        interventions: Sequence[Intervention],
-        behaviours: Sequence[Behaviour],
-        tokens: int,
-        made_from: Any,
-    ) -> list[dict[str, Any]]:
-        """Outcome rows of behaviours under interventions and left alone, as ``geometry.effects`` reads them.
-
-        ``made_from``: what the interventions' vectors depend on, besides the contrast set. Equal random controls of several
-        modes are run once.
-        """
-        prompts = rendered(self.renderer, behaviours, self.config.system_prompt)
-        names = [_identity(edit) for edit in interventions]
-        todo = dict(zip(names, interventions, strict=True))
-        rows: list[dict[str, Any]] = []
-        with tqdm(
-            total=len(behaviours), desc="prompts under interventions", unit="prompt", leave=False
-        ) as bar:
-            for behaviour, prompt in zip(behaviours, prompts, strict=True):
-
-                def make(prompt: Prompt = prompt) -> list[dict[str, Any]]:
-                    edits = [None, *todo.values()]
-                    found = rollout(
-                        self.loaded, [prompt], edits, refusals=self.refusal_ids, max_new_tokens=tokens
-                    )
-                    return [_row(o.kl, o.refusal, o.delta_norm, self.text(o.reply), tokens) for o in found[0]]
-
-                depends = [*self._set, behaviour.request, tokens, self.refusal_ids, made_from, list(todo)]
-                alone, *values = self.kept("outcomes", depends, make)
-                of = dict(zip(todo, values, strict=True)) | {"none": alone}
-                whose = {"model": self.spec, "label": behaviour.label, "behaviour_id": behaviour.behaviour_id}
-                for name, edit in [("none", None), *zip(names, interventions, strict=True)]:
-                    rows.append(whose | _described(edit) | of[name])
-                bar.update()
-        return rows
-
-    def own_replies(self, behaviours: Sequence[Behaviour]) -> list[str]:
-        texts = [
-            self.renderer.text(Conversation.build(b.request, system=self.config.system_prompt))
-            for b in behaviours
-        ]
-        return complete(self.renderer, texts, max_new_tokens=self.config.reply_tokens, batch_size=32)
-
-
-def _row(kl: float, refusal: float, delta_norm: float, reply: str, tokens: int) -> dict[str, Any]:
-    what = outcome_of(reply) if tokens else None
-    shares = {
-        name: None if what is None else float(what == name) for name in ("complied", "refused", "degenerate")
-    }
-    return {"kl": kl, "refusal": refusal, "delta_norm": delta_norm, **shares, "reply": reply}
-
-
-def _described(edit: Intervention | None) -> dict[str, Any]:
-    if edit is None:
-        return {"mode": "none", "operation": "none", "strength": 0.0, "kind": "none", "draw": 0}
-    return {"mode": edit.name, **{k: getattr(edit, k) for k in ("operation", "strength", "kind", "draw")}}
-
-
-def _identity(edit: Intervention) -> str:
-    """What an intervention is within one study; a random control is the same for all modes of its rank."""
-    mode = edit.rank if edit.kind == "random" else edit.name
-    return content_hash([mode, edit.operation, edit.strength, edit.kind, edit.draw, edit.layers, edit.where])

@@ -1,0 +1,108 @@
+"""Interventions on a studied model with their controls, and their outcomes on held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from core.records import Behaviour, content_hash
+from evaluation.judges import outcome_of
+from geometry.designs import Site, far_layer
+from geometry.interventions import Intervention
+from geometry.rollout import rollout
+from pipeline.directions import rendered
+from pipeline.study import Study
+
+TOGETHER = 4
+"""Prompts whose outcomes are kept as one piece: what a stopped command loses at most."""
+
+
+def site_of(
+    study: Study, layers: Sequence[int] | None, *, where: str = "all", operation: str = "ablate"
+) -> tuple[Site, Any]:
+    """The best carriers as the vectors of interventions, those of other places as controls; and what they depend on.
+
+    ``layers``: None is all layers for an ablation, the refusal carrier's own for steering. Steering strengths are in
+    units of the refusal carrier's class difference.
+    """
+    h, r = study.carrier("H"), study.carrier("R")
+    n = study.loaded.n_layers
+    chosen = (
+        tuple(layers) if layers is not None else tuple(range(n + 1)) if operation == "ablate" else (r.layer,)
+    )
+    fields = study.field("H")[h.position], study.field("R")[r.position]
+    far = tuple(c.direction[far_layer(k.layer, n)] for c, k in zip(fields, (h, r), strict=True))
+    label = "harm" if study.estimator == "harc" else "refusal"
+    first = tuple(study.contrast(kind, "t_first").direction[k.layer] for kind, k in (("harm", h), (label, r)))
+    site = Site(
+        (h.vector, r.vector),
+        {"wrong_layer": (far[0], far[1]), "wrong_position": (first[0], first[1])},
+        chosen,
+        tuple(far_layer(layer, n) for layer in chosen),
+        where,
+        r.norm if operation == "steer" else 1.0,
+    )
+    return site, [study.place(h), study.place(r), study.config.seed, study.config.controls]
+
+
+def measure(
+    study: Study,
+    interventions: Sequence[Intervention],
+    behaviours: Sequence[Behaviour],
+    tokens: int,
+    made_from: Any,
+) -> list[dict[str, Any]]:
+    """Outcome rows of behaviours under interventions and left alone, as ``geometry.effects`` reads them.
+
+    ``made_from``: what the interventions' vectors depend on, besides the contrast set. Equal random controls of several
+    modes are run once.
+    """
+    prompts = rendered(study.renderer, behaviours, study.config.system_prompt)
+    names = [_identity(edit) for edit in interventions]
+    todo = dict(zip(names, interventions, strict=True))
+    rows: list[dict[str, Any]] = []
+    for start in tqdm(range(0, len(behaviours), TOGETHER), desc="prompts under interventions", leave=False):
+        part = slice(start, start + TOGETHER)
+
+        def make(part: slice = part) -> list[list[dict[str, Any]]]:
+            edits = [None, *todo.values()]
+            found = rollout(
+                study.loaded, prompts[part], edits, refusals=study.refusal_ids, max_new_tokens=tokens
+            )
+            return [
+                [_row(o.kl, o.refusal, o.delta_norm, study.text(o.reply), tokens) for o in row]
+                for row in found
+            ]
+
+        requests = [b.request for b in behaviours[part]]
+        depends = [*study._set, requests, tokens, study.refusal_ids, made_from, list(todo)]
+        for behaviour, (alone, *values) in zip(
+            behaviours[part], study.kept("outcomes", depends, make), strict=True
+        ):
+            of = dict(zip(todo, values, strict=True)) | {"none": alone}
+            whose = {"model": study.spec, "label": behaviour.label, "behaviour_id": behaviour.behaviour_id}
+            for name, edit in [("none", None), *zip(names, interventions, strict=True)]:
+                rows.append(whose | _described(edit) | of[name])
+    return rows
+
+
+def _row(kl: float, refusal: float, delta_norm: float, reply: str, tokens: int) -> dict[str, Any]:
+    what = outcome_of(reply) if tokens else None
+    shares = {
+        name: None if what is None else float(what == name) for name in ("complied", "refused", "degenerate")
+    }
+    return {"kl": kl, "refusal": refusal, "delta_norm": delta_norm, **shares, "reply": reply}
+
+
+def _described(edit: Intervention | None) -> dict[str, Any]:
+    if edit is None:
+        return {"mode": "none", "operation": "none", "strength": 0.0, "kind": "none", "draw": 0}
+    return {"mode": edit.name, **{k: getattr(edit, k) for k in ("operation", "strength", "kind", "draw")}}
+
+
+def _identity(edit: Intervention) -> str:
+    """What an intervention is within one study; a random control is the same for all modes of its rank."""
+    mode = edit.rank if edit.kind == "random" else edit.name
+    return content_hash([mode, edit.operation, edit.strength, edit.kind, edit.draw, edit.layers, edit.where])
