@@ -98,6 +98,8 @@ class AutoDANState:
     """Losses of the population, so that what stays is not scored again."""
     success: bool = False
     scored: list[int] = field(default_factory=list)
+    bests: list[tuple[int, str]] = field(default_factory=list)
+    """(step, prompt) of each that was the best in its turn."""
 
     @property
     def step(self) -> int:
@@ -198,7 +200,7 @@ def run_autodan(
         population = first_population(fittest, config.population, mutate, rng)
         state = AutoDANState(
             population, [], [losses[best]], seeds[best], 0, loss.objective.batch.value,
-            known=dict(zip(seeds, losses, strict=True)),
+            known=dict(zip(seeds, losses, strict=True)), bests=[(0, seeds[best])],
         )  # fmt: skip
         if math.isinf(losses[best]):
             raise AttackPlaneError(
@@ -217,6 +219,7 @@ def run_autodan(
         state.losses.append(state.known[winner])
         if state.known[winner] < state.losses[state.best_step]:
             state.best, state.best_step = winner, state.step
+            state.bests.append((state.step, winner))
         if config.stop_on_success and is_success(loss.reply(winner, config.reply_tokens)):
             state.best, state.best_step, state.success = winner, state.step, True
         elif state.step < config.num_steps:
@@ -326,6 +329,10 @@ class AutoDAN(SourceMethod):
             system=self.config.system_prompt,
             history=state.losses,
             best_step=state.best_step,
+            snapshots=[
+                {"step": step, "prompt": text.replace(MARKER, behaviour.request)}
+                for step, text in state.bests
+            ],
             allow_trim=True,
             provenance={"prompts_scored": len(seeds) + sum(state.scored), "success": state.success},
         )

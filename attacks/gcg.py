@@ -105,6 +105,8 @@ class GCGState:
     """The best suffixes with their losses and steps, best first. Only with a buffer."""
     current_step: int = 0
     """Step that ``suffix_ids`` is of; with a buffer not always the last one."""
+    bests: list[tuple[int, list[int]]] = field(default_factory=list)
+    """(step, suffix) of each that was the best in its turn."""
     active: int = 1
     """Prompts in the loss. Only ``attacks/universal.py`` has more than one."""
 
@@ -122,6 +124,7 @@ class GCGState:
         self.losses.append(loss)
         if len(self.losses) == 1 or loss < self.best_loss:
             self.best_step, self.best_ids = len(self.losses) - 1, list(self.suffix_ids)
+            self.bests.append((self.best_step, self.best_ids))
         self.current_step = len(self.losses) - 1
         if buffer:
             kept = [*self.buffer, (loss, list(self.suffix_ids), self.current_step)]
@@ -132,6 +135,7 @@ class GCGState:
         """The loss is another from here on (a prompt joined): earlier ones say nothing about the best."""
         self.losses.pop()
         self.buffer, self.best_step, self.best_ids = [], len(self.losses), list(self.suffix_ids)
+        self.bests = [(self.best_step, self.best_ids)]
         self.losses.append(loss)
         self.current_step = self.best_step
         if buffer:

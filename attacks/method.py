@@ -205,6 +205,7 @@ class SourceMethod(Method):
         scored: tuple[int, ...] | None = None,
         history: list[float] | None = None,
         best_step: int = 0,
+        snapshots: list[dict[str, Any]] | None = None,
         allow_trim: bool = False,
         provenance: dict[str, Any] | None = None,
     ) -> AttackArtifact:
@@ -237,4 +238,5 @@ class SourceMethod(Method):
             variant=variant,
             rendering=rendering(self.renderer, rendered),
             provenance=provenance or {},
+            snapshots=snapshots or [],
         )

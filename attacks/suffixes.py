@@ -96,9 +96,12 @@ class SuffixMethod(SourceMethod):
         scored: tuple[int, ...] | None = None,
         history: list[float] | None = None,
         best_step: int = 0,
+        bests: Sequence[tuple[int, list[int]]] = (),
         allow_trim: bool = False,
     ) -> AttackArtifact:
-        """``suffix`` is its text where that is not the ids' own, ``scored`` what was scored where not the slot's ids."""
+        """``suffix`` is its text where that is not the ids' own, ``scored`` what was scored where not the slot's ids; ``bests``
+        are (step, suffix) of the snapshots."""
+        texts = slot.suffix_texts([ids for _, ids in bests])
         suffix = slot.suffix_texts([suffix_ids])[0] if suffix is None else suffix
         return self.scored_artifact(
             behaviour,
@@ -110,6 +113,10 @@ class SuffixMethod(SourceMethod):
             scored=scored or (*slot.before_ids, *suffix_ids, *slot.after_ids, *slot.target_ids),
             history=history,
             best_step=best_step,
+            snapshots=[
+                {"step": step, "prompt": slot.content_before + text + slot.content_after}
+                for (step, _), text in zip(bests, texts, strict=True)
+            ],
             allow_trim=allow_trim,
         )
 
@@ -216,7 +223,12 @@ class GCGMethod(SuffixMethod):
             on_step=on_step,
         )
         artifact = self.suffix_artifact(
-            behaviour, slot, state.best_ids, history=state.losses, best_step=state.best_step
+            behaviour,
+            slot,
+            state.best_ids,
+            history=state.losses,
+            best_step=state.best_step,
+            bests=state.bests,
         )
         assert artifact.loss is not None
         if not mellowmax and not abs(artifact.loss - state.best_loss) <= ROUNDING[self.loaded.dtype]:

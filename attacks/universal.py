@@ -161,7 +161,12 @@ class UniversalGCG(SuffixMethod):
         for one in self._on:
             slot = one.slot(behaviour)
             artifact = one.suffix_artifact(
-                behaviour, slot, state.best_ids, history=state.losses, best_step=state.best_step
+                behaviour,
+                slot,
+                state.best_ids,
+                history=state.losses,
+                best_step=state.best_step,
+                bests=state.bests,
             )
             artifacts.append(artifact)
             losses[one.loaded.spec] = artifact.loss

@@ -81,4 +81,105 @@ def claims(run: Path, models: tuple[str, ...], contrast: str, held_out: str, est
         click.echo(run / name)
 
 
-COMMANDS = (claims,)
+@click.command()
+@RUN
+@study_options
+@quiet_libraries
+def layers(run: Path, models: tuple[str, ...], contrast: str, held_out: str, estimator: str, resamples: int, controls: int,
+           system: str | None, seed: int) -> None:  # fmt: skip
+    """Profile directions over positions and layers.
+
+    Separation, reliability, angles and nulls at every position and layer; response-side directions; the layer that each published
+    criterion takes; several models of one width are compared. Writes layers_*.jsonl and layers.png.
+
+    \b
+    Example:
+      python cli.py layers --run runs/claims --model embedded --model embedded+runs/demo/checkpoints/step-24
+    """
+    from pipeline.layers import layers as stage
+
+    click.echo(stage(run, models, study_config(contrast, held_out, estimator=estimator, resamples=resamples,
+                                               controls=controls, system_prompt=system, seed=seed)))  # fmt: skip
+    click.echo(run / "layers.png")
+
+
+@click.command()
+@RUN
+@study_options
+@click.option(
+    "--mode",
+    "modes",
+    multiple=True,
+    type=click.Choice(["H", "R", "H+R", "H-R", "R-H"]),
+    default=("H", "R", "R-H"),
+    help="Directions; H-R is H without its component along R. Repeatable.",
+)
+@click.option("--operation", type=click.Choice(["ablate", "steer"]), default="ablate")
+@click.option(
+    "--strength",
+    "strengths",
+    multiple=True,
+    type=float,
+    help="Lambda; steering in units of the class difference. Repeatable [default: 1]",
+)
+@click.option("--sweep", is_flag=True, help="The papers' strengths: -4, -2, -1, -0.5, 0, 0.5, 1, 2, 4.")
+@click.option(
+    "--layers",
+    "at",
+    help="Comma-separated residual layers, or all [default: all to ablate, the carrier's to steer]",
+)
+@click.option(
+    "--where",
+    default="all",
+    help="Tokens: all, prompt, reply, a position (t_inst, -1) or a range (t_inst..-1).",
+)
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    default=("harmful", "harmless", "pseudo_harmful"),
+    help="Held-out prompts; repeatable.",
+)
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many prompts of each label.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=20)
+@quiet_libraries
+def intervene(run: Path, models: tuple[str, ...], contrast: str, held_out: str, estimator: str, resamples: int, controls: int,
+              system: str | None, seed: int, modes: tuple[str, ...], operation: str, strengths: tuple[float, ...], sweep: bool,
+              at: str | None, where: str, labels: tuple[str, ...], limit: int | None, max_new_tokens: int) -> None:  # fmt: skip
+    """Ablate or steer directions, against controls.
+
+    Vectors are the best carriers of harmfulness and refusal, found on the contrast prompts; effects are measured on held-out
+    ones: success, refusals, degenerate replies, log-probability of a refusal, KL of the next token. Controls: random directions, the
+    carrier of a wrong layer and of a wrong position, and random directions that move every token exactly as far.
+    Writes interventions.jsonl, interventions_summary.jsonl and interventions.png, in place of earlier ones.
+
+    \b
+    Examples:
+      python cli.py intervene --run runs/claims --model embedded+runs/demo/checkpoints/step-24
+      python cli.py intervene --run runs/claims --model embedded --mode R --operation steer --sweep --label harmless
+    """
+    from pipeline.intervene import SWEEP, Plan, effects_table
+    from pipeline.intervene import intervene as stage
+
+    try:
+        chosen = None if at is None else () if at == "all" else tuple(int(n) for n in at.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{at!r}: expected layers, for example 12,13, or all") from error
+    config = study_config(contrast, held_out, estimator=estimator, resamples=resamples, controls=controls,
+                          system_prompt=system, seed=seed)  # fmt: skip
+    plan = Plan(
+        modes,
+        operation,
+        SWEEP if sweep else strengths or (1.0,),
+        chosen,
+        where,
+        labels,
+        limit,
+        max_new_tokens,
+    )
+    click.echo(effects_table(stage(run, models, config, plan)))
+    for name in ("interventions.jsonl", "interventions_summary.jsonl", "interventions.png"):
+        click.echo(run / name)
+
+
+COMMANDS = (claims, intervene, layers)

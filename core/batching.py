@@ -35,7 +35,7 @@ class BatchSize:
             except torch.OutOfMemoryError:
                 if stop - start == 1:
                     raise
-                self.value = max(1, self.value // 2)
+                self.value = max(1, min(self.value // 2, total - 1))
                 log.warning("out of memory: batches of %d from here on", self.value)
                 torch.cuda.empty_cache()
                 continue

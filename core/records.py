@@ -130,6 +130,7 @@ class AttackArtifact(Record):
 
     ``variant`` tells prompts of one attack on one behaviour apart (the seed prompt, the technique). ``rendering`` is how the
     source model rendered the prompt: ``content_ids`` (token ids of the user content), ``vocabulary`` and ``template`` (hashes).
+    ``snapshots`` are the prompts that were the best in turn, each {"step": index in ``loss_history``, "prompt"}.
     ``provenance`` is what else is known of how it was made; of an imported prompt: format, file, place, what the other tool said.
     """
 
@@ -153,6 +154,7 @@ class AttackArtifact(Record):
     variant: str | None = None
     rendering: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    snapshots: list[dict[str, Any]] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -171,6 +173,13 @@ class AttackArtifact(Record):
                 self,
                 (self.best_step, len(self.loss_history)),
             )
+        steps = [s["step"] for s in self.snapshots]
+        _require(
+            steps == sorted(steps) and all(0 <= step < len(self.loss_history) for step in steps),
+            "snapshots must be of steps of loss_history, in order",
+            self,
+            (steps, len(self.loss_history)),
+        )
 
 
 @dataclass(frozen=True)

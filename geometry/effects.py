@@ -29,7 +29,8 @@ def by_behaviour(rows: Sequence[Row], outcome: str) -> dict[str, float]:
     """Mean outcome of each behaviour over its rows."""
     found: dict[str, list[float]] = {}
     for r in rows:
-        found.setdefault(r["behaviour_id"], []).append(float(r[outcome]))
+        if r[outcome] is not None:  # no reply was asked for
+            found.setdefault(r["behaviour_id"], []).append(float(r[outcome]))
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
@@ -69,6 +70,8 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
         alone = pick(rows, model=key[0], label=key[1], mode="none")
         controls = {"controls": pick(members, kind=PLAIN_CONTROLS), "matched": pick(members, kind="matched")}
         for outcome in OUTCOMES:
+            if not by_behaviour(own, outcome):
+                continue
             change = paired(own, alone, outcome)
             row: dict[str, Any] = dict(zip(keys, key, strict=True)) | {
                 "outcome": outcome,

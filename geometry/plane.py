@@ -25,10 +25,13 @@ from torch import Tensor
 from core.errors import AttackPlaneError
 from core.records import PLAIN, Activations, Directions, PlanePoint
 from core.store import PLANE, write_atomically
+from geometry.prediction import centroid_distances, success_prediction
 from geometry.separability import separabilities
 
 CLASSES = "plane_classes.jsonl"
 SEPARABILITY = "plane_separability.jsonl"
+SUCCESS = "plane_success.jsonl"
+DISTANCES = "plane_distances.jsonl"
 
 
 @dataclass(frozen=True)
@@ -236,7 +239,8 @@ def _bootstrap(values: np.ndarray, seed: int, resamples: int) -> list[list[float
 
 
 def export(all_points: Sequence[PlanePoint], folder: Path, nulls: Nulls | None = None) -> list[Path]:
-    """Write plane.csv, .jsonl, .parquet, plane_classes.jsonl and plane_separability.jsonl; each replaced whole."""
+    """Write plane.csv, .jsonl, .parquet, plane_classes, plane_separability, plane_success and plane_distances (.jsonl); each
+    replaced whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -256,6 +260,12 @@ def export(all_points: Sequence[PlanePoint], folder: Path, nulls: Nulls | None =
         CLASSES: classes,
         SEPARABILITY: "".join(json.dumps(row) + "\n" for row in separabilities(all_points)),
     }
+    panels: dict[tuple[str, str], list[PlanePoint]] = {}
+    for p in all_points:
+        panels.setdefault((p.target, p.frame), []).append(p)
+    for name, measure in ((SUCCESS, success_prediction), (DISTANCES, centroid_distances)):
+        found = [row for panel in panels.values() for row in measure(panel)]
+        written[name] = "".join(json.dumps(row) + "\n" for row in found)
     for name, content in written.items():
         write_atomically(folder / name, content)
     return [folder / name for name in written]

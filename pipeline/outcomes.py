@@ -77,7 +77,7 @@ def measure(
             ]
 
         requests = [b.request for b in behaviours[part]]
-        depends = [*study._set, requests, tokens, study.refusal_ids, made_from, list(todo)]
+        depends = [*study.set_identity, requests, tokens, study.refusal_ids, made_from, list(todo)]
         for behaviour, (alone, *values) in zip(
             behaviours[part], study.kept("outcomes", depends, make), strict=True
         ):

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
 from core.errors import AttackPlaneError
 from core.prompt import Conversation, Renderer
-from core.records import AttackArtifact, Behaviour, PlanePoint
-from core.store import RunFolder
+from core.records import AttackArtifact, Behaviour, Directions, PlanePoint
+from core.store import RunFolder, write_atomically
 from core.text import short_spec
 from evaluation.behaviours import load_behaviours
 from geometry.activations import collect
 from geometry.directions import best_layers
-from geometry.plane import Nulls, PromptInfo, displacement_nulls, export, points
+from geometry.plane import Nulls, PromptInfo, displacement_nulls, export, points, project
 from geometry.storage import load_directions
 from pipeline.common import artifacts_of, check_specs, opened, replays_of
 from pipeline.directions import rendered
+
+TRAJECTORIES = "plane_trajectories.jsonl"
+SNAPSHOTS = 12
+"""Most prompts of one optimisation that are projected."""
 
 
 def plane(
@@ -36,7 +42,7 @@ def plane(
 
     Without ``targets``: every target that the run has replays on. Without ``base``: the first target.
     """
-    from plots import plane_html, plane_png
+    from plots import plane_html, plane_png, trajectories_png
 
     with RunFolder.existing(path) as run:
         artifacts = artifacts_of(run)
@@ -83,11 +89,62 @@ def plane(
             activations = collect(loaded, prompts, [i.prompt_id for i in there])
             everything.extend(points(activations, judged, own[spec], frame, chosen))
             nulls.update(displacement_nulls(activations, judged, own[spec], frame, chosen))
+            trajectories.extend(
+                trajectory_rows(renderer, artifacts, {"base": frame, "own": own[spec]}, chosen)
+            )
 
+        trajectories: list[dict[str, Any]] = []
         for spec in targets:
             read(spec)
         written = export(everything, path, nulls)
-        return [*written, plane_png.draw(path), plane_html.draw(path)]
+        write_atomically(path / TRAJECTORIES, "".join(json.dumps(row) + "\n" for row in trajectories))
+        drawn = [plane_png.draw(path), plane_html.draw(path)]
+        if trajectories:
+            drawn += [path / TRAJECTORIES, trajectories_png.draw(path)]
+        return [*written, *drawn]
+
+
+def trajectory_rows(
+    renderer: Renderer, artifacts: Sequence[AttackArtifact], frames: dict[str, Directions], layer: int
+) -> list[dict[str, Any]]:
+    """Where the prompts that were the best in turn lie, step by step of their optimisation; at most ``SNAPSHOTS`` of each."""
+    chosen = []
+    for a in artifacts:
+        last = len(a.snapshots) - 1
+        kept = sorted({round(i * last / (SNAPSHOTS - 1)) for i in range(SNAPSHOTS)}) if last > 0 else []
+        chosen += [(a, a.snapshots[i]) for i in kept]
+    if not chosen:
+        return []
+    prompts = [
+        renderer.render(Conversation(s["prompt"], system=a.system_prompt), allow_trim=True) for a, s in chosen
+    ]
+    ids = [f"{a.artifact_id} {s['step']}" for a, s in chosen]
+    activations = collect(
+        renderer.loaded, prompts, ids, positions=("t_inst", "t_post_inst"), description="trajectories"
+    )
+    rows = []
+    for name, d in frames.items():
+        x, _ = project(activations.at("t_inst")[:, layer], d.harmfulness[layer], d.harmless_t_inst[layer])
+        y, _ = project(
+            activations.at("t_post_inst")[:, layer], d.refusal[layer], d.harmless_t_post_inst[layer]
+        )
+        rows += [
+            {
+                "artifact_id": a.artifact_id,
+                "behaviour_id": a.behaviour_id,
+                "attack": a.attack,
+                "source": a.source_model,
+                "target": renderer.loaded.spec,
+                "frame": name,
+                "layer": layer,
+                "step": s["step"],
+                "loss": a.loss_history[s["step"]],
+                "x": float(x[i]),
+                "y": float(y[i]),
+            }
+            for i, (a, s) in enumerate(chosen)
+        ]
+    return rows
 
 
 def prompt_infos(

@@ -64,7 +64,7 @@ def ablated_replies(study: Study) -> list[str]:
         )  # fmt: skip
         return [study.text(row[0].reply) for row in found]
 
-    return study.kept("ablated replies", [*study._set, study.place(carrier)], make)
+    return study.kept("ablated replies", [*study.set_identity, study.place(carrier)], make)
 
 
 def response_residuals(

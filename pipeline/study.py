@@ -96,7 +96,7 @@ class Study:
         return self._known[key]
 
     @property
-    def _set(self) -> list[Any]:
+    def set_identity(self) -> list[Any]:
         return [self.config.system_prompt, self.config.reply_tokens, [b.request for b in self.behaviours]]
 
     # --- prompts and replies --------------------------------------------------------------------------------------
@@ -221,7 +221,14 @@ class Study:
             harmless = [p for p, h in zip(self.prompts, self.harmful, strict=True) if not h][:n]
             return [c.to_row() for c in screened(self.loaded, found, harmful, harmless, self.refusal_ids)]
 
-        depends = [*self._set, kind, self.estimator, n, self.config.carrier_every, self.config.refusals]
+        depends = [
+            *self.set_identity,
+            kind,
+            self.estimator,
+            n,
+            self.config.carrier_every,
+            self.config.refusals,
+        ]
         by_place = {(c.position, c.layer): c for c in found}
         return [
             replace(

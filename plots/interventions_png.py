@@ -1,0 +1,79 @@
+"""Effects of interventions as a picture: a row a model, a column an outcome, strength along x, a line a mode.
+
+Filled: the intervention with its 95 % interval (of the change from leaving the model alone); dashed: mean over the matched controls;
+dotted: mean over the papers' controls; the grey line is the model left alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from core.errors import AttackPlaneError
+from core.store import read_rows
+from core.text import short_spec
+from plots.style import COLOURS, MARKERS
+
+PANELS = (
+    ("harmful", "complied", "ASR on harmful prompts"),
+    ("harmful", "refusal", "log P(refusal) on harmful, nats per token"),
+    ("harmless", "refused", "refusals of harmless prompts"),
+    ("pseudo_harmful", "refused", "refusals of pseudo-harmful prompts"),
+    ("harmless", "kl", "KL on harmless prompts, nats"),
+)
+
+
+def draw(folder: Path) -> Path:
+    """Read ``interventions_summary.jsonl`` in ``folder`` and write ``interventions.png`` there."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [r for r in read_rows(folder / "interventions_summary.jsonl") if r["value"] is not None]
+    if not rows:
+        raise AttackPlaneError(
+            "no interventions in this run",
+            where=folder,
+            remedy="python cli.py intervene --run RUN --model MODEL",
+        )
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    modes = list(dict.fromkeys(r["mode"] for r in rows))
+    panels = [p for p in PANELS if any((r["label"], r["outcome"]) == p[:2] for r in rows)]
+    figure = Figure(figsize=(3.9 * len(panels), 0.7 + 3.1 * len(models)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(models), len(panels), squeeze=False, sharey="col")
+    for line, model in enumerate(models):
+        for column, (label, outcome, title) in enumerate(panels):
+            here = [r for r in rows if (r["model"], r["label"], r["outcome"]) == (model, label, outcome)]
+            _panel(axes[line][column], here, modes)
+            axes[line][column].set_title(f"{short_spec(model)}\n{title}", fontsize=8)
+    axes[0][0].legend(fontsize=7)
+    figure.supxlabel(
+        f"strength ({rows[0]['operation']}); dashed: matched controls, dotted: random, wrong layer and position",
+        fontsize=8,
+    )
+    path = folder / "interventions.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _panel(axis: Any, rows: list[dict[str, Any]], modes: list[str]) -> None:
+    if rows:
+        axis.axhline(rows[0]["alone"], color="#999999", linewidth=1)
+    offset = 0.03 * (max([abs(r["strength"]) for r in rows], default=1) or 1)
+    for n, mode in enumerate(modes):
+        here = sorted((r for r in rows if r["mode"] == mode), key=lambda r: r["strength"])
+        if not here:
+            continue
+        x = [r["strength"] + (n - (len(modes) - 1) / 2) * offset for r in here]
+        low = [r["alone"] + r["change_interval"][0] for r in here]
+        high = [r["alone"] + r["change_interval"][1] for r in here]
+        colour = COLOURS[n % len(COLOURS)]
+        axis.vlines(x, low, high, color=colour, linewidth=1.5)
+        axis.plot(x, [r["value"] for r in here], "-" + MARKERS[n], color=colour, markersize=4, label=mode)
+        for key, style, marker in (("matched", "--", "_"), ("controls", ":", ".")):
+            known = [(a, r[key]) for a, r in zip(x, here, strict=True) if r[key] is not None]
+            if known:
+                axis.plot(
+                    *zip(*known, strict=True), style, marker=marker, color=colour, linewidth=1, alpha=0.8
+                )
+    axis.tick_params(labelsize=7)
