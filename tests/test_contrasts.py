@@ -1,0 +1,303 @@
+"""Resampling, nulls, reliability, coupling, layer criteria, prediction and verdicts against hand-derived or independent values."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from core.errors import AttackPlaneError
+from core.records import PlanePoint
+from geometry.carriers import Carrier
+from geometry.contrasts import (
+    Contrast,
+    cosine_statistics,
+    permuted,
+    permuted_sides,
+    reliability,
+    resampled,
+    spearman_brown,
+)
+from geometry.coupling import (
+    effective_rank,
+    hrci,
+    layer_closeness,
+    principal_cosines,
+    random_nulls,
+    subspace,
+    subspace_overlap,
+)
+from geometry.directions import auroc, held_out_separation, unit
+from geometry.effects import summary
+from geometry.layers import arditi_layers, choose, eq6, inner_layers
+from geometry.prediction import EITHER, POOLED, centroid_distances, held_out_scores, success_prediction
+from geometry.prediction import auroc as auroc_of_success
+from geometry.verdicts import Check, Claim, difference_check, mean_check
+
+
+def g(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def planted(n=40, d=32, layers=3, strength=2.0, seed=0, units=None, direction=None, noise=1.0):
+    """n positive then n negative items that differ by ``strength`` along one direction a layer, in noise."""
+    direction = unit(torch.randn(layers, d, generator=g(seed + 100))) if direction is None else direction
+    resid = noise * torch.randn(2 * n, layers, d, generator=g(seed))
+    resid[:n] += strength * direction
+    names = units or tuple(map(str, range(2 * n)))
+    return Contrast("planted", resid, torch.arange(n), torch.arange(n, 2 * n), names), direction
+
+
+# --- contrasts --------------------------------------------------------------------------------------------------------
+def test_a_contrast_finds_its_planted_direction_and_knows_dead_layers():
+    c, direction = planted(n=400, strength=8.0)
+    assert ((c.direction * direction).sum(-1) > 0.99).all() and c.alive.tolist() == [1, 1, 1]
+    c.resid[:, 0] = 3.0
+    assert c.alive.tolist() == [0, 1, 1] and c.direction[0].norm() == 0
+
+
+def test_resampled_directions_equal_means_over_the_drawn_units():
+    # two units on each side; whatever is drawn, the direction is one of those that can be made by hand
+    resid = torch.tensor([[[4.0, 0]], [[0, 4.0]], [[0.0, 0]], [[0.0, 0]]])
+    c = Contrast("c", resid, torch.tensor([0, 1]), torch.tensor([2, 3]), ("a", "b", "c", "d"))
+    drawn = resampled([c], 200, g())[0][:, 0]
+    possible = {(1.0, 0.0), (0.0, 1.0), (0.7071, 0.7071)}
+    found = {tuple(round(v, 4) for v in row) for row in drawn.tolist()}
+    assert found == possible
+    both = (drawn[:, 0] > 0.1) & (drawn[:, 1] > 0.1)
+    assert both.float().mean() == pytest.approx(0.5, abs=0.12)
+
+
+def test_contrasts_that_share_units_are_resampled_together():
+    c, _ = planted()
+    a, b = resampled([c, Contrast("same", c.resid, c.positive, c.negative, c.units)], 20, g())
+    assert torch.equal(a, b)
+    p, q = permuted([c, Contrast("same", c.resid, c.positive, c.negative, c.units)], 20, g())
+    assert torch.equal(p, q)
+
+
+def test_permuted_sides_deal_every_item_once():
+    c, _ = planted(n=5)
+    positive, negative = permuted_sides([c], 30, g())[0]
+    assert all(sorted(row) == list(range(10)) for row in torch.cat([positive, negative], 1).tolist())
+    assert len({tuple(sorted(row)) for row in positive.tolist()}) > 20
+
+
+def test_reliability_follows_the_signal_to_noise_formula():
+    # two samples of m a side: E cos = S / (S + N), S = strength^2, N = d * 2 / m
+    c, _ = planted(n=400, d=64, strength=2.0)
+    for m in (8, 64, 200):
+        expected = 4.0 / (4.0 + 64 * 2 / m)
+        assert float(reliability(c, m, 60, g()).mean()) == pytest.approx(expected, abs=0.06)
+    assert abs(float(reliability(c, 200, 60, g(), shuffle=True).mean())) < 0.1
+    halves = float(reliability(c, 200, 60, g()).mean())
+    truth = unit(torch.randn(3, 64, generator=g(100)))
+    assert spearman_brown(halves) == pytest.approx(float((c.direction * truth).sum(-1).mean()), abs=0.03)
+    assert spearman_brown(0.5) == pytest.approx(math.sqrt(2 / 3))
+
+
+def test_cosine_statistics_tell_a_planted_angle_from_its_nulls():
+    d = 64
+    u = unit(torch.randn(1, d, generator=g(7)))
+    w = unit(torch.randn(1, d, generator=g(8)))
+    w = unit(w - (w * u).sum() * u)
+    first, _ = planted(n=200, d=d, layers=1, strength=6.0, direction=u)
+    second, _ = planted(n=200, d=d, layers=1, strength=6.0, direction=0.6 * u + 0.8 * w, seed=5)
+    s = cosine_statistics(first, second, 200, g())
+    low, high = s["interval"][0].tolist()
+    assert (
+        float(s["value"][0]) == pytest.approx(0.6, abs=0.03)
+        and low < s["value"][0] < high < 0.7
+        and low > 0.5
+    )
+    assert float(s["null_permuted"][0]) < 0.45 and 0.15 < float(s["null_random"][0]) < 0.35
+
+
+def test_auroc_by_hand_and_held_out():
+    assert float(auroc(torch.tensor([3.0, 1.0]), torch.tensor([0.0, 2.0, 1.0]))) == pytest.approx(
+        (3 + 1.5) / 6
+    )
+    c, _ = planted(n=40, strength=6.0)
+    assert (held_out_separation(c.resid, c.positive, c.negative, auroc) > 0.98).all()
+    noise, _ = planted(n=100, strength=0.0, layers=20)
+    assert held_out_separation(noise.resid, noise.positive, noise.negative, auroc).mean() == pytest.approx(
+        0.5, abs=0.04
+    )
+
+
+# --- coupling ---------------------------------------------------------------------------------------------------------
+def test_coupling_measures_by_hand():
+    x, y, z = torch.eye(3, dtype=torch.float64)
+    a, b = torch.stack([x, y]), torch.stack([x, (y + z) / math.sqrt(2)])
+    assert principal_cosines(a, b).tolist() == pytest.approx([1, math.sqrt(0.5)])
+    assert subspace_overlap(a, b) == pytest.approx(0.75) and subspace_overlap(a, a) == pytest.approx(1)
+    assert layer_closeness(3, 7) == pytest.approx(math.exp(-1)) and layer_closeness(5, 5) == 1
+    assert hrci(0.5, 0.25, 1.0) == pytest.approx(0.4 * 0.5 + 0.4 * 0.25 + 0.2)
+    assert hrci(0.5, 0.25) == pytest.approx(0.375)
+
+
+def test_effective_rank_by_hand_and_row_normalised():
+    assert effective_rank(torch.eye(4), normalise=False) == pytest.approx(4)
+    assert effective_rank(torch.ones(5, 3), normalise=False) == pytest.approx(1)
+    rows = torch.diag(torch.tensor([10.0, 1.0]))  # q = 100/101, 1/101
+    q = np.array([100, 1]) / 101
+    assert effective_rank(rows, normalise=False) == pytest.approx(math.exp(-(q * np.log(q)).sum()))
+    assert effective_rank(rows, normalise=True) == pytest.approx(2)
+    assert effective_rank(torch.zeros(2, 2), normalise=True) == 0
+
+
+def test_the_leading_subspace_of_planted_rows_is_found():
+    frame = torch.linalg.qr(torch.randn(40, 3, generator=g()).double()).Q.T
+    rows = torch.randn(100, 3, generator=g(1)).double() @ frame
+    assert subspace_overlap(subspace(rows), frame) == pytest.approx(1)
+    with pytest.raises(AttackPlaneError, match="too few"):
+        subspace(rows[:2])
+
+
+def test_random_nulls_equal_their_published_values():
+    # at d = 4096, k = 3: E|cos| about 0.0125 and C_sub about 3/4096 = 0.0007
+    nulls = random_nulls(4096, g(), draws=300)
+    assert nulls["cos_mean"] == pytest.approx(0.0125, rel=0.15)
+    assert nulls["c_sub_mean"] == pytest.approx(3 / 4096, rel=0.15)
+
+
+# --- layers -----------------------------------------------------------------------------------------------------------
+def test_eq6_by_hand():
+    e = torch.eye(4)
+    h, r = e[0][None], (0.6 * e[0] + 0.8 * e[1])[None]
+    h_response, r_response = (0.8 * e[0] + 0.6 * e[2])[None], e[1][None]
+    # (1 - 0.6) (1 - 0) * 0.8 * 0.8
+    assert float(eq6(h, r, h_response, r_response)) == pytest.approx(0.4 * 0.8 * 0.8)
+    assert float(eq6(h, h, h_response, r_response)) == 0
+
+
+def test_arditi_keeps_layers_that_pass_all_three_conditions():
+    def row(layer, kl, refuse, comply):
+        return {"layer": layer, "kl": kl, "refuse": refuse, "comply": comply}
+
+    rows = [
+        row(2, 0.05, 0.1, 0.5),
+        row(4, 0.11, 0.1, 9.0),
+        row(5, 0.05, -0.1, 9.0),
+        row(6, 0.1, 0.2, 0.9),
+        row(8, 0.0, 1.0, 9.0),
+    ]
+    assert arditi_layers(rows, 10) == [6, 2]
+
+
+def test_criteria_look_at_inner_layers_only():
+    score = torch.arange(31.0)
+    assert choose({"s": score}, 30) == {"s": 26} and inner_layers(30).start == 4
+    assert choose({"s": -score}, 30) == {"s": 4}
+    assert list(inner_layers(4)) == [1, 2, 3, 4]
+
+
+def test_a_carrier_is_scored_as_stated():
+    c = Carrier("-1", 3, torch.ones(1), 1.0, comply=0.5, refuse=0.2, kl=0.1)
+    assert c.admissible and c.score == pytest.approx(0.6)
+    assert not Carrier("-1", 3, torch.ones(1), 1.0, 0.5, 0.2, 0.11).admissible
+
+
+# --- effects ----------------------------------------------------------------------------------------------------------
+def outcome(behaviour, mode, kind, complied, strength=1.0):
+    return {
+        "model": "m", "label": "harmful", "behaviour_id": behaviour, "mode": mode, "operation": "ablate" if mode != "none" else "none",
+        "strength": strength if mode != "none" else 0.0, "kind": kind, "complied": complied, "refused": None, "degenerate": 0.0,
+        "refusal": -1.0, "kl": 0.0, "delta_norm": 2.0,
+    }  # fmt: skip
+
+
+def test_effects_by_hand():
+    rows = []
+    for b, alone, own, random, wrong, matched in (
+        ("a", 0, 1, (0, 1), 0, (0, 0)),
+        ("b", 0, 1, (0, 0), 1, (1, 0)),
+    ):
+        rows += [outcome(b, "none", "none", alone), outcome(b, "R", "intervention", own)]
+        rows += [outcome(b, "R", "random", v) for v in random] + [outcome(b, "R", "wrong_layer", wrong)]
+        rows += [outcome(b, "R", "matched", v) for v in matched]
+    found = {r["outcome"]: r for r in summary(rows)}
+    assert set(found) == {"complied", "degenerate", "refusal", "kl"}  # no reply was judged as refused
+    r = found["complied"]
+    assert (r["alone"], r["value"], r["change"], r["n"]) == (0, 1, 1, 2)
+    assert r["controls"] == pytest.approx(1 / 3) and r["effect_controls"] == pytest.approx(2 / 3)
+    assert r["matched"] == pytest.approx(0.25) and r["effect_matched"] == pytest.approx(0.75)
+    assert r["effect_matched_interval"] == pytest.approx([0.5, 1.0])
+
+
+# --- prediction -------------------------------------------------------------------------------------------------------
+def point(behaviour, name, x, y, won, target="m"):
+    return PlanePoint(
+        prompt_id=f"{behaviour} {name}", behaviour_id=behaviour, kind="attack", class_name=name, label="harmful", attack=name,
+        source="s", target=target, frame="own", layer=1, x=x, y=y, x_cosine=0.0, y_cosine=0.0, x_t_goal=None,
+        cos_base_own_harmfulness=1.0, cos_base_own_refusal=1.0, jailbroken=won,
+    )  # fmt: skip
+
+
+def test_within_class_auroc_compares_prompts_of_one_class_only():
+    # in each class success is the lower x; over both classes x would say the contrary
+    points = [point(f"b{i}", "low", i, 0.0, i < 2) for i in range(6)]
+    points += [point(f"b{i}", "high", 100 + i, 0.0, i < 5) for i in range(6)]
+    rows = {(r["class"], r["score"]): r for r in success_prediction(points, draws=50, resamples=50)}
+    assert (
+        rows["low", "H"]["auroc"] == 1 and rows["high", "H"]["auroc"] == 1 and rows[POOLED, "H"]["auroc"] == 1
+    )
+    assert rows[POOLED, "R"]["auroc"] == 0.5 and rows[POOLED, EITHER]["auroc"] == 1
+    assert rows[POOLED, "H"]["null_95"] < 1 and rows["low", "H"]["successes"] == 2
+
+
+def test_auroc_of_success_by_hand():
+    value, pairs = auroc_of_success(np.array([1.0, 2.0, 2.0]), np.array([False, True, False]))
+    assert (value, pairs) == (0.75, 2)
+    assert math.isnan(auroc_of_success(np.array([1.0]), np.array([True]))[0])
+
+
+def test_held_out_scores_never_see_their_own_behaviour():
+    rng = np.random.default_rng(0)
+    success = np.arange(40) % 2 == 0
+    where = rng.normal(size=(40, 2)) + 3.0 * success[:, None]
+    assert auroc_of_success(held_out_scores(where, success, np.arange(40)), success)[0] > 0.9
+    # one behaviour alone: nothing to learn from
+    assert (held_out_scores(where, success, np.zeros(40, int)) == 0).all()
+
+
+def test_centroid_distance_by_hand_and_its_null():
+    points = [point(f"b{i}", "a", 3.0, 4.0 + i, True) for i in range(8)] + [
+        point(f"b{i}", "b", 0.0, float(i), True) for i in range(8)
+    ]
+    row = centroid_distances(points)[0]
+    assert row["distance"] == pytest.approx(5.0) and row["interval"] == pytest.approx([5.0, 5.0])
+    assert row["classes"] == ["a", "b"] and row["null_95"] < 5.0
+
+
+# --- verdicts ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("low", "high", "bar", "claimed", "says"),
+    [(0.1, 0.3, 0.0, "above", "yes"), (-0.1, 0.3, 0.0, "above", "unclear"), (-0.3, 0.0, 0.0, "above", "no"),
+     (0.0, 0.0, 0.0, "above", "no"), (-0.3, -0.1, 0.0, "below", "yes"), (0.1, 0.2, 0.17, "below", "unclear"),
+     (0.2, 0.3, 0.17, "below", "no"), (math.nan, 0.3, 0.0, "above", "unclear")],
+)  # fmt: skip
+def test_what_a_check_says(low, high, bar, claimed, says):
+    assert Check("c", (low + high) / 2, low, high, bar, claimed, "share", 5).outcome == says
+
+
+def test_verdicts_need_all_checks_and_an_applicable_model():
+    yes, no, unclear = (
+        Check("c", 0.2, low, 0.3, bar, "above", "share", 5)
+        for low, bar in ((0.1, 0.0), (0.1, 0.5), (-0.1, 0.0))
+    )
+    assert Claim(1, "t", "m", (yes, yes)).verdict == "holds"
+    assert Claim(1, "t", "m", (yes, unclear)).verdict == "undecided"
+    assert Claim(1, "t", "m", (yes, unclear, no)).verdict == "fails"
+    assert Claim(1, "t", "m", (yes,), applicable=False).verdict == "undecided"
+    assert Claim(1, "t", "m", ()).verdict == "undecided"
+    row = Claim(1, "t", "m", (yes, no)).to_row()
+    assert row["verdict"] == "fails" and [c["outcome"] for c in row["checks"]] == ["yes", "no"]
+
+
+def test_checks_by_bootstrap_hold_their_mean():
+    c = mean_check("c", [0.0, 1.0, math.nan, 1.0], unit="share")
+    assert c.value == pytest.approx(2 / 3) and c.n == 3 and c.low <= c.value <= c.high
+    assert mean_check("c", [], unit="share").outcome == "unclear"
+    d = difference_check("d", [5.0, 5.0], [1.0, 1.0], unit="x", threshold=3.0)
+    assert (d.value, d.low, d.high, d.outcome) == (4.0, 4.0, 4.0, "yes")
