@@ -66,10 +66,22 @@ def edit(
     return replace(steering(mode, direction, layers, strength * site.length, site.where), strength=strength)
 
 
+def _usable(mode: str, pair: Pair) -> bool:
+    """Whether another place has the directions of a mode: none is zero, and two of them are not the same one (harc's H and R are,
+    at one position)."""
+    h, r = (float(v.norm()) > 0 for v in pair)
+    if mode in ("H", "R"):
+        return h if mode == "H" else r
+    return h and r and abs(float(pair[0] @ pair[1])) < 0.999
+
+
 def design(
     mode: str, operation: str, strength: float, site: Site, *, controls: int, seed: int
 ) -> list[Intervention]:
-    """The intervention and its controls; the random directions are the same for all modes and strengths of a seed."""
+    """The intervention and its controls; the random directions are the same for all modes and strengths of a seed.
+
+    A control whose place has no such directions is left out.
+    """
     own = edit(mode, operation, strength, site.vectors, site.layers, site)
     found = [own]
     found += random_controls(own, controls, torch.Generator().manual_seed(seed))
@@ -81,6 +93,6 @@ def design(
         moved = edit(mode, operation, strength, site.vectors, site.other_layers, site)
         found.append(replace(moved, kind="wrong_layer"))
     for name, pair in site.elsewhere.items():
-        if all(float(v.norm()) > 0 for v in pair) and not (name == "wrong_layer" and len(site.layers) == 1):
+        if _usable(mode, pair) and not (name == "wrong_layer" and len(site.layers) == 1):
             found.append(replace(edit(mode, operation, strength, pair, site.layers, site), kind=name))
     return found

@@ -89,6 +89,7 @@ def _on_model(path: Path, spec: str, numbers: Sequence[int], config: StudyConfig
         study = Study(run, spec, config)
         run.begin_stage("claims", asdict(config), {spec: study.loaded.fingerprint})
         found = []
+        study.held_out("harmful"), study.held_out("harmless")  # a refusal comes before the work
         if {1, 7} & set(numbers):
             rows = rows_of_interventions(study)
             found += [reopening(study, rows)] if 1 in numbers else []

@@ -15,6 +15,7 @@ from core.store import RunFolder, write_atomically
 from core.text import aligned, short_spec
 from geometry.designs import design
 from geometry.effects import summary
+from geometry.interventions import touched
 from pipeline.common import check_specs
 from pipeline.outcomes import measure, site_of
 from pipeline.study import Study, StudyConfig
@@ -73,6 +74,8 @@ def of_model(study: Study, plan: Plan) -> list[dict[str, Any]]:
     outside = [layer for layer in layers or () if layer not in every]
     if outside:
         raise AttackPlaneError("no such layer", where=study.spec, got=outside, remedy=f"0 to {every[-1]}")
+    touched(study.prompts[0], plan.where)  # a refusal comes before the work
+    held_out = {label: study.held_out(label)[: plan.limit] for label in plan.labels}
     site, made_from = site_of(study, layers, where=plan.where, operation=plan.operation)
     for kind in "HR":
         c = study.carrier(kind)
@@ -89,8 +92,7 @@ def of_model(study: Study, plan: Plan) -> list[dict[str, Any]]:
         )
     ]
     rows: list[dict[str, Any]] = []
-    for label in plan.labels:
-        behaviours = study.held_out(label)[: plan.limit]
+    for behaviours in held_out.values():
         rows += measure(study, edits, behaviours, plan.max_new_tokens, made_from)
     return rows
 
