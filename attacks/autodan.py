@@ -222,6 +222,8 @@ def run_autodan(
             state.bests.append((state.step, winner))
         if config.stop_on_success and is_success(loss.reply(winner, config.reply_tokens)):
             state.best, state.best_step, state.success = winner, state.step, True
+            if state.bests[-1][0] != state.step:
+                state.bests.append((state.step, winner))
         elif state.step < config.num_steps:
             _next_generation(state, scores, config, mutate, rng)
         state.generator_state = list(rng.getstate())

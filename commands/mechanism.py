@@ -20,7 +20,7 @@ def study_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--seed", type=int, default=0),
         click.option("--system", help="System prompt."),
         click.option("--controls", type=click.IntRange(2), default=5, help="Random directions of each kind of control."),
-        click.option("--resamples", type=click.IntRange(20), default=200, help="Bootstrap samples and null draws."),
+        click.option("--resamples", type=click.IntRange(20), default=200, help="Bootstrap samples and null draws of directions."),
         click.option("--estimator", type=click.Choice(["auto", "harc", "zhao"]), default="auto",
                      help="Of the refusal contrast; auto: zhao where the model refuses and accepts enough."),
         click.option("--held-out", default="demonstration", help="Behaviours that effects are measured on."),
@@ -55,7 +55,8 @@ def claims(run: Path, models: tuple[str, ...], contrast: str, held_out: str, est
     """Confirm or refute published claims on a model.
 
     Each with its measurement, interval, nulls and verdict: holds, fails or undecided. Claims 12 to 14 are about attacks: they take
-    the prompts and replies of the run, or make the prompt-level attacks if it has none. Writes claims.jsonl and claims.png.
+    the prompts and replies of the run, or make the prompt-level attacks if it has none, and draw the run's plane anew. Writes claims.jsonl
+    and claims.png; claims of other models and numbers stay in them.
 
     \b
     Examples:
@@ -120,13 +121,13 @@ def layers(run: Path, models: tuple[str, ...], contrast: str, held_out: str, est
     "strengths",
     multiple=True,
     type=float,
-    help="Lambda; steering in units of the class difference. Repeatable [default: 1]",
+    help="Lambda; steering in units of the refusal carrier's class difference. Repeatable [default: 1]",
 )
 @click.option("--sweep", is_flag=True, help="The papers' strengths: -4, -2, -1, -0.5, 0, 0.5, 1, 2, 4.")
 @click.option(
     "--layers",
     "at",
-    help="Comma-separated residual layers, or all [default: all to ablate, the carrier's to steer]",
+    help="Comma-separated residual layers, or all [default: all to ablate, the refusal carrier's to steer]",
 )
 @click.option(
     "--where",
@@ -165,6 +166,8 @@ def intervene(run: Path, models: tuple[str, ...], contrast: str, held_out: str, 
         chosen = None if at is None else () if at == "all" else tuple(int(n) for n in at.split(","))
     except ValueError as error:
         raise click.BadParameter(f"{at!r}: expected layers, for example 12,13, or all") from error
+    if sweep and strengths:
+        raise click.UsageError("--sweep and --strength exclude each other")
     config = study_config(contrast, held_out, estimator=estimator, resamples=resamples, controls=controls,
                           system_prompt=system, seed=seed)  # fmt: skip
     plan = Plan(

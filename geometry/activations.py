@@ -12,7 +12,7 @@ final norm. Positions by name:
 
 Steps: 1. Tokens that all prompts share at the start (system prompt, template) are run once. 2. Prompts are sorted by length
 and packed one after another, without padding, into batches of a few hundred tokens; on a CPU two batches run side by side
-(``core/packed.py``; the first prompt is checked against a plain pass, and where they differ prompts are padded on
+(``core/packed.py``; the longest prompt is checked against a plain pass, and where they differ prompts are padded on
 the right, where causal attention cannot see the padding). 3. Hooks keep only the wanted positions, so memory beyond the
 model's own does not grow with prompt length.
 """
@@ -244,7 +244,7 @@ def collect(
     first = min(s.start for row in spans for s in row)
     reader = _Reader(loaded, ids, spans, shared_length(ids, first) if share_prefix else 0)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    if packed and (fault := reader.fault_of_packing(order[0])):
+    if packed and (fault := reader.fault_of_packing(order[-1])):
         log.warning("%s: prompts are padded, not packed (%s)", loaded.spec, fault)
         packed = False
     read = reader.packed if packed else reader.plain

@@ -6,14 +6,16 @@ sampled in (the behaviour), so that several contrasts can be resampled, or have 
 share by sharing behaviours stays shared.
 
     resampled    bootstrap of units within strata (units that stand on the same sides everywhere)
-    permuted     labels dealt anew, the same way in all contrasts (one random key a unit, sides filled in its order)
-    reliability  cosine of two directions from disjoint samples of n items a side each; at half of the data this is the
+    permuted     labels dealt anew, the same way in all contrasts (one random key a unit, sides filled in its order); a unit with
+                 one item on each side has the two swapped or not, so that pairs stay pairs
+    reliability  cosine of two directions from disjoint samples of n items a side each; at half of the smaller side this is the
                  split-half reliability r, and sqrt(2 r / (1 + r)) estimates the cosine of the full-sample direction with the
                  true one (Spearman-Brown); as a function of n it is the dependence on sample size
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,9 +90,16 @@ def permuted_sides(
     keys = torch.rand(draws, len(names), generator=generator)
     found = []
     for c in contrasts:
-        items = torch.cat([c.positive, c.negative])
+        sides = [[(c.units[i], i) for i in side.tolist()] for side in (c.positive, c.negative)]
+        often = [Counter(unit for unit, _ in side) for side in sides]
+        paired = [u for u in often[0] if often[0][u] == often[1][u] == 1]
+        swap = keys[:, [names[u] for u in paired]] < 0.5
+        mine, theirs = (torch.tensor([dict(side)[u] for u in paired], dtype=torch.long) for side in sides)
+        single = [[i for u, i in side if u not in set(paired)] for side in sides]
+        items = torch.tensor(single[0] + single[1], dtype=torch.long)
         order = items[keys[:, [names[c.units[i]] for i in items.tolist()]].argsort(dim=1, stable=True)]
-        found.append((order[:, : len(c.positive)], order[:, len(c.positive) :]))
+        first = torch.cat([torch.where(swap, theirs, mine), order[:, : len(single[0])]], 1)
+        found.append((first, torch.cat([torch.where(swap, mine, theirs), order[:, len(single[0]) :]], 1)))
     return found
 
 
@@ -135,15 +144,21 @@ def cosine_statistics(
     first: Contrast, second: Contrast, draws: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Cosine of two contrasts' directions by layer: ``value`` (layer,), ``interval`` (layer, 2), ``null_permuted`` and
-    ``null_random`` (layer,), the 95th percentiles of its absolute value."""
-    ends = torch.tensor([0.025, 0.975])
+    ``null_random`` (layer,), the 95th percentiles of its absolute value.
+
+    Resampled directions carry the sampling noise twice, which pulls their cosines towards zero, so the interval is the basic
+    bootstrap (quantiles reflected about the estimate). The estimate itself is still weaker than the true cosine by the product
+    of the two directions' cosines with their true ones (``spearman_brown``).
+    """
+    ends = torch.tensor([0.975, 0.025])
+    value = (first.direction * second.direction).sum(-1)
     a, b = resampled((first, second), draws, generator)
     p, q = permuted((first, second), draws, generator)
     d = first.resid.shape[2]
     pairs = unit(torch.randn(2, 10 * draws, d, generator=generator))
     return {
-        "value": (first.direction * second.direction).sum(-1),
-        "interval": (a * b).sum(-1).quantile(ends, dim=0).T.contiguous(),
+        "value": value,
+        "interval": (2 * value - (a * b).sum(-1).quantile(ends, dim=0)).clamp(-1, 1).T.contiguous(),
         "null_permuted": (p * q).sum(-1).abs().quantile(0.95, dim=0),
         "null_random": (pairs[0] * pairs[1]).sum(-1).abs().quantile(0.95).repeat(first.resid.shape[1]),
     }

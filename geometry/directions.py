@@ -36,6 +36,7 @@ from core.records import Activations, Directions
 ESTIMATORS = ("harc", "zhao")
 SMALLEST_CLASS = 4
 KEPT_NULLS = 40
+DRAWS_AT_ONCE = 25
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,9 @@ def held_out_separation(
     (layer,) or (draw, layer).
     """
     a, b = torch.atleast_2d(positive), torch.atleast_2d(negative)
+    if len(a) > DRAWS_AT_ONCE:  # all pairs of all draws would not fit the memory
+        parts = zip(a.split(DRAWS_AT_ONCE), b.split(DRAWS_AT_ONCE), strict=True)
+        return torch.cat([held_out_separation(resid, *part, measure) for part in parts])
     total = torch.zeros(len(a), resid.shape[1])
     for fold in (0, 1):
         weights = class_weights(a[:, fold::2], b[:, fold::2], resid.shape[0])

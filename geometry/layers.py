@@ -5,7 +5,7 @@
 ``separation``  held-out AUROC of harmful against harmless along v_harm and along v_ref, averaged, over the same layers
 ``arditi``      2406.11717: lowest refusal under ablation, among layers below 80 % of the depth whose ablation keeps
                 KL <= 0.1 nats on harmless prompts' next token and whose addition raises refusal there
-``eq6_prompt``  Eq. 6's first factor times ``separation``: what the first two have in common where no replies are at hand
+``eq6_prompt``  Eq. 6's first factor times the mean held-out d' (``directions.layer_score``): where no replies are at hand
 
 Response side, over means of the first 32 response tokens: v_harm_resp = n(harmful continuation - benign reply); v_ref_resp in
 HARC's paper n(refusal - harmful continuation) (``paper``), in its code n(refusal - helpful reply) (``code``).
@@ -44,6 +44,7 @@ def eq6(harm: Tensor, refusal: Tensor, harm_response: Tensor, refusal_response: 
 
 def arditi_layers(rows: Sequence[Mapping[str, float]], n_layers: int) -> list[int]:
     """Layers that pass Arditi's filter, most refusal taken away first. Rows: layer, kl, refuse, comply of one direction a layer."""
+    # layers that were tried; under zhao the direction is that of refused against accepted prompts
     passed = [r for r in rows if r["kl"] <= MAX_KL and r["refuse"] > 0 and r["layer"] < DEPTH * n_layers]
     return [int(r["layer"]) for r in sorted(passed, key=lambda r: -r["comply"])]
 

@@ -2,12 +2,15 @@
 
 Within an attack class, AUROC of success by each of three scores; more than 0.5 means that suppression goes with success:
 
-    H     -x           less harmfulness at t_inst
-    R     -y           less refusal at t_post_inst
-    both  a linear discriminant on (x, y), fitted on the other behaviours of the class (so it can learn the other sign too)
+    H        -x              less harmfulness at t_inst
+    R        -y              less refusal at t_post_inst
+    H moved  plain x - x     suppressed against the same behaviour's plain request, so that an easy request is no suppression
+    R moved  plain y - y     (only prompts whose plain request was sent)
+    both     a linear discriminant on (x, y), fitted on the other behaviours of the class (so it can learn the other sign too)
 
 ``pooled`` averages over classes, weighted by the number of (success, failure) pairs: prompts of different classes are never
-compared. Intervals resample behaviours; the null permutes success within each class, everything anew.
+compared. Intervals resample behaviours; the null permutes success within each class, everything anew: whole behaviours where
+all have equally many prompts. Plain requests are no class.
 """
 
 from __future__ import annotations
@@ -18,16 +21,18 @@ from typing import Any
 
 import numpy as np
 
-from core.records import PlanePoint
+from core.records import PLAIN, PlanePoint
 
-SCORES = ("H", "R", "both")
-EITHER = "better of H, R"
+SCORES = ("H", "R", "H moved", "R moved", "both")
+MOVED = ("H moved", "R moved")
+EITHER = "better of H moved, R moved"
 POOLED = "pooled"
 
 
 def auroc(scores: np.ndarray, success: np.ndarray) -> tuple[float, int]:
     """AUROC of ``success`` (n,) by ``scores`` (n,), ties half, and how many pairs it is over (NaN, 0 without any)."""
-    difference = scores[success][:, None] - scores[~success][None]
+    known = np.isfinite(scores)
+    difference = scores[success & known][:, None] - scores[~success & known][None]
     if not difference.size:
         return float("nan"), 0
     return float(((difference > 0) + 0.5 * (difference == 0)).mean()), difference.size
@@ -53,13 +58,14 @@ def _within(
 ) -> dict[str, dict[str, tuple[float, int]]]:
     """{score: {class or pooled: (AUROC, pairs)}}."""
     found: dict[str, dict[str, tuple[float, int]]] = {}
-    for name, scores in zip(SCORES, (-where[:, 0], -where[:, 1], both), strict=True):
+    columns = (-where[:, 0], -where[:, 1], -where[:, 2], -where[:, 3], both)
+    for name, scores in zip(SCORES, columns, strict=True):
         per = {str(c): auroc(scores[classes == c], success[classes == c]) for c in np.unique(classes)}
         pairs = sum(n for _, n in per.values())
         total = sum(a * n for a, n in per.values() if n)
         found[name] = per | {POOLED: (total / pairs if pairs else float("nan"), pairs)}
     # which of the two is the better is chosen anew in every resample and in every draw of the null
-    found[EITHER] = {POOLED: max((found[s][POOLED] for s in ("H", "R")), key=lambda pair: pair[0])}
+    found[EITHER] = {POOLED: max((found[s][POOLED] for s in MOVED), key=lambda pair: pair[0])}
     return found
 
 
@@ -67,7 +73,7 @@ def _both(where: np.ndarray, success: np.ndarray, groups: np.ndarray, classes: n
     scores = np.zeros(len(where))
     for c in np.unique(classes):
         here = classes == c
-        scores[here] = held_out_scores(where[here], success[here], groups[here])
+        scores[here] = held_out_scores(where[here, :2], success[here], groups[here])
     return scores
 
 
@@ -75,11 +81,22 @@ def success_prediction(
     points: Sequence[PlanePoint], *, draws: int = 200, resamples: int = 1000, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Rows (class or pooled) x (H, R, both) of judged attack points of one target and frame: AUROC, interval, null."""
-    judged = [p for p in points if p.kind == "attack" and p.jailbroken is not None]
+    judged = [p for p in points if p.kind == "attack" and p.attack != PLAIN and p.jailbroken is not None]
     if not judged:
         return []
     rng = np.random.default_rng(seed)
-    where = np.array([(p.x, p.y) for p in judged])
+    nan = float("nan")
+    where = np.array(
+        [
+            (
+                p.x,
+                p.y,
+                p.x - (nan if p.plain_x is None else p.plain_x),
+                p.y - (nan if p.plain_y is None else p.plain_y),
+            )
+            for p in judged
+        ]
+    )
     success = np.array([bool(p.jailbroken) for p in judged])
     names, groups = np.unique([p.behaviour_id for p in judged], return_inverse=True)
     classes = np.array([p.class_name for p in judged])
@@ -94,7 +111,10 @@ def success_prediction(
         shuffled = success.copy()
         for c in np.unique(classes):
             here = np.nonzero(classes == c)[0]
-            shuffled[here] = rng.permutation(success[here])
+            here = here[groups[here].argsort(kind="stable")]
+            sizes = np.unique(groups[here], return_counts=True)[1]
+            block = int(sizes[0]) if (sizes == sizes[0]).all() else 1
+            shuffled[here] = rng.permutation(success[here].reshape(-1, block)).ravel()
         nulls.append(_within(where, shuffled, groups, classes, _both(where, shuffled, groups, classes)))
     rows_out = []
     for score in (*SCORES, EITHER):

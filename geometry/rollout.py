@@ -14,6 +14,7 @@ A matched control follows its intervention: it stands in the same batch and move
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from core.prefix import forked, keeps_keys_and_values_only
 from core.prompt import Prompt
 from geometry.activations import read_residuals, shared_length
 from geometry.interventions import Edits, Intervention, edited, touched
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -205,6 +208,28 @@ class _Batch:
         return [tuple(reply) for reply in replies]
 
 
+def _may_share(loaded: LoadedModel, prompt: Prompt, interventions: Sequence[Intervention | None]) -> bool:
+    """Whether skipping blocks changes nothing on this model; tried on one prompt with the highest edit."""
+    highest = max(interventions, key=_lowest)
+    if highest is None or highest.follows is not None or _lowest(highest) < 1:
+        return True  # nothing would be skipped
+    place = torch.zeros(1, 0)
+    nothing = torch.zeros(0, dtype=torch.long, device=loaded.device)
+    whole = _Batch(_Edited(loaded, [highest], nothing, place, False), [prompt], 0)
+    try:
+        shared = _Batch(_Edited(loaded, [highest], nothing, place, True), [prompt], 0)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        log.warning("%s: blocks are not skipped (%s: %s)", loaded.spec, type(error).__name__, error)
+        return False
+    worst = float((shared.next.exp() - whole.next.exp()).abs().max())
+    bound = 1e-3 if loaded.dtype == torch.float32 else 3e-2
+    if worst > bound:
+        log.warning("%s: blocks are not skipped (probabilities differ by %.1g)", loaded.spec, worst)
+    return worst <= bound
+
+
 def _lowest(edit: Intervention | None) -> int:
     return min(edit.layers) if edit and edit.layers else -1
 
@@ -246,7 +271,14 @@ def rollout(
         share: False recomputes the layers below the lowest edited one for every row.
         rows: most rows of a batch.
     """
-    share = share and keeps_keys_and_values_only(loaded)
+    if not keeps_keys_and_values_only(loaded):
+        raise AttackPlaneError(
+            "interventions serve models that keep keys and values only of earlier tokens",
+            where=loaded.spec,
+            got="recurrent, convolution or shared state",
+            remedy="choose a model with attention in every layer",
+        )
+    share = share and _may_share(loaded, prompts[0], interventions)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     shared = shared_length([p.ids for p in prompts], min(p.t_inst for p in prompts)) if share else 0
     masks = {

@@ -1,11 +1,12 @@
 """A claim is measured by checks; each is an estimate with an interval, held against a threshold.
 
     yes      the whole 95 % interval lies on the claimed side of the threshold
-    no       none of it does
-    unclear  the threshold lies inside, or nothing could be measured
+    no       the whole interval lies on the other side of where the claim is refuted
+    unclear  anything else: also an estimate within its null, and one that did not move at all
 
-A claim ``holds`` if all its checks say yes, ``fails`` if any says no, and is ``undecided`` otherwise. Where a null exists the
-threshold is the 95th percentile of the null, or the measure is a difference from its controls and the threshold 0.
+The threshold is the 95th percentile of a null, or 0 for a difference from controls, or a stated bound. A claim is refuted where
+its effect is absent or reversed: at the null's centre, not at its 95th percentile, below which one merely cannot tell.
+A claim ``holds`` if all its checks say yes, ``fails`` if any says no, and is ``undecided`` otherwise.
 """
 
 from __future__ import annotations
@@ -31,15 +32,20 @@ class Check:
     unit: str
     n: int
     nulls: dict[str, float] = field(default_factory=dict)
+    refuted_at: float | None = None
+    """None: at the threshold."""
 
     @property
     def outcome(self) -> str:
         if not all(map(math.isfinite, (self.value, self.low, self.high, self.threshold))):
             return "unclear"
         low, high, bar = self.low, self.high, self.threshold
+        floor = bar if self.refuted_at is None else self.refuted_at
+        if low == high == floor:
+            return "unclear"
         if self.claimed == "below":
-            low, high, bar = -high, -low, -bar
-        return "yes" if low > bar else "no" if high <= bar else "unclear"
+            low, high, bar, floor = -high, -low, -bar, -floor
+        return "yes" if low > bar else "no" if high <= floor else "unclear"
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,8 @@ class Claim:
 
 def difference_check(
     name: str, values: Sequence[float], reference: Sequence[float], *, unit: str, threshold: float,
-    claimed: str = "above", nulls: dict[str, float] | None = None, resamples: int = 2000, seed: int = 0,
+    claimed: str = "above", nulls: dict[str, float] | None = None, refuted_at: float | None = None,
+    resamples: int = 2000, seed: int = 0,
 ) -> Check:  # fmt: skip
     """Mean of ``values`` less mean of ``reference``, unpaired: both are resampled."""
     a, b = np.asarray(values, dtype=np.float64), np.asarray(reference, dtype=np.float64)
@@ -82,7 +89,9 @@ def difference_check(
     first = a[rng.integers(len(a), size=(resamples, len(a)))].mean(1)
     low, high = np.quantile(first - b[rng.integers(len(b), size=(resamples, len(b)))].mean(1), [0.025, 0.975])
     value = float(a.mean() - b.mean())
-    return Check(name, value, float(low), float(high), threshold, claimed, unit, len(a), nulls or {})
+    return Check(
+        name, value, float(low), float(high), threshold, claimed, unit, len(a), nulls or {}, refuted_at
+    )
 
 
 def mean_check(

@@ -11,7 +11,14 @@ import torch
 from core.records import PLAIN, AttackArtifact, PlanePoint, Replay
 from evaluation.judges import outcome_of
 from geometry.carriers import Carrier
-from geometry.contrasts import Contrast, cosine_statistics, permuted, resampled
+from geometry.contrasts import (
+    Contrast,
+    cosine_statistics,
+    permuted,
+    reliability,
+    resampled,
+    spearman_brown,
+)
 from geometry.coupling import (
     effective_rank,
     hrci,
@@ -26,6 +33,7 @@ from geometry.directions import unit
 from geometry.effects import by_behaviour, paired, pick
 from geometry.interventions import MODES
 from geometry.prediction import EITHER, POOLED, success_prediction
+from geometry.separability import separability
 from geometry.verdicts import Check, Claim, difference_check, mean_check
 from pipeline.outcomes import measure, site_of
 from pipeline.responses import Responses, replies_to, response_residuals
@@ -42,7 +50,12 @@ TITLES = {
 }
 NEAR_ORTHOGONAL = math.cos(math.radians(80))
 """Published angles are 82 to 90 degrees."""
-ALIGNED = 0.5
+ALIGNED, UNRELIABLE = 0.5, 0.5
+"""Share of harmful prompts refused; a direction's estimated cosine with the true one. Below them nothing is said of angles."""
+REFUSED = 5
+"""Held-out harmful prompts that a model must refuse by itself before anything can be said of reopening it."""
+MARGIN = 0.25
+"""Of the contrast set's gap between harmful and harmless: less than this counts as not above benign."""
 REPLY_TOKENS = 20
 """Of replies under interventions: enough for a refusal to show."""
 
@@ -67,7 +80,7 @@ def _setting(study: Study) -> str:
     h, r = study.carrier("H"), study.carrier("R")
     return (
         f"refuses {study.refusal_rate:.0%} of the harmful contrast prompts; refusal estimator {study.estimator}; "
-        f"carriers H {_where(h)}, R {_where(r)}"
+        f"carriers H {_where(h)}, R {_where(r)}, looked for at {len(study.field('H'))} and {len(study.field('R'))} positions"
     )
 
 
@@ -82,7 +95,8 @@ def reopening(study: Study, rows: Sequence[dict[str, Any]]) -> Claim:
         dict(zip(by_behaviour(of[m], "complied"), paired(of[m], alone, "complied"), strict=True))
         for m in ("R", "R-H")
     )
-    kept = [rest[name] - opened[name] / 2 for name in opened]
+    rises = sum(opened.values()) > 0  # without a rise there is nothing to keep half of
+    kept = [rest[name] - opened[name] / 2 for name in opened if rises]
     checks = (
         mean_check("ASR, R ablated - alone", paired(of["R"], alone, "complied"), unit="share"),
         mean_check("ASR, R ablated - H ablated", paired(of["R"], of["H"], "complied"), unit="share"),
@@ -91,9 +105,10 @@ def reopening(study: Study, rows: Sequence[dict[str, Any]]) -> Claim:
         mean_check("ASR, R minus H keeps at least half of R's rise", kept, unit="share"),
     )
     refused = list(by_behaviour(alone, "refused").values())
-    there = sum(refused) >= 1
+    there = sum(refused) >= REFUSED
     note = f"left alone it refuses {sum(refused):.0f} of {len(refused)}; {_setting(study)}"
-    return Claim(1, TITLES[1], study.spec, checks, note if there else f"nothing to reopen: {note}", there)
+    fit = there and study.carrier("R").admissible and study.carrier("H").admissible
+    return Claim(1, TITLES[1], study.spec, checks, note if there else f"too few to reopen: {note}", fit)
 
 
 def orthogonality(study: Study) -> Claim:
@@ -105,18 +120,29 @@ def orthogonality(study: Study) -> Claim:
     a, b = resampled(pair, study.config.resamples, generator)
     p, q = permuted(pair, study.config.resamples, generator)
     value = float(h.vector @ r.vector)
-    drawn = (a[:, h.layer] * b[:, r.layer]).sum(-1).abs()
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975])).tolist()
+    # noise pulls a cosine towards zero: it is divided by what the two directions have in common with themselves
+    trust = [
+        spearman_brown(float(reliability(c, c.size // 2, 100, generator)[:, k.layer].mean()))
+        for c, k in zip(pair, (h, r), strict=True)
+    ]
+    attenuation = max(trust[0] * trust[1], 1e-6)
+    ends = torch.tensor([0.975, 0.025])
+    reflected = 2 * value - (a[:, h.layer] * b[:, r.layer]).sum(-1).quantile(ends)
+    low, high = (reflected / attenuation).clamp(-1, 1).tolist()
+    value = max(-1.0, min(1.0, value / attenuation))
+    low, high = (min(abs(low), abs(high)) if low * high > 0 else 0.0), max(abs(low), abs(high))
     coupled = coupling(study)
     nulls = {
         "random_95": coupled["nulls"]["cos_95"],
         "permuted_95": float((p[:, h.layer] * q[:, r.layer]).sum(-1).abs().quantile(0.95)),
     }
-    check = Check("|cos(H carrier, R carrier)|", abs(value), low, high, NEAR_ORTHOGONAL, "below", "cosine",
+    check = Check("|cos(H carrier, R carrier)|, corrected for noise", abs(value), low, high, NEAR_ORTHOGONAL, "below", "cosine",
                   min(c.size for c in pair), nulls)  # fmt: skip
     aligned = study.refusal_rate >= ALIGNED
     note = ("" if aligned else "not an aligned model: ") + _setting(study)
-    return Claim(2, TITLES[2], study.spec, (check,), note, aligned, coupled)
+    note += f"; cosines with their true directions: H {trust[0]:.2f}, R {trust[1]:.2f}; uncorrected {coupled['c_cos']:+.2f}"
+    fit = aligned and h.admissible and r.admissible and min(trust) > UNRELIABLE
+    return Claim(2, TITLES[2], study.spec, (check,), note, fit, coupled)
 
 
 def coupling(study: Study) -> dict[str, Any]:
@@ -137,8 +163,8 @@ def coupling(study: Study) -> dict[str, Any]:
         "c_layer": c_layer,
         "hrci_v1": hrci(c_cos, c_sub, c_layer),
         "hrci_v2": hrci(c_cos, c_sub),
-        "hrci_v1_random": hrci(nulls["cos_mean"], nulls["c_sub_mean"], c_layer),
-        "hrci_v2_random": hrci(nulls["cos_mean"], nulls["c_sub_mean"]),
+        "hrci_v1_random_95": hrci(nulls["cos_95"], nulls["c_sub_95"], c_layer),
+        "hrci_v2_random_95": hrci(nulls["cos_95"], nulls["c_sub_95"]),
         "principal_angles": [round(v, 2) for v in angles.tolist()],
         "effective_rank": {k: effective_rank(m, normalise=False) for k, m in zip("HR", stacked, strict=True)},
         "effective_rank_normalised": {
@@ -163,7 +189,9 @@ def matched_effects(study: Study, rows: Sequence[dict[str, Any]]) -> Claim:
         check("log P(refusal) on harmless, R added - matched", good, "R", "refusal", "above", nats),
     )
     refused = sum(by_behaviour(pick(bad, mode="none"), "refused").values())
-    return Claim(7, TITLES[7], study.spec, checks, _setting(study), refused >= 1)
+    fit = refused >= REFUSED and study.carrier("R").admissible
+    note = f"left alone it refuses {refused:.0f} held-out harmful prompts; {_setting(study)}"
+    return Claim(7, TITLES[7], study.spec, checks, note, fit)
 
 
 def agreement(study: Study, responses: Responses) -> Claim:
@@ -179,14 +207,15 @@ def agreement(study: Study, responses: Responses) -> Claim:
         nulls = {"random_95": float(s["null_random"][layer]), "permuted_95": float(s["null_permuted"][layer])}
         low, high = s["interval"][layer].tolist()
         checks.append(Check(f"cos(prompt, response), {name}", float(s["value"][layer]), low, high,
-                            max(nulls.values()), "above", "cosine", min(prompt.size, reply.size), nulls))  # fmt: skip
+                            max(nulls.values()), "above", "cosine", min(prompt.size, reply.size), nulls, 0.0))  # fmt: skip
     forced = "; refusals are ours, the model's own are too few" if responses.forced else ""
+    *checks, code = checks  # an alternative definition is told, not required
+    forced += f"; R, response side as in the code {code.value:+.2f} [{code.low:+.2f}, {code.high:+.2f}], nulls {code.threshold:.2f}"
     sizes = {
         c.name: [len(c.positive), len(c.negative)] for c in (responses.harmfulness, responses.refusal_paper)
     }
-    return Claim(
-        15, TITLES[15], study.spec, tuple(checks), f"layer {layer}; {_setting(study)}{forced}", True, sizes
-    )
+    note = f"layer {layer}; {_setting(study)}{forced}"
+    return Claim(15, TITLES[15], study.spec, tuple(checks), note, not responses.forced, sizes)
 
 
 def response_side(
@@ -227,8 +256,12 @@ def response_side(
             "random_95": float(random.abs().quantile(0.95)),
             "permuted_95": float(null.abs().quantile(0.95)),
         }
+        gap_of_classes = float(contrast.difference[layer].norm())
+        threshold, refuted = (
+            (max(nulls.values()), 0.0) if claimed == "above" else (MARGIN * gap_of_classes, None)
+        )
         return difference_check(name, (a @ direction).tolist(), (b @ direction).tolist(), unit="residual units",
-                                threshold=max(nulls.values()), claimed=claimed, nulls=nulls)  # fmt: skip
+                                threshold=threshold, claimed=claimed, nulls=nulls, refuted_at=refuted)  # fmt: skip
 
     checks = (
         check("response-side H, successful attacks - benign", responses.harmfulness, response, "above"),
@@ -238,17 +271,16 @@ def response_side(
     return Claim(14, TITLES[14], study.spec, checks, note)
 
 
-def separable(spec: str, rows: Sequence[dict[str, Any]]) -> Claim:
-    """Claim 12 from the plane's separability (own frame, all classes but the plain request)."""
-    found = [r for r in rows if (r["target"], r["frame"], r["class"]) == (spec, "own", "all")]
-    if not found:
+def separable(spec: str, points: Sequence[PlanePoint]) -> Claim:
+    """Claim 12: the attack classes of one target in its own frame, without the plain requests."""
+    r = separability(points)
+    if r is None:
         return Claim(
             12, TITLES[12], spec, (), "fewer than two attack classes or three behaviours on the plane", False
         )
-    r = found[0]
     low, high = r["interval"]
     check = Check("held-out balanced accuracy of telling the classes apart", r["accuracy"], low, high, r["null_95"], "above",
-                  "share", r["n"], {"permuted_95": r["null_95"], "chance": r["chance"]})  # fmt: skip
+                  "share", r["n"], {"permuted_95": r["null_95"], "chance": r["chance"]}, r["null_mean"])  # fmt: skip
     return Claim(
         12,
         TITLES[12],
@@ -259,19 +291,17 @@ def separable(spec: str, rows: Sequence[dict[str, Any]]) -> Claim:
 
 
 def suppression(spec: str, points: Sequence[PlanePoint]) -> Claim:
-    """Claim 13 from the plane's own frame: AUROC of success by less H or by less R, within classes."""
-    rows = success_prediction(
-        [p for p in points if (p.target, p.frame) == (spec, "own") and p.attack != PLAIN]
-    )
+    """Claim 13: AUROC of success by how much less H or R a prompt has than its plain request, within classes."""
+    rows = success_prediction(points)
     pooled = {r["score"]: r for r in rows if r["class"] == POOLED}
     if EITHER not in pooled:
         return Claim(13, TITLES[13], spec, (), "no class has both successes and failures", False)
     r = pooled[EITHER]
     low, high = r["interval"]
     check = Check(f"AUROC of success, {EITHER}, pooled within classes", r["auroc"], low, high, r["null_95"], "above", "AUROC",
-                  r["successes"] + r["failures"], {"permuted_95": r["null_95"]})  # fmt: skip
+                  r["successes"] + r["failures"], {"permuted_95": r["null_95"]}, 0.5)  # fmt: skip
     parts = ", ".join(
-        f"{s} {pooled[s]['auroc']:.2f} (null {pooled[s]['null_95']:.2f})" for s in ("H", "R", "both")
+        f"{s} {pooled[s]['auroc']:.2f} (null {pooled[s]['null_95']:.2f})" for s in pooled if s != EITHER
     )
-    note = f"less of it goes with success where above 0.5: {parts}; {r['successes']} successes, {r['failures']} failures"
+    note = f"above 0.5: less of it goes with success; {parts}; {r['successes']} successes, {r['failures']} failures"
     return Claim(13, TITLES[13], spec, (check,), note)

@@ -10,11 +10,10 @@ from pathlib import Path
 import click
 
 from core.errors import AttackPlaneError
-from core.records import PlanePoint
+from core.records import PLAIN, PlanePoint
 from core.store import ATTACKS, PLANE, REPLAYS, RunFolder, read_rows, write_atomically
 from core.text import aligned, short_spec
 from evaluation.behaviours import load_behaviours
-from geometry.plane import SEPARABILITY
 from geometry.verdicts import Claim
 from pipeline.attack import attack
 from pipeline.claim_checks import (
@@ -29,7 +28,7 @@ from pipeline.claim_checks import (
     suppression,
 )
 from pipeline.common import artifacts_of, check_specs, replays_of
-from pipeline.directions import directions
+from pipeline.directions import contrast_set, directions
 from pipeline.plane import plane
 from pipeline.responses import responses
 from pipeline.study import Study, StudyConfig
@@ -45,6 +44,7 @@ TEMPLATES = (
     "refusal_suppression",
     "past_tense",
 )
+OWN_ATTACKS = "claims_attacks"
 JUDGES = ("refusal_phrases", "target_prefix")
 
 
@@ -66,19 +66,26 @@ def claims(path: Path, specs: Sequence[str], numbers: Sequence[int], config: Stu
     numbers = sorted(numbers or TITLES)
     with RunFolder(path) as run:  # a refusal comes before hours of work
         run.begin_stage("claims", asdict(config), {})
+        if ON_ATTACKS & set(numbers):
+            run.begin_stage("directions", asdict(config.directions), {})
     found: list[Claim] = []
     if ON_ATTACKS & set(numbers):
         attacks(path, specs, config)
+        seen = _contrast_behaviours(path, config)
         points = [PlanePoint.from_row(r) for r in read_rows(path / PLANE)]
-        regions = read_rows(path / SEPARABILITY)
+        points = [p for p in points if p.kind == "attack" and p.frame == "own" and p.behaviour_id not in seen]
         for spec in specs:
-            found += [separable(spec, regions)] if 12 in numbers else []
-            found += [suppression(spec, points)] if 13 in numbers else []
+            here = [p for p in points if p.target == spec and p.attack != PLAIN]
+            found += [separable(spec, here)] if 12 in numbers else []
+            found += [suppression(spec, here)] if 13 in numbers else []
     for spec in specs:
         if set(numbers) - {12, 13}:
             found += _on_model(path, spec, numbers, config)
     found.sort(key=lambda c: (c.number, specs.index(c.model)))
-    write_atomically(path / CLAIMS, "".join(json.dumps(c.to_row()) + "\n" for c in found))
+    new = {(c.number, c.model): c.to_row() for c in found}
+    old = {(r["number"], r["model"]): r for r in read_rows(path / CLAIMS)}
+    rows = sorted((old | new).values(), key=lambda r: r["number"])
+    write_atomically(path / CLAIMS, "".join(json.dumps(row) + "\n" for row in rows))
     claims_png.draw(path)
     return found
 
@@ -103,9 +110,22 @@ def _on_model(path: Path, spec: str, numbers: Sequence[int], config: StudyConfig
                     Claim(n, TITLES[n], spec, (), str(error), False) for n in (14, 15) if n in numbers
                 ]
             if 14 in numbers:
-                found.append(response_side(study, replies, artifacts_of(run), replays_of(run)))
+                known = {b.request for b in study.behaviours}
+                artifacts = [a for a in artifacts_of(run) if a.request not in known]
+                found.append(response_side(study, replies, artifacts, replays_of(run)))
             found += [agreement(study, replies)] if 15 in numbers else []
         return found
+
+
+def _contrast_behaviours(path: Path, config: StudyConfig) -> set[str]:
+    """Ids of attacked behaviours whose request directions were estimated on: nothing is claimed on those."""
+    known = {b.request for b in contrast_set(config.directions)}
+    seen = {a.behaviour_id for a in artifacts_of(RunFolder(path)) if a.request in known}
+    if seen:
+        click.echo(
+            f"note: {len(seen)} attacked behaviours are contrast prompts and are left out of claims 12 to 14"
+        )
+    return seen
 
 
 def attacks(path: Path, specs: Sequence[str], config: StudyConfig) -> None:
@@ -113,7 +133,11 @@ def attacks(path: Path, specs: Sequence[str], config: StudyConfig) -> None:
     from attacks.templates import PlainRequests, Templates
     from transfer.replay import ReplayConfig
 
-    if not (path / ATTACKS).exists():
+    with RunFolder(path) as run:
+        ours = not (path / ATTACKS).exists() or OWN_ATTACKS in run.manifest["stages"]
+        if ours:  # noted first: what a stopped command has begun the same command finishes
+            run.begin_stage(OWN_ATTACKS, {"templates": list(TEMPLATES)}, {})
+    if ours:
         behaviours = load_behaviours(config.held_out, label="harmful", splits=config.held_out_splits)
         attack(
             path,

@@ -75,7 +75,14 @@ def of_model(study: Study, plan: Plan) -> list[dict[str, Any]]:
     if outside:
         raise AttackPlaneError("no such layer", where=study.spec, got=outside, remedy=f"0 to {every[-1]}")
     touched(study.prompts[0], plan.where)  # a refusal comes before the work
-    held_out = {label: study.held_out(label)[: plan.limit] for label in plan.labels}
+    held_out = {}
+    for label in plan.labels:
+        try:
+            held_out[label] = study.held_out(label)[: plan.limit]
+        except AttackPlaneError as error:
+            if plan.labels != Plan.labels or label == "harmful":
+                raise
+            click.echo(f"no {label} prompts: {error}")
     site, made_from = site_of(study, layers, where=plan.where, operation=plan.operation)
     for kind in "HR":
         c = study.carrier(kind)

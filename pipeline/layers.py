@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from geometry.contrasts import (
     spearman_brown,
 )
 from geometry.directions import SMALLEST_CLASS, auroc, held_out_separation, interval
-from geometry.layers import arditi_layers, choose, cosine, eq6
+from geometry.layers import arditi_layers, choose, eq6
 from pipeline.common import check_specs
 from pipeline.responses import responses
 from pipeline.study import Study, StudyConfig
@@ -56,7 +56,11 @@ def layers(path: Path, specs: Sequence[str], config: StudyConfig) -> str:
             rows[SIZES] += size_rows(study)
             for other, pair in known.items():
                 rows[ACROSS] += across_rows(study, other, pair)
-            known[spec] = study.harmfulness, study.contrast("harm", "-1")
+            # copies: a view would keep the residuals of all positions
+            h, r = (
+                replace(c, resid=c.resid.clone()) for c in (study.harmfulness, study.contrast("harm", "-1"))
+            )
+            known[spec] = h, r
             del study
         for name, found in rows.items():
             write_atomically(path / name, "".join(json.dumps(row) + "\n" for row in found))
@@ -123,7 +127,7 @@ def arditi_rows(study: Study) -> list[dict[str, float]]:
         )
         return [c.to_row() for c in scored(study.loaded, tried, bad, good, study.refusal_ids)]
 
-    depends = [study.estimator, study.config.carrier_every, study.config.refusals, study.set_identity]
+    depends = [study.estimator, study.config.carrier_every, study.refusal_ids, study.set_identity]
     return sorted(study.kept("arditi", depends, make), key=lambda row: row["layer"])
 
 
@@ -138,7 +142,7 @@ def profile_rows(study: Study) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     assert isinstance(separation, Tensor)
     scores = {
         "separation": separation,
-        "eq6_prompt": (1 - cosine(h.direction, r.direction).abs()) * separation,
+        "eq6_prompt": study.prompt_score,
     }
     note = ""
     try:
@@ -185,7 +189,7 @@ def profile_rows(study: Study) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def size_rows(study: Study) -> list[dict[str, Any]]:
-    """Reliability at the study's layer from n prompts a side, up to half of them; what a size would give by extrapolation is left out."""
+    """Reliability at the study's layer from n prompts a side, up to half of them."""
     found = []
     for name, c in (("H", study.harmfulness), ("R", study.refusal)):
         for size in sorted(

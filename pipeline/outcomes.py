@@ -72,7 +72,15 @@ def measure(
                 study.loaded, prompts[part], edits, refusals=study.refusal_ids, max_new_tokens=tokens
             )
             return [
-                [_row(o.kl, o.refusal, o.delta_norm, study.text(o.reply), tokens) for o in row]
+                [
+                    {
+                        "kl": o.kl,
+                        "refusal": o.refusal,
+                        "delta_norm": o.delta_norm,
+                        "reply": study.text(o.reply),
+                    }
+                    for o in row
+                ]
                 for row in found
             ]
 
@@ -84,16 +92,14 @@ def measure(
             of = dict(zip(todo, values, strict=True)) | {"none": alone}
             whose = {"model": study.spec, "label": behaviour.label, "behaviour_id": behaviour.behaviour_id}
             for name, edit in [("none", None), *zip(names, interventions, strict=True)]:
-                rows.append(whose | _described(edit) | of[name])
+                rows.append(whose | _described(edit) | of[name] | _judged(of[name]["reply"], tokens))
     return rows
 
 
-def _row(kl: float, refusal: float, delta_norm: float, reply: str, tokens: int) -> dict[str, Any]:
-    what = outcome_of(reply) if tokens else None
-    shares = {
-        name: None if what is None else float(what == name) for name in ("complied", "refused", "degenerate")
-    }
-    return {"kl": kl, "refusal": refusal, "delta_norm": delta_norm, **shares, "reply": reply}
+def _judged(reply: str, tokens: int) -> dict[str, float | None]:
+    """1 for what the reply is, 0 for what it is not; None where none was asked for. Judged when read, not when kept."""
+    what = outcome_of(reply)
+    return {name: float(what == name) if tokens else None for name in ("complied", "refused", "degenerate")}
 
 
 def _described(edit: Intervention | None) -> dict[str, Any]:
@@ -104,5 +110,7 @@ def _described(edit: Intervention | None) -> dict[str, Any]:
 
 def _identity(edit: Intervention) -> str:
     """What an intervention is within one study; a random control is the same for all modes of its rank."""
-    mode = edit.rank if edit.kind == "random" else edit.name
-    return content_hash([mode, edit.operation, edit.strength, edit.kind, edit.draw, edit.layers, edit.where])
+    # a random direction added at the length of the intervention is both kinds of control
+    kind = "random" if edit.operation == "steer" and edit.kind == "matched" else edit.kind
+    mode = edit.rank if kind == "random" else edit.name
+    return content_hash([mode, edit.operation, edit.strength, kind, edit.draw, edit.layers, edit.where])

@@ -99,6 +99,7 @@ def plane(
         written = export(everything, path, nulls)
         write_atomically(path / TRAJECTORIES, "".join(json.dumps(row) + "\n" for row in trajectories))
         drawn = [plane_png.draw(path), plane_html.draw(path)]
+        (path / trajectories_png.NAME).unlink(missing_ok=True)
         if trajectories:
             drawn += [path / TRAJECTORIES, trajectories_png.draw(path)]
         return [*written, *drawn]
@@ -115,9 +116,18 @@ def trajectory_rows(
         chosen += [(a, a.snapshots[i]) for i in kept]
     if not chosen:
         return []
-    prompts = [
-        renderer.render(Conversation(s["prompt"], system=a.system_prompt), allow_trim=True) for a, s in chosen
-    ]
+    prompts, there = [], []
+    for a, s in chosen:
+        try:
+            prompts.append(
+                renderer.render(Conversation(s["prompt"], system=a.system_prompt), allow_trim=True)
+            )
+        except AttackPlaneError:
+            continue  # the artifact's own prompt was refused too, and told
+        there.append((a, s))
+    chosen = there
+    if not chosen:
+        return []
     ids = [f"{a.artifact_id} {s['step']}" for a, s in chosen]
     activations = collect(
         renderer.loaded, prompts, ids, positions=("t_inst", "t_post_inst"), description="trajectories"

@@ -97,7 +97,8 @@ class Study:
 
     @property
     def set_identity(self) -> list[Any]:
-        return [self.config.system_prompt, self.config.reply_tokens, [b.request for b in self.behaviours]]
+        requests = [(b.request, b.label) for b in self.behaviours]
+        return [self.config.system_prompt, self.config.reply_tokens, requests]
 
     # --- prompts and replies --------------------------------------------------------------------------------------
     def held_out(self, label: str) -> list[Behaviour]:
@@ -198,10 +199,14 @@ class Study:
     @cached_property
     def layer(self) -> int:
         """The best inner layer by ``eq6_prompt`` of HARC's two directions: prompts alone decide, no reply or intervention."""
+        return int(self.prompt_score.nan_to_num(-torch.inf).argmax())
+
+    @cached_property
+    def prompt_score(self) -> torch.Tensor:
+        """(layer,) ``eq6_prompt``."""
         h, r = self.harmfulness, self.contrast("harm", "-1")
         separation = [held_out_separation(c.resid, c.positive, c.negative) * c.alive for c in (h, r)]
-        score = layer_score((h.direction * r.direction).sum(-1), *separation)
-        return int(score.nan_to_num(-torch.inf).argmax())
+        return layer_score((h.direction * r.direction).sum(-1), *separation)
 
     # --- carriers -------------------------------------------------------------------------------------------------
     def field(self, kind: str) -> dict[str, Contrast]:
@@ -221,14 +226,8 @@ class Study:
             harmless = [p for p, h in zip(self.prompts, self.harmful, strict=True) if not h][:n]
             return [c.to_row() for c in screened(self.loaded, found, harmful, harmless, self.refusal_ids)]
 
-        depends = [
-            *self.set_identity,
-            kind,
-            self.estimator,
-            n,
-            self.config.carrier_every,
-            self.config.refusals,
-        ]
+        every = self.config.carrier_every
+        depends = [*self.set_identity, kind, self.estimator, n, every, self.refusal_ids]
         by_place = {(c.position, c.layer): c for c in found}
         return [
             replace(
@@ -239,7 +238,7 @@ class Study:
         ]
 
     def carrier(self, kind: str) -> Carrier:
-        """The best admissible carrier of a field, else the best by score (``admissible`` says which)."""
+        """The best admissible carrier of a field, else the one with the lowest KL (``admissible`` says which)."""
         return self.carriers(kind)[0]
 
     def place(self, carrier: Carrier) -> list[Any]:

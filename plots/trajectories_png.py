@@ -18,6 +18,7 @@ from core.text import short_spec
 from plots.style import MARKERS, attack_names, class_styles, read_exports
 
 PARTS = 5
+NAME = "plane_trajectories.png"
 
 
 def draw(folder: Path) -> Path:
@@ -52,7 +53,7 @@ def draw(folder: Path) -> Path:
         if column == 0:
             axis.set_ylabel("refusal at t_post_inst", fontsize=8)
     _checkpoints(figure.add_subplot(grid[1, :]), classes, attack_names(points))
-    path = folder / "plane_trajectories.png"
+    path = folder / NAME
     figure.savefig(path, dpi=120)
     return path
 

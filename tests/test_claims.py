@@ -61,7 +61,9 @@ def refusing(tmp_path_factory):
     return str(folder)
 
 
-CONFIG = StudyConfig(resamples=40, controls=2, carrier_prompts=6, carrier_every=1, reply_tokens=12, refusals=1)
+CONFIG = StudyConfig(
+    resamples=40, controls=2, carrier_prompts=6, carrier_every=1, reply_tokens=12, refusals=1
+)
 
 
 def test_the_trained_model_refuses_what_is_harmful_and_a_study_finds_what_it_hangs_on(refusing, tmp_path):
@@ -98,7 +100,7 @@ def test_all_claims_are_measured_on_it_by_one_command(refusing, tmp_path):
     assert [r["number"] for r in rows] == sorted(TITLES)
     assert {r["verdict"] for r in rows} <= {"holds", "fails", "undecided"}
     first = rows[0]
-    assert first["applicable"] and len(first["checks"]) == 5
+    assert len(first["checks"]) == 5 and "left alone it refuses" in first["note"]
     assert first["checks"][0]["value"] > 0.2  # ablating R reopens the model
     for row in rows:
         for check in row["checks"]:
@@ -122,7 +124,7 @@ def test_all_claims_are_measured_on_it_by_one_command(refusing, tmp_path):
         "2,7",
     )
     assert len(read_rows(tmp_path / "measured.jsonl")) == lines
-    assert read_rows(tmp_path / "claims.jsonl") == [r for r in rows if r["number"] in (2, 7)]
+    assert read_rows(tmp_path / "claims.jsonl") == rows
 
 
 def test_layers_and_intervene_on_two_models(refusing, tiny_folders, tmp_path):

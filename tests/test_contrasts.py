@@ -1,5 +1,6 @@
 """Resampling, nulls, reliability, coupling, layer criteria, prediction and verdicts against hand-derived or independent values."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -242,8 +243,31 @@ def test_within_class_auroc_compares_prompts_of_one_class_only():
     assert (
         rows["low", "H"]["auroc"] == 1 and rows["high", "H"]["auroc"] == 1 and rows[POOLED, "H"]["auroc"] == 1
     )
-    assert rows[POOLED, "R"]["auroc"] == 0.5 and rows[POOLED, EITHER]["auroc"] == 1
-    assert rows[POOLED, "H"]["null_95"] < 1 and rows["low", "H"]["successes"] == 2
+    assert rows[POOLED, "R"]["auroc"] == 0.5
+    assert (POOLED, EITHER) not in rows and (POOLED, "H moved") not in rows  # no plain request was sent
+
+
+def test_suppression_is_measured_from_the_plain_request():
+    # x itself says nothing, since plain requests lie as far apart as attacked ones; what moved does
+    points = []
+    for i in range(8):
+        p = point(f"b{i}", "a", 10.0 * (i // 2) - 3.0 * (i % 2), 0.0, i % 2 == 1)
+        points.append(dataclasses.replace(p, plain_x=10.0 * (i // 2), plain_y=0.0))
+    points.append(dataclasses.replace(point("b9", "plain", 0.0, 0.0, True), attack="plain"))
+    rows = {(r["class"], r["score"]): r for r in success_prediction(points, draws=50, resamples=50)}
+    assert rows[POOLED, "H moved"]["auroc"] == 1 and rows[POOLED, EITHER]["auroc"] == 1
+    assert rows[POOLED, "H"]["auroc"] < 0.8 and {c for c, _ in rows} == {"a", POOLED}
+
+
+def test_labels_of_paired_items_are_swapped_within_their_pair():
+    units = ("a", "b", "c", "a", "b", "d")
+    c = Contrast("c", torch.randn(6, 1, 4, generator=g()), torch.arange(3), torch.arange(3, 6), units)
+    positive, negative = permuted_sides([c], 60, g())[0]
+    for p, n in zip(positive.tolist(), negative.tolist(), strict=True):
+        assert sorted(p + n) == list(range(6))
+        for pair in ((0, 3), (1, 4)):
+            assert len(set(pair) & set(p)) == 1 and len(set(pair) & set(n)) == 1
+    assert len({tuple(sorted(row)) for row in positive.tolist()}) == 8
 
 
 def test_auroc_of_success_by_hand():
@@ -274,11 +298,16 @@ def test_centroid_distance_by_hand_and_its_null():
 @pytest.mark.parametrize(
     ("low", "high", "bar", "claimed", "says"),
     [(0.1, 0.3, 0.0, "above", "yes"), (-0.1, 0.3, 0.0, "above", "unclear"), (-0.3, 0.0, 0.0, "above", "no"),
-     (0.0, 0.0, 0.0, "above", "no"), (-0.3, -0.1, 0.0, "below", "yes"), (0.1, 0.2, 0.17, "below", "unclear"),
+     (0.0, 0.0, 0.0, "above", "unclear"), (-0.3, -0.1, 0.0, "below", "yes"), (0.1, 0.2, 0.17, "below", "unclear"),
      (0.2, 0.3, 0.17, "below", "no"), (math.nan, 0.3, 0.0, "above", "unclear")],
 )  # fmt: skip
 def test_what_a_check_says(low, high, bar, claimed, says):
     assert Check("c", (low + high) / 2, low, high, bar, claimed, "share", 5).outcome == says
+
+
+def test_an_effect_within_its_null_refutes_nothing():
+    assert Check("c", 0.1, 0.05, 0.2, 0.3, "above", "cosine", 5, {}, 0.0).outcome == "unclear"
+    assert Check("c", -0.1, -0.2, -0.05, 0.3, "above", "cosine", 5, {}, 0.0).outcome == "no"
 
 
 def test_verdicts_need_all_checks_and_an_applicable_model():
