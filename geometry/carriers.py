@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.prompt import Prompt
 from geometry.contrasts import Contrast
@@ -64,11 +65,16 @@ def candidates(field: dict[str, Contrast], n_layers: int, every: int = 1) -> lis
     """Carriers at the field's positions, at every ``every``-th layer from the first inner one to 80 % of the depth."""
     found = []
     for position, contrast in field.items():
-        difference = contrast.difference
+        difference, alive = contrast.difference, contrast.alive
         for layer in range(inner_layers(n_layers).start, int(DEPTH * n_layers) + 1, every):
-            if contrast.alive[layer]:
+            if alive[layer]:
                 vector = unit(difference[layer]).float()
                 found.append(Carrier(position, layer, vector, float(difference[layer].norm())))
+    if not found:
+        raise AttackPlaneError(
+            "no carrier to try: the classes do not differ at any of these positions and layers",
+            got=f"positions {', '.join(field)}, every {every} of {n_layers} layers",
+        )
     return found
 
 

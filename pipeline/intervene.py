@@ -92,8 +92,8 @@ def of_model(study: Study, plan: Plan) -> list[dict[str, Any]]:
         )
     edits = [
         edit
-        for mode in plan.modes
-        for strength in plan.strengths
+        for mode in dict.fromkeys(plan.modes)
+        for strength in dict.fromkeys(plan.strengths)
         for edit in design(
             mode, plan.operation, strength, site, controls=study.config.controls, seed=study.config.seed
         )

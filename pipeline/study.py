@@ -83,6 +83,7 @@ class Study:
         self.renderer = Renderer(self.loaded)
         self.behaviours = contrast_set(config.directions)
         self.harmful = [b.label == "harmful" for b in self.behaviours]
+        self._carriers: dict[str, list[Carrier]] = {}
         self._known = {row["key"]: row["value"] for row in run.rows(MEASURED)}
 
     # --- what is kept ---------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ class Study:
     @property
     def tail(self) -> list[str]:
         """Of -5..-1 those that stand after the user content in every prompt."""
-        return [p for p in TAIL if all(int(p) >= -len(q.tail) for q in self.prompts)]
+        return [p for p in TAIL if all(int(p) >= -len(q.tail) for q in self.prompts)] or ["-1"]
 
     @cached_property
     def harmfulness(self) -> Contrast:
@@ -218,6 +219,11 @@ class Study:
 
     def carriers(self, kind: str) -> list[Carrier]:
         """Scored candidates of one field, best first; their vectors are made anew from the residuals."""
+        if kind not in self._carriers:
+            self._carriers[kind] = self._scored(kind)
+        return self._carriers[kind]
+
+    def _scored(self, kind: str) -> list[Carrier]:
         field, n = self.field(kind), self.config.carrier_prompts
         found = candidates(field, self.loaded.n_layers, self.config.carrier_every)
 

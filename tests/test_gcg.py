@@ -409,3 +409,18 @@ def test_streams_of_behaviours_differ_and_repeat():
 def test_artifact_rows_round_trip(tmp_path, qwen):
     for artifact in run_attacker(tmp_path, qwen, count=1):
         assert AttackArtifact.from_row(artifact.to_row()) == artifact
+
+
+def test_snapshots_are_the_prompts_that_were_the_best_in_turn(qwen, tmp_path):
+    config = GCGConfig(num_steps=4, search_width=8, topk=8, suffix_length=4)
+    with RunFolder(tmp_path) as run:
+        method = GCGMethod(run, qwen, config, 0)
+        method.begin()
+        artifact = method.attack(behaviours(1))[0]
+    steps = [s["step"] for s in artifact.snapshots]
+    assert steps[0] == 0 and steps[-1] == artifact.best_step
+    assert artifact.snapshots[-1]["prompt"] == artifact.prompt
+    losses = [artifact.loss_history[s] for s in steps]
+    assert losses == sorted(losses, reverse=True) and min(artifact.loss_history) == losses[-1]
+    with pytest.raises(AttackPlaneError, match="snapshots"):
+        dataclasses.replace(artifact, snapshots=[{"step": 99, "prompt": "x"}])

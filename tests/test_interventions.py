@@ -1,8 +1,11 @@
 """Edits do what their formula says, leave no hooks, and sharing work changes nothing."""
 
+import contextlib
+
 import pytest
 import torch
 
+import geometry.rollout as rollout_module
 from core.errors import AttackPlaneError
 from core.generate import complete
 from core.prompt import Conversation, Renderer
@@ -219,6 +222,27 @@ def test_outcomes_equal_a_plain_pass_a_token_whatever_is_shared(tiny):
                 assert found.refusal == pytest.approx(score, abs=1e-4)
                 ends = [i for i, t in enumerate(reply) if t in {tiny.tokenizer.eos_token_id}]
                 assert list(found.reply) == reply[: ends[0] if ends else None]
+
+
+def test_a_model_whose_blocks_cannot_be_skipped_is_run_whole(qwen, monkeypatch, caplog):
+    u = vector(qwen)
+    todo = [None, steering("R", u, [2], 3.0)]
+    expected = rollout(qwen, prompts_of(qwen), todo, max_new_tokens=3)
+    real = rollout_module._skipped
+
+    @contextlib.contextmanager
+    def broken(loaded, layer, residual, kinds):
+        with real(loaded, layer, residual + 1.0, kinds):
+            yield
+
+    monkeypatch.setattr(rollout_module, "_skipped", broken)
+    with caplog.at_level("WARNING"):
+        found = rollout(qwen, prompts_of(qwen), todo, max_new_tokens=3)
+    assert "blocks are not skipped" in caplog.text
+    assert [[o.reply for o in row] for row in found] == [[o.reply for o in row] for row in expected]
+    monkeypatch.setattr(rollout_module, "keeps_keys_and_values_only", lambda loaded: False)
+    with pytest.raises(AttackPlaneError, match="keys and values only"):
+        rollout(qwen, prompts_of(qwen), todo)
 
 
 def test_a_prompt_left_alone_replies_as_it_does_without_us(tiny):
