@@ -64,7 +64,7 @@ def claims(run: Path, models: tuple[str, ...], contrast: str, held_out: str, est
       python cli.py claims --run runs/claims --model embedded --claims 1,2,7
     """
     from pipeline.claims import claims as stage
-    from pipeline.claims import claims_table
+    from pipeline.claims import claims_table, coupling_table
 
     try:
         wanted = [int(n) for n in numbers.split(",")] if numbers else []
@@ -76,6 +76,8 @@ def claims(run: Path, models: tuple[str, ...], contrast: str, held_out: str, est
     for number, title in dict.fromkeys((c.number, c.title) for c in found):
         click.echo(f"{number}. {title}")
     click.echo(claims_table(found))
+    if coupled := coupling_table(found):
+        click.echo(f"coupling of the carriers, effective rank of their fields\n{coupled}")
     for c in found:
         click.echo(f"{c.number} {c.model}: {c.note}")
     for name in ("claims.jsonl", "claims.png"):

@@ -96,7 +96,7 @@ def plane(run: Path, targets: tuple[str, ...], base: str | None, estimator: str,
     """
     from evaluation.behaviours import DEMONSTRATION
     from pipeline.plane import plane as stage
-    from pipeline.reports import classes_table
+    from pipeline.reports import classes_table, success_table
 
     written = stage(
         run,
@@ -108,6 +108,8 @@ def plane(run: Path, targets: tuple[str, ...], base: str | None, estimator: str,
         anchor_splits=anchor_splits or (("test",) if anchors == DEMONSTRATION else ()),
     )
     click.echo(classes_table(run))
+    if predicted := success_table(run):
+        click.echo(f"success within attack classes\n{predicted}")
     for path in written:
         click.echo(path)
 

@@ -193,3 +193,26 @@ def claims_table(found: Sequence[Claim]) -> str:
         if not claim.checks:
             rows.append((*head, claim.note[:70], "", "", "", "", "", ""))
     return aligned(rows)
+
+
+def coupling_table(found: Sequence[Claim]) -> str:
+    """Coupling of the carriers and effective ranks of the fields of each model that claim 2 was measured on; "" without any."""
+    rows = [("model", "C_cos", "C_sub", "C_layer", "HRCI v1, v2", "random 95 %: |cos|, C_sub, v1, v2", "principal angles",
+             "effective rank H, R", "row-normalised")]  # fmt: skip
+    for claim in found:
+        s = claim.settings
+        if claim.number == 2 and s:
+            ranks = [
+                ", ".join(f"{s[name][k]:.1f}" for k in "HR")
+                for name in ("effective_rank", "effective_rank_normalised")
+            ]
+            nulls = (
+                s["nulls"]["cos_95"],
+                s["nulls"]["c_sub_95"],
+                s["hrci_v1_random_95"],
+                s["hrci_v2_random_95"],
+            )
+            rows.append((short_spec(claim.model), f"{s['c_cos']:+.2f}", f"{s['c_sub']:.3f}", f"{s['c_layer']:.2f}",
+                         f"{s['hrci_v1']:.2f}, {s['hrci_v2']:.2f}", ", ".join(f"{v:.2f}" for v in nulls),
+                         ", ".join(f"{v:.0f}" for v in s["principal_angles"]), *ranks))  # fmt: skip
+    return aligned(rows) if len(rows) > 1 else ""

@@ -11,7 +11,8 @@ from core.store import read_rows
 from core.text import aligned, short_spec
 from evaluation.asr import Interval
 from geometry.directions import best_layers
-from geometry.plane import CLASSES, SEPARABILITY
+from geometry.plane import CLASSES, SEPARABILITY, SUCCESS
+from geometry.prediction import POOLED
 from transfer.matrix import Cell
 
 
@@ -129,6 +130,17 @@ def separability_table(path: Path, *, frames: Sequence[str] = ("own",)) -> str:
                 )
             )
     return aligned(rows)
+
+
+def success_table(path: Path, *, frames: Sequence[str] = ("own",)) -> str:
+    """How well the place on the plane says which prompts of a class succeed: AUROC pooled within classes; "" without any."""
+    rows = [("target", "frame", "success by less", "successes, failures", "AUROC", "interval", "null 95 %")]
+    for r in read_rows(path / SUCCESS):
+        if r["frame"] in frames and r["class"] == POOLED:
+            low, high = r["interval"]
+            rows.append((r["target"], r["frame"], r["score"], f"{r['successes']}, {r['failures']}", f"{r['auroc']:.2f}",
+                         f"[{low:.2f}, {high:.2f}]", f"{r['null_95']:.2f}"))  # fmt: skip
+    return aligned(rows) if len(rows) > 1 else ""
 
 
 def certificates_table(replays: Sequence[Replay]) -> str:
