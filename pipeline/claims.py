@@ -197,7 +197,7 @@ def claims_table(found: Sequence[Claim]) -> str:
 
 def coupling_table(found: Sequence[Claim]) -> str:
     """Coupling of the carriers and effective ranks of the fields of each model that claim 2 was measured on; "" without any."""
-    rows = [("model", "C_cos", "C_sub", "C_layer", "HRCI v1, v2", "random 95 %: |cos|, C_sub, v1, v2", "principal angles",
+    rows: list[tuple[str, ...]] = [("model", "C_cos", "C_sub", "C_layer", "HRCI v1, v2", "random 95 %: |cos|, C_sub, v1, v2", "principal angles",
              "effective rank H, R", "row-normalised")]  # fmt: skip
     for claim in found:
         s = claim.settings
