@@ -72,8 +72,13 @@ class Claim:
 
     def to_row(self) -> dict[str, Any]:
         row = asdict(self) | {"verdict": self.verdict}
-        row["checks"] = [asdict(c) | {"outcome": c.outcome} for c in self.checks]
+        row["checks"] = [_finite(asdict(c)) | {"outcome": c.outcome} for c in self.checks]
         return row
+
+
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """What could not be measured is null: JSON has no NaN."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def difference_check(

@@ -125,12 +125,13 @@ def orthogonality(study: Study) -> Claim:
         spearman_brown(float(reliability(c, c.size // 2, 100, generator)[:, k.layer].mean()))
         for c, k in zip(pair, (h, r), strict=True)
     ]
-    attenuation = max(trust[0] * trust[1], 1e-6)
+    # below that the correction would make anything of nothing
+    attenuation = trust[0] * trust[1] if min(trust) > UNRELIABLE else math.nan
     ends = torch.tensor([0.975, 0.025])
     reflected = 2 * value - (a[:, h.layer] * b[:, r.layer]).sum(-1).quantile(ends)
     low, high = (reflected / attenuation).clamp(-1, 1).tolist()
-    value = max(-1.0, min(1.0, value / attenuation))
-    low, high = (min(abs(low), abs(high)) if low * high > 0 else 0.0), max(abs(low), abs(high))
+    value = value / attenuation
+    low, high = (0.0 if low * high < 0 else min(abs(low), abs(high))), max(abs(low), abs(high))
     coupled = coupling(study)
     nulls = {
         "random_95": coupled["nulls"]["cos_95"],

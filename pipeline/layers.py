@@ -180,7 +180,9 @@ def profile_rows(study: Study) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             }
             for name, s in statistics.items()
         }
-        row["scores"] = {name: float(score[layer]) for name, score in scores.items()}
+        row["scores"] = {
+            name: float(score[layer]) if score[layer].isfinite() else None for name, score in scores.items()
+        }
         if layer in by_layer:
             row["arditi"] = {k: by_layer[layer][k] for k in ("kl", "refuse", "comply")}
         rows.append(row)

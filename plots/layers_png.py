@@ -55,34 +55,32 @@ def _separation(axis: Any, rows: list[dict[str, Any]]) -> None:
                 axis.plot(x, [r["auroc"] for r in here], color=colour, label=f"{kind} at {position}")
                 axis.plot(x, [r["auroc_null_95"] for r in here], ":", color=colour, linewidth=1)
                 n += 1
-    axis.set(title="separation (dotted: permuted labels, 95 %)", xlabel="layer", ylim=(0.3, 1.02))
+    axis.set_title("separation (dotted: permuted labels, 95 %)", fontsize=10)
+    axis.set(xlabel="layer", ylim=(0.3, 1.02))
     axis.legend(fontsize=7, loc="lower right")
 
 
 def _cosines(axis: Any, rows: list[dict[str, Any]]) -> None:
     x = [r["layer"] for r in rows]
-    null = [
-        max([0.0, *(max(c["null_permuted_95"], c["null_random_95"]) for c in r["cosines"].values())])
-        for r in rows
-    ]
-    axis.fill_between(x, [-v for v in null], null, color="#dddddd", label="nulls, 95 % (largest)")
     for n, name in enumerate(rows[0]["cosines"]):
-        c = [r["cosines"][name] for r in rows]
-        axis.plot(x, [v["value"] for v in c], color=COLOURS[n], label=name)
-        axis.fill_between(x, *zip(*(v["interval"] for v in c), strict=True), color=COLOURS[n], alpha=0.15)
+        c, colour = [r["cosines"][name] for r in rows], COLOURS[n]
+        null = [max(v["null_permuted_95"], v["null_random_95"]) for v in c]
+        axis.plot(x, [v["value"] for v in c], color=colour, label=name)
+        axis.fill_between(x, *zip(*(v["interval"] for v in c), strict=True), color=colour, alpha=0.12)
+        axis.plot(x, null, ":", color=colour, linewidth=0.9)
     axis.axhline(0, color="black", linewidth=0.6)
-    axis.set(title="cosines with 95 % intervals", xlabel="layer", ylim=(-1, 1))
-    axis.legend(fontsize=6.5, loc="lower left")
+    axis.set(xlabel="layer", ylim=(-0.7, 1.02))
+    axis.set_title("cosines, 95 % intervals (dotted: larger null, 95 %)", fontsize=10)
+    axis.legend(fontsize=6.5, loc="lower left", ncol=2)
 
 
 def _criteria(axis: Any, rows: list[dict[str, Any]], chosen: dict[str, int | None]) -> None:
     for n, name in enumerate(rows[0]["scores"]):
-        values = [r["scores"][name] for r in rows]
-        largest = max(map(abs, values)) or 1
+        known = [(r["layer"], r["scores"][name]) for r in rows if r["scores"][name] is not None]
+        largest = max((abs(v) for _, v in known), default=0) or 1
         at = chosen.get(name)
         axis.plot(
-            [r["layer"] for r in rows],
-            [v / largest for v in values],
+            *zip(*((layer, v / largest) for layer, v in known), strict=True),
             color=COLOURS[n],
             label=f"{name}: layer {at}",
         )
@@ -102,10 +100,10 @@ def _criteria(axis: Any, rows: list[dict[str, Any]], chosen: dict[str, int | Non
             )
         axis.axhline(0.1, color="black", linewidth=0.6, linestyle=":")
     axis.set(
-        title=f"criteria (scores over their largest; arditi in nats: layer {chosen.get('arditi')})",
         xlabel="layer",
         ylim=(-0.3, 1.3),
     )
+    axis.set_title(f"criteria over their largest (arditi in nats: layer {chosen.get('arditi')})", fontsize=10)
     axis.legend(fontsize=6.5, loc="upper left")
 
 
@@ -118,9 +116,8 @@ def _reliability(axis: Any, rows: list[dict[str, Any]]) -> None:
         )
         axis.fill_between(x, *zip(*(r["interval"] for r in here), strict=True), color=COLOURS[n], alpha=0.15)
         axis.plot(x, [r["null_95"] for r in here], ":", color=COLOURS[n])
-    axis.set(
-        title="cosine of directions from two disjoint samples", xlabel="prompts a side", ylim=(-0.2, 1.0)
-    )
+    axis.set(xlabel="prompts a side", ylim=(-0.2, 1.0))
+    axis.set_title("cosine of directions from two disjoint samples", fontsize=10)
     axis.legend(fontsize=7, loc="lower right")
 
 
@@ -130,5 +127,6 @@ def _field(figure: Any, axis: Any, rows: list[dict[str, Any]]) -> None:
     grid = [[r["auroc"] for r in here if r["position"] == p] for p in positions]
     image = axis.imshow(grid, aspect="auto", vmin=0.5, vmax=1.0, cmap="viridis", interpolation="nearest")
     axis.set_yticks(range(len(positions)), positions, fontsize=7)
-    axis.set(title="held-out AUROC, harmful - harmless, by position", xlabel="layer")
+    axis.set_title("held-out AUROC, harmful - harmless, by position", fontsize=10)
+    axis.set(xlabel="layer")
     figure.colorbar(image, ax=axis, shrink=0.8)
