@@ -76,4 +76,7 @@ def _panel(axis: Any, rows: list[dict[str, Any]], modes: list[str]) -> None:
                 axis.plot(
                     *zip(*known, strict=True), style, marker=marker, color=colour, linewidth=1, alpha=0.8
                 )
+    strengths = sorted({r["strength"] for r in rows})
+    axis.set_xticks(strengths, [f"{s:g}" for s in strengths])
+    axis.set_xlim(min(strengths, default=0) - 4 * offset, max(strengths, default=0) + 4 * offset)
     axis.tick_params(labelsize=7)
