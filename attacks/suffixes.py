@@ -101,7 +101,7 @@ class SuffixMethod(SourceMethod):
     ) -> AttackArtifact:
         """``suffix`` is its text where that is not the ids' own, ``scored`` what was scored where not the slot's ids; ``bests``
         are (step, suffix) of the snapshots."""
-        texts = slot.suffix_texts([ids for _, ids in bests])
+        texts = slot.suffix_texts([ids for _, ids in bests]) if bests else []
         suffix = slot.suffix_texts([suffix_ids])[0] if suffix is None else suffix
         return self.scored_artifact(
             behaviour,
