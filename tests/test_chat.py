@@ -48,7 +48,9 @@ def test_a_server_is_asked_in_openais_protocol(monkeypatch):
         chat = open_chat(f"{url}#tiny")
         said = chat.replies([[("system", "s"), ("user", "u")]] * 2, max_new_tokens=7, temperature=1.0, seed=3)
     assert said == ["hello", "hello"] and isinstance(chat, ServerChat)
-    path, headers, body = sent[0]
+    # two are asked at once: whichever came first
+    path, headers, body = min(sent, key=lambda request: request[2]["seed"])
+    assert sorted(request[2]["seed"] for request in sent) == [3, 4]
     assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
     assert body["messages"] == [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     assert (body["model"], body["max_tokens"], body["temperature"], body["seed"]) == ("tiny", 7, 1.0, 3)
