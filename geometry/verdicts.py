@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from geometry.effects import bootstrap
+
 
 @dataclass(frozen=True)
 class Check:
@@ -107,8 +109,7 @@ def mean_check(
     array = np.asarray([v for v in values if math.isfinite(v)], dtype=np.float64)
     if not len(array):
         return Check(name, math.nan, math.nan, math.nan, threshold, claimed, unit, 0, nulls or {})
-    drawn = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
-    low, high = np.quantile(array[drawn].mean(1), [0.025, 0.975])
+    low, high = bootstrap(array.tolist(), resamples=resamples, seed=seed) or (math.nan, math.nan)
     return Check(
         name, float(array.mean()), float(low), float(high), threshold, claimed, unit, len(array), nulls or {}
     )
