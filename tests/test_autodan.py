@@ -152,6 +152,9 @@ def test_a_success_stops_the_search_and_is_what_is_returned(qwen):
 
     state = search(qwen, dataclasses.replace(SMALL, stop_on_success=True, reply_tokens=2), is_success=third)
     assert state.success and state.step == 3 == state.best_step and len(replies) == 3
+    # snapshots: the best in turn, ending with what is returned
+    assert state.bests[0][0] == 0 and state.bests[-1] == (3, state.best)
+    assert [step for step, _ in state.bests] == sorted({step for step, _ in state.bests})
 
 
 def test_patience_ends_a_search_without_progress_also_after_a_resume(qwen):
