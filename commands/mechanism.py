@@ -8,10 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from commands.common import RUN, quiet_libraries
+from commands.common import default_run, quiet_libraries
 
 if TYPE_CHECKING:
     from pipeline.study import StudyConfig
+
+
+RUN_FOLDER = click.option(
+    "--run",
+    type=click.Path(path_type=Path),
+    help="Run folder [default: runs/study-MODEL-HASH, the same for claims, intervene and layers]",
+)
+
+
+def study_run(run: Path | None, models: tuple[str, ...], config: StudyConfig) -> Path:
+    """The folder given, or one for these models and settings."""
+    from dataclasses import asdict
+
+    return run or default_run("study", models[0], [models, asdict(config)])
 
 
 def study_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -46,11 +60,11 @@ def study_config(contrast: str, held_out: str, **others: Any) -> StudyConfig:
 
 
 @click.command()
-@RUN
+@RUN_FOLDER
 @study_options
 @click.option("--claims", "numbers", help="Comma-separated numbers, for example 1,2,7 [default: all]")
 @quiet_libraries
-def claims(run: Path, models: tuple[str, ...], contrast: str, held_out: str, estimator: str, resamples: int, controls: int,
+def claims(run: Path | None, models: tuple[str, ...], contrast: str, held_out: str, estimator: str, resamples: int, controls: int,
            system: str | None, seed: int, numbers: str | None) -> None:  # fmt: skip
     """Confirm or refute published claims on a model.
 
@@ -61,7 +75,7 @@ def claims(run: Path, models: tuple[str, ...], contrast: str, held_out: str, est
     \b
     Examples:
       python cli.py claims --run runs/claims --model embedded+runs/demo/checkpoints/step-24
-      python cli.py claims --run runs/claims --model embedded --claims 1,2,7
+      python cli.py claims --model embedded --claims 1,2,7
     """
     from pipeline.claims import claims as stage
     from pipeline.claims import claims_table, coupling_table
@@ -72,7 +86,8 @@ def claims(run: Path, models: tuple[str, ...], contrast: str, held_out: str, est
         raise click.BadParameter(f"{numbers!r}: expected numbers, for example 1,2,7") from error
     config = study_config(contrast, held_out, estimator=estimator, resamples=resamples, controls=controls,
                           system_prompt=system, seed=seed)  # fmt: skip
-    found = stage(run, models, wanted, config)
+    path = study_run(run, models, config)
+    found = stage(path, models, wanted, config)
     for number, title in dict.fromkeys((c.number, c.title) for c in found):
         click.echo(f"{number}. {title}")
     click.echo(claims_table(found))
@@ -81,14 +96,14 @@ def claims(run: Path, models: tuple[str, ...], contrast: str, held_out: str, est
     for c in found:
         click.echo(f"{c.number} {c.model}: {c.note}")
     for name in ("claims.jsonl", "claims.png"):
-        click.echo(run / name)
+        click.echo(path / name)
 
 
 @click.command()
-@RUN
+@RUN_FOLDER
 @study_options
 @quiet_libraries
-def layers(run: Path, models: tuple[str, ...], contrast: str, held_out: str, estimator: str, resamples: int, controls: int,
+def layers(run: Path | None, models: tuple[str, ...], contrast: str, held_out: str, estimator: str, resamples: int, controls: int,
            system: str | None, seed: int) -> None:  # fmt: skip
     """Profile directions over positions and layers.
 
@@ -101,13 +116,15 @@ def layers(run: Path, models: tuple[str, ...], contrast: str, held_out: str, est
     """
     from pipeline.layers import layers as stage
 
-    click.echo(stage(run, models, study_config(contrast, held_out, estimator=estimator, resamples=resamples,
-                                               controls=controls, system_prompt=system, seed=seed)))  # fmt: skip
-    click.echo(run / "layers.png")
+    config = study_config(contrast, held_out, estimator=estimator, resamples=resamples, controls=controls,
+                          system_prompt=system, seed=seed)  # fmt: skip
+    path = study_run(run, models, config)
+    click.echo(stage(path, models, config))
+    click.echo(path / "layers.png")
 
 
 @click.command()
-@RUN
+@RUN_FOLDER
 @study_options
 @click.option(
     "--mode",
@@ -146,7 +163,7 @@ def layers(run: Path, models: tuple[str, ...], contrast: str, held_out: str, est
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many prompts of each label.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=20)
 @quiet_libraries
-def intervene(run: Path, models: tuple[str, ...], contrast: str, held_out: str, estimator: str, resamples: int, controls: int,
+def intervene(run: Path | None, models: tuple[str, ...], contrast: str, held_out: str, estimator: str, resamples: int, controls: int,
               system: str | None, seed: int, modes: tuple[str, ...], operation: str, strengths: tuple[float, ...], sweep: bool,
               at: str | None, where: str, labels: tuple[str, ...], limit: int | None, max_new_tokens: int) -> None:  # fmt: skip
     """Ablate or steer directions, against controls.
@@ -182,9 +199,10 @@ def intervene(run: Path, models: tuple[str, ...], contrast: str, held_out: str, 
         limit,
         max_new_tokens,
     )
-    click.echo(effects_table(stage(run, models, config, plan)))
+    path = study_run(run, models, config)
+    click.echo(effects_table(stage(path, models, config, plan)))
     for name in ("interventions.jsonl", "interventions_summary.jsonl", "interventions.png"):
-        click.echo(run / name)
+        click.echo(path / name)
 
 
 COMMANDS = (claims, intervene, layers)

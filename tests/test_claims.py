@@ -127,6 +127,16 @@ def test_all_claims_are_measured_on_it_by_one_command(refusing, tmp_path):
     assert read_rows(tmp_path / "claims.jsonl") == rows
 
 
+def test_without_a_run_folder_the_commands_share_one_of_their_own(tiny_folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(tiny_folders["qwen2"]), "--controls", 2, "--resamples", 20]
+    output = command("claims", *model, "--claims", 2)
+    command("intervene", *model, "--mode", "R", "--limit", 1, "--label", "harmful", "--max-new-tokens", 2)
+    folders = list((tmp_path / "runs").iterdir())
+    assert len(folders) == 1 and folders[0].name.startswith("study-") and str(folders[0].name) in output
+    assert (folders[0] / "claims.jsonl").exists() and (folders[0] / "interventions.jsonl").exists()
+
+
 def test_layers_and_intervene_on_two_models(refusing, tiny_folders, tmp_path):
     other = str(tiny_folders["qwen2"])
     output = command("layers", "--run", tmp_path, "--model", refusing, "--model", other, "--resamples", 40)
