@@ -16,7 +16,7 @@ SG scores refusing and complying; which units it uses is not stated, log-probabi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -98,11 +98,8 @@ def scored(
     kl = torch.tensor([[o.kl for o in row] for row in good]).mean(0)
     n = len(found)
     result = [
-        Carrier(
-            c.position,
-            c.layer,
-            c.vector,
-            c.norm,
+        replace(
+            c,
             comply=float(bad_refusal[0] - bad_refusal[1 + i]),
             refuse=float(good_refusal[1 + n + i] - good_refusal[0]),
             kl=float(kl[1 + i]),

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geometry.directions import class_weights, differences, mean_difference, unit
+from geometry.directions import class_weights, differences, differing_layers, mean_difference, unit
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class Contrast:
     @property
     def alive(self) -> Tensor:
         """(layer,) 1 where the classes differ beyond rounding, else 0 (the same template token in every prompt)."""
-        scale = self.resid.double().norm(dim=-1).mean(0)
-        return (self.difference.norm(dim=-1) > 1e-6 * scale).float()
+        return differing_layers(self.difference, self.resid)
 
     @property
     def direction(self) -> Tensor:

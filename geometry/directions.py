@@ -57,6 +57,14 @@ def mean_difference(resid: Tensor, positive: Tensor, negative: Tensor) -> Tensor
     return resid[positive].double().mean(0) - resid[negative].double().mean(0)
 
 
+def differing_layers(difference: Tensor, resid: Tensor) -> Tensor:
+    """(layer,) 1 where class means (their difference: (layer, d_model)) differ beyond rounding, else 0.
+
+    At layer 0 every prompt may have the same residual at t_post_inst (the same template token): rounding is no direction.
+    """
+    return (difference.norm(dim=-1) > 1e-6 * resid.double().norm(dim=-1).mean(0)).float()
+
+
 def class_weights(positive: Tensor, negative: Tensor, n: int) -> Tensor:
     """(draw, n) float32 weights w with w @ resid = mean(positive) - mean(negative), for index rows of each draw."""
     draws = positive.shape[0]
@@ -170,9 +178,7 @@ def _one_direction(
     name: str, resid: Tensor, sides: Sides, drawn: _Draws, generator: torch.Generator
 ) -> _Estimated:
     raw = mean_difference(resid, *sides)
-    # At layer 0 every prompt may have the same residual at t_post_inst (the same template token): rounding is no
-    # direction, so such layers get zeros.
-    alive = (raw.norm(dim=-1) > 1e-6 * resid.double().norm(dim=-1).mean(0)).float()
+    alive = differing_layers(raw, resid)
     direction = unit(raw).float() * alive[:, None]
     resampled = unit(differences(_bootstrap_weights(drawn.counts, sides), resid)) * alive[:, None]
     shuffled = drawn.permutations[:, sides[0]], drawn.permutations[:, sides[1]]

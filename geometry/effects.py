@@ -40,13 +40,15 @@ def paired(first: Sequence[Row], second: Sequence[Row], outcome: str) -> list[fl
     return [a[name] - b[name] for name in a if name in b]
 
 
-def bootstrap(values: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> list[float] | None:
-    """95 % percentile interval of the mean; None without values."""
+def bootstrap(
+    values: Sequence[float] | np.ndarray, *, resamples: int = 2000, seed: int = 0
+) -> list[Any] | None:
+    """95 % percentile interval of the mean of (n,) values, [low, high], or of (n, k) ones, k such pairs; None without values."""
     if not len(values):
         return None
     array = np.asarray(values, dtype=np.float64)
     drawn = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
-    return np.quantile(array[drawn].mean(1), [0.025, 0.975]).tolist()
+    return np.quantile(array[drawn].mean(1), [0.025, 0.975], axis=0).T.tolist()
 
 
 def pick(rows: Sequence[Row], **wanted: Any) -> list[Row]:

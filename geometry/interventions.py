@@ -140,8 +140,9 @@ def matched_controls(of: Intervention, n: int, generator: torch.Generator) -> li
 
 
 def _drawn(of: Intervention, n: int, generator: torch.Generator) -> list[Tensor]:
-    d = of.write.shape[1] if of.write is not None else len(of.shift)  # type: ignore[arg-type]
-    return [random_rows(of.rank, d, generator) for _ in range(n)]
+    vectors = of.shift if of.write is None else of.write
+    assert vectors is not None  # an intervention has one or the other
+    return [random_rows(of.rank, vectors.shape[-1], generator) for _ in range(n)]
 
 
 def _along(of: Intervention, read: Tensor | None, rows: Tensor, kind: str, draw: int) -> Intervention:
@@ -187,7 +188,7 @@ class Edits:
                 self.leader[i] = before[-1] if before else own[id(row.follows)]
         self.layers = sorted({layer for row in rows if row for layer in row.layers})
         rank = max([0, *(len(row.read) for row in rows if row and row.read is not None)])
-        self._stacked: dict[tuple[int, ...], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._stacked: dict[tuple[int, ...], list[Tensor]] = {}
         self._at = {}
         for layer in self.layers:
             here = tuple(i for i, row in enumerate(rows) if row and layer in row.layers)
@@ -197,8 +198,8 @@ class Edits:
 
     def _stack(
         self, rows: Sequence[Intervention | None], here: Sequence[int], rank: int, d: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Zeros where a row has no edit: they leave it as it was, to the bit."""
+    ) -> list[Tensor]:
+        """Read, write, shift and which rows are edited; zeros where a row has no edit: they leave it as it was, to the bit."""
         read, write = torch.zeros(len(rows), rank, d), torch.zeros(len(rows), rank, d)
         shift, edited = torch.zeros(len(rows), 1, d), torch.zeros(len(rows), 1)
         for i in here:
@@ -209,11 +210,11 @@ class Edits:
                 read[i, : len(row.read)], write[i, : len(row.read)] = row.read, row.write
             if row.shift is not None:
                 shift[i, 0] = row.shift
-        return tuple(t.to(self._device) for t in (read, write, shift, edited))  # type: ignore[return-value]
+        return [t.to(self._device) for t in (read, write, shift, edited)]
 
     def select(self, keep: Tensor) -> None:
         """Go on with some rows only."""
-        self._stacked = {k: tuple(t[keep] for t in v) for k, v in self._stacked.items()}  # type: ignore[misc]
+        self._stacked = {k: [t[keep] for t in v] for k, v in self._stacked.items()}
         self.mask = None if self.mask is None else self.mask[keep]
         self.moved, self.count = self.moved[keep.cpu()], self.count[keep.cpu()]
         new = torch.zeros_like(self.leader)

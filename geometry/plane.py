@@ -25,6 +25,7 @@ from torch import Tensor
 from core.errors import AttackPlaneError
 from core.records import PLAIN, Activations, Directions, PlanePoint
 from core.store import PLANE, write_atomically
+from geometry.effects import bootstrap
 from geometry.prediction import centroid_distances, success_prediction
 from geometry.separability import separabilities
 
@@ -214,10 +215,10 @@ def describe_classes(
                 "judged": len(judged),
                 "jailbroken": sum(judged),
                 "centroid": where.mean(0).tolist(),
-                "centroid_interval": _bootstrap(where, seed, resamples),
+                "centroid_interval": bootstrap(where, seed=seed, resamples=resamples),
                 "covariance": np.cov(spread.T).tolist() if len(members) > 1 else None,
                 "displacement": moved.mean(0).tolist() if len(moved) else None,
-                "displacement_interval": _bootstrap(moved, seed, resamples) if len(moved) else None,
+                "displacement_interval": bootstrap(moved, seed=seed, resamples=resamples),
                 **(nulls or {}).get((target, frame, name), none),
             }
         )
@@ -230,12 +231,6 @@ def _by_behaviour(rows: Sequence[tuple[str, float, float]]) -> np.ndarray:
     for behaviour, x, y in rows:
         found.setdefault(behaviour, []).append((x, y))
     return np.array([np.mean(points, 0) for points in found.values()]).reshape(-1, 2)
-
-
-def _bootstrap(values: np.ndarray, seed: int, resamples: int) -> list[list[float]]:
-    """(n, 2) -> [[x low, x high], [y low, y high]], 95 % percentile bootstrap of the mean."""
-    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    return np.quantile(values[drawn].mean(1), [0.025, 0.975], axis=0).T.tolist()
 
 
 def export(all_points: Sequence[PlanePoint], folder: Path, nulls: Nulls | None = None) -> list[Path]:

@@ -34,8 +34,8 @@ def site_of(
     )
     fields = study.field("H")[h.position], study.field("R")[r.position]
     far = tuple(c.direction[far_layer(k.layer, n)] for c, k in zip(fields, (h, r), strict=True))
-    label = "harm" if study.estimator == "harc" else "refusal"
-    first = tuple(study.contrast(kind, "t_first").direction[k.layer] for kind, k in (("harm", h), (label, r)))
+    kinds = (("harm", h), (study.refusal_kind, r))
+    first = tuple(study.contrast(kind, "t_first").direction[k.layer] for kind, k in kinds)
     site = Site(
         (h.vector, r.vector),
         {"wrong_layer": (far[0], far[1]), "wrong_position": (first[0], first[1])},

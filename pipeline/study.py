@@ -159,6 +159,11 @@ class Study:
             return self.config.estimator
         return "zhao" if enough else "harc"
 
+    @property
+    def refusal_kind(self) -> str:
+        """The kind of ``contrast`` that the estimator takes for refusal."""
+        return "harm" if self.estimator == "harc" else "refusal"
+
     @cached_property
     def _activations(self) -> Any:
         present = [
@@ -195,7 +200,7 @@ class Study:
     @cached_property
     def refusal(self) -> Contrast:
         """The refusal contrast at t_post_inst by this study's estimator."""
-        return self.contrast("harm" if self.estimator == "harc" else "refusal", "-1")
+        return self.contrast(self.refusal_kind, "-1")
 
     @cached_property
     def layer(self) -> int:
@@ -214,8 +219,7 @@ class Study:
         """Contrasts that carriers are looked for in: H at t_inst, R at the template's tokens by this study's estimator."""
         if kind == "H":
             return {"t_inst": self.harmfulness}
-        label = "harm" if self.estimator == "harc" else "refusal"
-        return {p: self.contrast(label, p) for p in self.tail}
+        return {p: self.contrast(self.refusal_kind, p) for p in self.tail}
 
     def carriers(self, kind: str) -> list[Carrier]:
         """Scored candidates of one field, best first; their vectors are made anew from the residuals."""
