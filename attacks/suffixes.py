@@ -120,6 +120,17 @@ class SuffixMethod(SourceMethod):
             allow_trim=allow_trim,
         )
 
+    def searched_artifact(self, behaviour: Behaviour, slot: SuffixSlot, state: GCGState) -> AttackArtifact:
+        """The best suffix of a search, with its losses and snapshots."""
+        return self.suffix_artifact(
+            behaviour,
+            slot,
+            state.best_ids,
+            history=state.losses,
+            best_step=state.best_step,
+            bests=state.bests,
+        )
+
 
 class Baselines(SuffixMethod):
     """The plain request, the initial suffix and a random one."""
@@ -222,14 +233,7 @@ class GCGMethod(SuffixMethod):
             draft=TargetLoss(self.draft, slot, mellowmax=mellowmax) if self.draft else None,
             on_step=on_step,
         )
-        artifact = self.suffix_artifact(
-            behaviour,
-            slot,
-            state.best_ids,
-            history=state.losses,
-            best_step=state.best_step,
-            bests=state.bests,
-        )
+        artifact = self.searched_artifact(behaviour, slot, state)
         assert artifact.loss is not None
         if not mellowmax and not abs(artifact.loss - state.best_loss) <= ROUNDING[self.loaded.dtype]:
             log.warning(

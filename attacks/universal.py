@@ -160,14 +160,7 @@ class UniversalGCG(SuffixMethod):
         artifacts, losses = [], {}
         for one in self._on:
             slot = one.slot(behaviour)
-            artifact = one.suffix_artifact(
-                behaviour,
-                slot,
-                state.best_ids,
-                history=state.losses,
-                best_step=state.best_step,
-                bests=state.bests,
-            )
+            artifact = one.searched_artifact(behaviour, slot, state)
             artifacts.append(artifact)
             losses[one.loaded.spec] = artifact.loss
         (_, variant), first = self.keys(behaviour)[0], artifacts[0]
