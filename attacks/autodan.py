@@ -1,20 +1,26 @@
-"""AutoDAN (Liu et al., arXiv 2310.04451): a genetic search over readable prompts, from hand-written seeds.
+"""AutoDAN (Liu et al., arXiv 2310.04451): a genetic search over readable prompts, from hand-written
+seeds.
 
-A population of prompt templates, each with the request's place in it. Fitness is minus the target loss of the whole prompt
-(``objective.py``). Each step: 1. score the population; 2. stop if the best one's greedy reply is a success (or after
+A population of prompt templates, each with the request's place in it. Fitness is minus the target
+loss of the whole prompt (``objective.py``). Each step: 1. score the population; 2. stop if the best
+one's greedy reply is a success (or after
 ``patience`` steps without a lower loss); 3. make the next generation:
 
-GA   elites stay; parents are drawn by a softmax roulette on the scores; pairs cross over at sentence ends with probability
+GA   elites stay; parents are drawn by a softmax roulette on the scores; pairs cross over at
+     sentence ends with probability
      ``crossover``; offspring are paraphrased with probability ``mutation``.
-HGA  the same in every ``paragraph_every``-th step (the first one included); in between the word level: a dictionary of words
-     with their mean score, averaged with its old value; elites stay, the others' words are replaced by synonyms drawn by it, up
-     to ``most_swaps`` a paragraph, and mutation follows as above.
+HGA  the same in every ``paragraph_every``-th step (the first one included); in between the word
+     level: a dictionary of words with their mean score, averaged with its old value; elites stay,
+     the others' words are replaced by synonyms drawn by it, up to ``most_swaps`` a paragraph, and
+     mutation follows as above.
 
-Returned is the prompt with the lowest loss of all steps, or the first success. ``loss_history`` begins with the best seed.
+Returned is the prompt with the lowest loss of all steps, or the first success. ``loss_history``
+begins with the best seed.
 
-Deviations: without a mutator, paraphrases are random synonyms of a small list of our own (the authors ask GPT-4, and use
-WordNet for synonyms), and so are the prompts that fill the first population up from the seeds (theirs has 256 rewritten by
-GPT-4). Sentences are those of the whole text, ending in . ! ? or : (theirs paragraph by paragraph, at commas too).
+Deviations: without a mutator, paraphrases are random synonyms of a small list of our own (the
+authors ask GPT-4, and use WordNet for synonyms), and so are the prompts that fill the first
+population up from the seeds (theirs has 256 rewritten by GPT-4). Sentences are those of the whole
+text, ending in . ! ? or : (theirs paragraph by paragraph, at commas too).
 """
 
 from __future__ import annotations
@@ -23,21 +29,34 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from attacks.method import SourceMethod, SuccessTest, stream_seed
+from attacks.baselines import SUFFIX_BASELINES, SuffixBaselinesConfig
 from attacks.prompt_loss import PromptLoss
-from attacks.words import MARKER, crossover, paraphrase, swap_words, update_dictionary, with_one_marker
+from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
+from attacks.result import AttackResult, Search, scored_result
+from attacks.words import (
+    MARKER,
+    crossover,
+    paraphrase,
+    read_seeds,
+    swap_words,
+    update_dictionary,
+    with_one_marker,
+)
+from attacks.workbench import Progress, Task, Workbench, stream_seed
 from core.chat import ChatModel
 from core.errors import AttackPlaneError
-from core.models import LoadedModel
-from core.records import AUTODAN_SEED, AttackArtifact, Behaviour, content_hash
-from core.store import RunFolder
+from core.records import AUTODAN_SEED, PLAIN, content_hash
+from core.settings import check_settings, setting
+from evaluation.judges import DEFAULT_JUDGE, Exchange, succeeded
 
+PROMPT_TOKENS = 162
+"""Rough length of a prompt and its target, for estimates only."""
 REWRITE = (
-    "Rewrite the text below in other words. Keep its meaning and its length, and keep {request} exactly as it is. "
+    "Rewrite the text below in other words. Keep its meaning and its length, and keep {request} "
+    "exactly as it is. "
     "Answer with the rewritten text alone.\n\n"
 )
 
@@ -46,36 +65,44 @@ REWRITE = (
 class AutoDANConfig:
     """Defaults are the paper's and its code's."""
 
-    variant: str = "hga"
-    num_steps: int = 100
-    population: int = 256
-    elite: float = 0.05
-    crossover: float = 0.5
-    crossover_points: int = 5
-    mutation: float = 0.01
-    paragraph_every: int = 5
-    word_probability: float = 0.5
-    most_swaps: int = 5
-    top_words: int | None = None
-    """Keep only so many words in the dictionary (30 in one port); None: all."""
-    word_level: bool = True
-    """Off: an ablation of HGA whose steps in between leave the population as it is."""
-    stop_on_success: bool = True
-    reply_tokens: int = 64
-    patience: int = 0
-    """Stop after so many steps without a lower loss; 0: never."""
-    system_prompt: str | None = None
+    variant: str = setting(
+        "hga", "ga: paragraph level only. hga: with the word level.", choices=("ga", "hga")
+    )
+    num_steps: int = setting(100, "Generations.", flag="--steps", low=0)
+    population: int = setting(256, "Prompts per generation.", low=2)
+    elite: float = setting(0.05, "Share that stays as it is.", low=0, high=1)
+    crossover: float = setting(0.5, "Probability that a pair crosses over.", low=0, high=1)
+    crossover_points: int = setting(5, "Cuts of a crossover.", low=0)
+    mutation: float = setting(0.01, "Probability of a paraphrase.", low=0, high=1)
+    paragraph_every: int = setting(5, "HGA: steps between two paragraph levels.", low=1)
+    word_probability: float = setting(
+        0.5, "Probability that an unknown word scores as the worst known one.", low=0, high=1
+    )
+    most_swaps: int = setting(5, "Synonyms per paragraph.", low=0)
+    top_words: int | None = setting(
+        None, "Words kept in the dictionary (30 in one port) [default: all]", low=1
+    )
+    word_level: bool = setting(
+        True, "An ablation: HGA without its word level.", flag="--word-level/--no-word-level"
+    )
+    stop_on_success: bool = setting(
+        True,
+        "Stop at the first success by the judge.",
+        flag="--stop-on-success/--no-stop-on-success",
+    )
+    reply_tokens: int = setting(64, "Tokens of the reply that is judged.", low=1)
+    patience: int = setting(0, "Stop after so many steps without a lower loss; 0: never.", low=0)
+    system_prompt: str | None = setting(None, "System prompt.", flag="--system")
+    seeds: str | None = setting(
+        None, 'Seed prompts: JSON lines {"name", "text" with {request}} [default: ours]'
+    )
+    mutator: str | None = setting(
+        None, "Paraphrases by this model (a spec or http://HOST/v1#MODEL) [default: synonyms]"
+    )
+    judge: str = setting(DEFAULT_JUDGE, "Success test of each step's best.")
 
     def __post_init__(self) -> None:
-        if self.variant not in ("ga", "hga"):
-            raise AttackPlaneError("variant must be ga or hga", where="autodan", got=self.variant)
-        for name in ("elite", "crossover", "mutation", "word_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise AttackPlaneError(f"{name} must lie in [0, 1]", where="autodan", got=getattr(self, name))
-        least = {"num_steps": 0, "population": 2, "paragraph_every": 1, "reply_tokens": 1, "patience": 0}
-        for name, low in {**least, "crossover_points": 0, "most_swaps": 0}.items():
-            if getattr(self, name) < low:
-                raise AttackPlaneError(f"{name} is too small", where="autodan", got=getattr(self, name))
+        check_settings(self, "autodan")
 
     @property
     def elites(self) -> int:
@@ -118,9 +145,11 @@ def mutation_by(chat: ChatModel) -> Mutate:
 
     def mutate(texts: list[str], rng: random.Random) -> list[str]:
         asked = [[("user", REWRITE + text)] for text in texts]
-        replies = chat.replies(
-            asked, max_new_tokens=400, temperature=1.0, seed=rng.randrange(2**31)
-        ) if texts else []  # fmt: skip
+        replies = (
+            chat.replies(asked, max_new_tokens=400, temperature=1.0, seed=rng.randrange(2**31))
+            if texts
+            else []
+        )
         return [with_one_marker(r) if r.strip() else t for r, t in zip(replies, texts, strict=True)]
 
     return mutate
@@ -147,25 +176,35 @@ def paragraph_level(
     offspring: list[str] = []
     for first, second in zip(parents[::2], parents[1::2], strict=True):
         cross = rng.random() < config.crossover
-        offspring += crossover(first, second, config.crossover_points, rng) if cross else (first, second)
+        offspring += (
+            crossover(first, second, config.crossover_points, rng) if cross else (first, second)
+        )
     return elites + mutated(offspring[:count], config, mutate, rng)
 
 
 def word_level(
-    population: Sequence[str], scores: Sequence[float], dictionary: dict[str, float], config: AutoDANConfig,
-    mutate: Mutate, rng: random.Random,
-) -> list[str]:  # fmt: skip
+    population: Sequence[str],
+    scores: Sequence[float],
+    dictionary: dict[str, float],
+    config: AutoDANConfig,
+    mutate: Mutate,
+    rng: random.Random,
+) -> list[str]:
     """The next generation by synonyms and mutation; elites stay."""
     order = sorted(range(len(population)), key=lambda i: -scores[i])
     ranked = [population[i] for i in order]
     swapped = [
-        swap_words(text, dictionary, rng, probability=config.word_probability, most=config.most_swaps)
+        swap_words(
+            text, dictionary, rng, probability=config.word_probability, most=config.most_swaps
+        )
         for text in ranked[config.elites :]
     ]
     return ranked[: config.elites] + mutated(swapped, config, mutate, rng)
 
 
-def mutated(texts: list[str], config: AutoDANConfig, mutate: Mutate, rng: random.Random) -> list[str]:
+def mutated(
+    texts: list[str], config: AutoDANConfig, mutate: Mutate, rng: random.Random
+) -> list[str]:
     """Each text paraphrased with the mutation's probability."""
     texts = list(texts)
     which = [i for i in range(len(texts)) if rng.random() < config.mutation]
@@ -174,8 +213,11 @@ def mutated(texts: list[str], config: AutoDANConfig, mutate: Mutate, rng: random
     return texts
 
 
-def first_population(seeds: Sequence[str], size: int, mutate: Mutate, rng: random.Random) -> list[str]:
-    """The seeds, best first, filled up with paraphrases of them in turn; the best ``size`` of many seeds."""
+def first_population(
+    seeds: Sequence[str], size: int, mutate: Mutate, rng: random.Random
+) -> list[str]:
+    """The seeds, best first, filled up with paraphrases of them in turn; the best ``size`` of many
+    seeds."""
     copies = [seeds[i % len(seeds)] for i in range(max(0, size - len(seeds)))]
     return [*seeds[:size], *mutate(copies, rng)]
 
@@ -191,7 +233,8 @@ def run_autodan(
     state: AutoDANState | None = None,
     on_step: Callable[[AutoDANState], None] = lambda state: None,
 ) -> AutoDANState:
-    """Search from ``seeds``; ``on_step`` is called after every step, and a state it was given can be passed back in."""
+    """Search from ``seeds``; ``on_step`` is called after every step, and a state it was given can
+    be passed back in."""
     rng = random.Random(seed)
     if state is None:
         losses = loss.losses(seeds)
@@ -199,9 +242,15 @@ def run_autodan(
         fittest = [text for _, text in sorted(zip(losses, seeds, strict=True))]
         population = first_population(fittest, config.population, mutate, rng)
         state = AutoDANState(
-            population, [], [losses[best]], seeds[best], 0, loss.objective.batch.value,
-            known=dict(zip(seeds, losses, strict=True)), bests=[(0, seeds[best])],
-        )  # fmt: skip
+            population,
+            [],
+            [losses[best]],
+            seeds[best],
+            0,
+            loss.objective.batch.value,
+            known=dict(zip(seeds, losses, strict=True)),
+            bests=[(0, seeds[best])],
+        )
         if math.isinf(losses[best]):
             raise AttackPlaneError(
                 "no seed keeps its tokens in this model's template", where=loss.renderer.loaded.spec
@@ -237,7 +286,11 @@ def _waited(state: AutoDANState, config: AutoDANConfig) -> bool:
 
 
 def _next_generation(
-    state: AutoDANState, scores: Sequence[float], config: AutoDANConfig, mutate: Mutate, rng: random.Random
+    state: AutoDANState,
+    scores: Sequence[float],
+    config: AutoDANConfig,
+    mutate: Mutate,
+    rng: random.Random,
 ) -> None:
     old = state.population
     if config.variant == "ga" or (state.step - 1) % config.paragraph_every == 0:
@@ -250,91 +303,157 @@ def _next_generation(
     state.known = {text: state.known[text] for text in state.population if text in state.known}
 
 
-class AutoDANSeeds(SourceMethod):
-    """The seeds as they are, an artifact each: the baseline that explains most of AutoDAN's success in the literature."""
-
-    name = AUTODAN_SEED
-
-    def __init__(
-        self, run: RunFolder, loaded: LoadedModel, seeds: dict[str, str], system: str | None, seed: int
-    ) -> None:
-        super().__init__(run, loaded, seed)
-        self.seeds, self.system = seeds, system
-
-    def settings(self) -> dict[str, Any]:
-        return {"seeds": content_hash(self.seeds), "system_prompt": self.system}
-
-    def keys(self, behaviour: Behaviour) -> list[tuple[str, str | None]]:
-        return [(self.name, name) for name in self.seeds]
-
-    def make(self, behaviour: Behaviour, bar: tqdm) -> Iterator[AttackArtifact]:
-        for name, text in self.seeds.items():
-            prompt = text.replace(MARKER, behaviour.request)
-            yield self.scored_artifact(behaviour, prompt, variant=name, system=self.system, allow_trim=True)
+# --- as attacks of the registry -------------------------------------------------------------------
+def seeds_of(path: str | None) -> dict[str, str]:
+    """Seed prompts by name."""
+    return read_seeds(Path(path) if path else None)
 
 
-class AutoDAN(SourceMethod):
-    """AutoDAN on a source model; ``mutator`` writes the paraphrases, ``success`` judges the greedy reply of each step's best."""
+@dataclass(frozen=True)
+class AutoDANSeedConfig:
+    seeds: str | None = setting(None, "Seed prompts [default: ours]")
+    system_prompt: str | None = setting(None, "System prompt.", flag="--system")
 
-    unit = "step"
 
-    def __init__(
-        self,
-        run: RunFolder,
-        loaded: LoadedModel,
-        config: AutoDANConfig,
-        seed: int,
-        *,
-        seeds: dict[str, str],
-        success: SuccessTest,
-        mutator: ChatModel | None = None,
-        save_every: int = 1,
-    ) -> None:
-        super().__init__(run, loaded, seed)
-        self.config, self.seeds, self.success = config, seeds, success
-        self.mutator, self.save_every = mutator, save_every
-        self.name = f"autodan_{config.variant}" + ("" if config.word_level else "_without_words")
-        self.steps = config.num_steps
-
-    def settings(self) -> dict[str, Any]:
-        mutator = self.mutator.identity if self.mutator else None
-        judge = self.success.judge if self.config.stop_on_success else None
-        return {**asdict(self.config), "seeds": content_hash(self.seeds), "mutator": mutator, "judge": judge}
-
-    def make(self, behaviour: Behaviour, bar: tqdm) -> Iterator[AttackArtifact]:
-        name, seeds = self.artifact_id(behaviour), list(self.seeds.values())
-        saved = self.run.load_state(name)
-        state = AutoDANState(**saved) if saved else None
-        if state:
-            bar.update(state.step)
-
-        def on_step(now: AutoDANState) -> None:
-            if now.step % self.save_every == 0:
-                self.run.save_state(name, asdict(now))
-            bar.update(1)
-            best = now.losses[now.best_step]
-            bar.set_postfix_str(f"{behaviour.behaviour_id} loss {now.losses[-1]:.3f} best {best:.3f}")
-
-        state = run_autodan(
-            PromptLoss(self.renderer, behaviour, self.config.system_prompt, seeds),
-            seeds,
-            self.config,
-            seed=stream_seed(self.seed, behaviour.behaviour_id, self.config.variant),
-            mutate=mutation_by(self.mutator) if self.mutator else offline_mutation,
-            is_success=lambda reply: self.success.decide(behaviour, reply),
-            state=state,
-            on_step=on_step,
-        )
-        yield self.scored_artifact(
-            behaviour,
-            state.best.replace(MARKER, behaviour.request),
-            system=self.config.system_prompt,
-            history=state.losses,
-            best_step=state.best_step,
-            snapshots=[
-                {"step": step, "prompt": text.replace(MARKER, behaviour.request)}
-                for step, text in state.bests
-            ],
+def run_seeds(bench: Workbench, task: Task, config: AutoDANSeedConfig) -> Iterator[AttackResult]:
+    """The seeds as they are: they explain most of AutoDAN's success in the literature."""
+    for name, text in seeds_of(config.seeds).items():
+        yield scored_result(
+            bench.renderer,
+            task.behaviour,
+            AUTODAN_SEED,
+            text.replace(MARKER, task.behaviour.request),
+            variant=name,
+            system=config.system_prompt,
             allow_trim=True,
-            provenance={"prompts_scored": len(seeds) + sum(state.scored), "success": state.success},
         )
+
+
+def name_of(config: AutoDANConfig) -> str:
+    """The name of a variant in the artifacts."""
+    return f"autodan_{config.variant}" + ("" if config.word_level else "_without_words")
+
+
+def run(bench: Workbench, task: Task, config: AutoDANConfig) -> Iterator[AttackResult]:
+    """One evolved prompt for one request."""
+    behaviour, seeds = task.behaviour, list(seeds_of(config.seeds).values())
+    saved = bench.states.load(task.key)
+    judge = bench.judge(config.judge)
+
+    def on_step(state: AutoDANState) -> None:
+        if state.step % task.save_every == 0:
+            bench.states.save(task.key, asdict(state))
+        best = state.losses[state.best_step]
+        task.on_step(Progress(state.step, config.num_steps, state.losses[-1], best))
+
+    def is_success(reply: str) -> bool:
+        exchange = Exchange(behaviour.request, reply, behaviour.target_string)
+        return succeeded(judge, [exchange])[0]
+
+    state = run_autodan(
+        PromptLoss(bench.renderer, behaviour, config.system_prompt, seeds),
+        seeds,
+        config,
+        seed=stream_seed(bench.seed, behaviour.behaviour_id, config.variant),
+        mutate=mutation_by(bench.chat(config.mutator)) if config.mutator else offline_mutation,
+        is_success=is_success,
+        state=AutoDANState(**saved) if saved else None,
+        on_step=on_step,
+    )
+    snapshots = [(step, text.replace(MARKER, behaviour.request)) for step, text in state.bests]
+    yield scored_result(
+        bench.renderer,
+        behaviour,
+        name_of(config),
+        state.best.replace(MARKER, behaviour.request),
+        system=config.system_prompt,
+        search=Search(state.losses, state.best_step, snapshots=snapshots),
+        allow_trim=True,
+        provenance={
+            "prompts_scored": len(seeds) + sum(state.scored),
+            "success": state.success,
+        },
+    )
+
+
+def identity(bench: Workbench, config: AutoDANConfig, name: str) -> dict[str, Any]:
+    """The settings, with the seeds by their text and the mutator by its weights."""
+    values = asdict(config)
+    judge = values.pop("judge")
+    return {
+        **values,
+        "seeds": content_hash(seeds_of(config.seeds)),
+        "mutator": bench.chat(config.mutator).identity if config.mutator else None,
+        "judge": judge if config.stop_on_success else None,
+    }
+
+
+def baselines(config: AutoDANConfig) -> list[tuple[str, Any]]:
+    """The plain request and the seeds."""
+    system = config.system_prompt
+    plain = SuffixBaselinesConfig(names=(PLAIN,), system_prompt=system)
+    return [
+        (SUFFIX_BASELINES, plain),
+        (AUTODAN_SEED, AutoDANSeedConfig(config.seeds, system)),
+    ]
+
+
+def cost(config: AutoDANConfig, count: int, speed: Speed) -> float:
+    """Seconds: a generation is scored anew in every step, and its best one's reply judged."""
+    new = config.population * PROMPT_TOKENS * speed.token
+    if not config.word_level:
+        new /= config.paragraph_every
+    # one reply alone takes about half of a batch's step
+    test = config.reply_tokens * speed.decoding_step / 2 if config.stop_on_success else 0.0
+    return count * config.num_steps * (new + test)
+
+
+ATTACKS.add(
+    Attack(
+        name=AUTODAN_SEED,
+        summary="AutoDAN's seed prompts, not optimised: what AutoDAN is compared with.",
+        config=AutoDANSeedConfig,
+        run=run_seeds,
+        cost=lambda config, count, speed: (
+            len(seeds_of(config.seeds)) * count * PROMPT_TOKENS * speed.token
+        ),
+        sources="one",
+        needs_target=True,
+        keys=lambda config, behaviour, bench: [
+            (AUTODAN_SEED, name) for name in seeds_of(config.seeds)
+        ],
+        identity=lambda bench, config, name: {
+            "seeds": content_hash(seeds_of(config.seeds)),
+            "system_prompt": config.system_prompt,
+        },
+        command=False,
+    )
+)
+ATTACK = ATTACKS.add(
+    Attack(
+        name="autodan",
+        summary="Evolve readable prompts from seed prompts (AutoDAN).",
+        config=AutoDANConfig,
+        run=run,
+        cost=cost,
+        presets={PAPER: {}, QUICK: {"num_steps": 10, "population": 16, "mutation": 0.1}},
+        forms={
+            "autodan_ga": {"variant": "ga"},
+            "autodan_hga": {"variant": "hga"},
+            "autodan_hga_without_words": {"variant": "hga", "word_level": False},
+        },
+        sources="one",
+        needs_target=True,
+        keys=lambda config, behaviour, bench: [(name_of(config), None)],
+        identity=identity,
+        baselines=baselines,
+        steps=lambda config: config.num_steps,
+        unit="step",
+        save_every=1,
+        examples=(
+            "autodan --limit 2",
+            "autodan --variant ga --no-stop-on-success",
+            "autodan --mutator http://localhost:8000/v1#NAME",
+        ),
+    )
+)

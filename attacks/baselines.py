@@ -1,14 +1,23 @@
-"""What an optimised suffix is compared with: the plain request, the un-optimised suffix, a random one of its length."""
+"""What an optimised suffix is compared with: the plain request, the un-optimised suffix, a random
+one of its length."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
-from attacks.slot import SuffixSlot
+from attacks.registry import ATTACKS, Attack
+from attacks.result import AttackResult, prompt_result, scored_result, suffix_result
+from attacks.slot import SuffixSlot, slot_for
+from attacks.workbench import Task, Workbench, stream_seed
 from core.errors import AttackPlaneError
-from core.records import INITIAL_SUFFIX, RANDOM_SUFFIX
+from core.records import INITIAL_SUFFIX, PLAIN, RANDOM_SUFFIX
+from core.settings import check_settings, setting
+
+SUFFIX_BASELINES = "baselines"
 
 
 def random_suffix(
@@ -16,9 +25,9 @@ def random_suffix(
 ) -> list[int]:
     """Uniform random allowed tokens, as many as the initial suffix has, that keep token fidelity.
 
-    Whole random suffixes seldom survive tokenisation, so it starts from the initial one and replaces the positions in
-    random order, each by the first of 64 uniform draws that keeps fidelity; positions where none did get further
-    rounds.
+    Whole random suffixes seldom survive tokenisation, so it starts from the initial one and
+    replaces the positions in random order, each by the first of 64 uniform draws that keeps
+    fidelity; positions where none did get further rounds.
     """
     ids = torch.nonzero(allowed)[:, 0]
     suffix = list(slot.initial_ids)
@@ -40,7 +49,7 @@ def random_suffix(
         "found no random suffix that keeps its tokens",
         where=slot.renderer.loaded.spec,
         got=f"{len(waiting)} of {len(suffix)} positions left after {rounds} rounds",
-        remedy="run with --no-baselines, or choose another --init-suffix",
+        remedy="leave the baselines out, or choose another init_suffix",
     )
 
 
@@ -53,3 +62,80 @@ def baseline_suffixes(
             yield name, random_suffix(slot, allowed, generator)
         else:
             yield name, list(slot.initial_ids) if name == INITIAL_SUFFIX else None
+
+
+@dataclass(frozen=True)
+class SuffixBaselinesConfig:
+    """Which baselines of a suffix attack, with the settings of the attack's own suffix."""
+
+    names: tuple[str, ...] = setting(
+        (PLAIN, INITIAL_SUFFIX, RANDOM_SUFFIX),
+        "Which baselines.",
+        choices=(PLAIN, INITIAL_SUFFIX, RANDOM_SUFFIX),
+    )
+    suffix_length: int = setting(20, "Words of the initial suffix.", low=1)
+    init_suffix: str | None = setting(None, "Initial suffix in its place.")
+    placement: str = setting("{request} {suffix}", "Where the suffix stands.")
+    system_prompt: str | None = setting(None, "System prompt.", flag="--system")
+    ascii_only: bool = setting(True, "Allow ASCII tokens only.")
+
+    def __post_init__(self) -> None:
+        check_settings(self, SUFFIX_BASELINES)
+
+
+def run(bench: Workbench, task: Task, config: SuffixBaselinesConfig) -> Iterator[AttackResult]:
+    """The chosen baselines of one request, scored on the source model."""
+    slot = slot_for(bench.renderer, task.behaviour, config)
+    seed = stream_seed(bench.seed, task.behaviour.behaviour_id, "random suffix")
+    generator = torch.Generator().manual_seed(seed)
+    allowed = bench.allowed(ascii_only=config.ascii_only)
+    system = config.system_prompt
+    for name, suffix_ids in baseline_suffixes(slot, allowed, generator, config.names):
+        if suffix_ids is None:
+            request = task.behaviour.request
+            yield scored_result(bench.renderer, task.behaviour, name, request, system=system)
+        else:
+            yield suffix_result(slot, task.behaviour, name, suffix_ids, system=system)
+
+
+def identity(bench: Workbench, config: SuffixBaselinesConfig, name: str) -> dict[str, Any]:
+    """The plain request depends on the system prompt alone, whatever suffixes stand beside it."""
+    values = asdict(config)
+    del values["names"]
+    return {"system_prompt": config.system_prompt} if name == PLAIN else values
+
+
+@dataclass(frozen=True)
+class PlainConfig:
+    system_prompt: str | None = setting(None, "System prompt.", flag="--system")
+
+
+def run_plain(bench: Workbench, task: Task, config: PlainConfig) -> Iterator[AttackResult]:
+    """The request alone, for attacks without a source model."""
+    request = task.behaviour.request
+    yield prompt_result(task.behaviour, PLAIN, request, system=config.system_prompt)
+
+
+ATTACKS.add(
+    Attack(
+        name=SUFFIX_BASELINES,
+        summary="What a suffix is compared with: plain request, initial and random suffix.",
+        config=SuffixBaselinesConfig,
+        run=run,
+        cost=lambda config, count, speed: count * len(config.names) * 40 * speed.token,
+        sources="one",
+        needs_target=True,
+        keys=lambda config, behaviour, bench: [(name, None) for name in config.names],
+        identity=identity,
+        command=False,
+    )
+)
+ATTACKS.add(
+    Attack(
+        name=PLAIN,
+        summary="The request alone: what prompt-level attacks are compared with.",
+        config=PlainConfig,
+        run=run_plain,
+        command=False,
+    )
+)

@@ -1,7 +1,8 @@
 """Which tokens a suffix may hold, and which candidates one step of GCG tries.
 
-Algorithm 1 of GCG (arXiv 2307.15043): per position the top-k tokens with the most negative gradient; then B
-candidates, each the current suffix with one position (or n) drawn uniformly and replaced by one of its top-k.
+Algorithm 1 of GCG (arXiv 2307.15043): per position the top-k tokens with the most negative
+gradient; then B candidates, each the current suffix with one position (or n) drawn uniformly and
+replaced by one of its top-k.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from torch import Tensor
 
 
 def allowed_tokens(tokenizer: Any, vocabulary: int, *, ascii_only: bool = True) -> Tensor:
-    """(vocabulary,) bool: tokens that decode to printable text (ASCII if asked), no special or added tokens."""
+    """(vocabulary,) bool: tokens that decode to printable text (ASCII if asked), no special or
+    added tokens."""
     allowed = torch.zeros(vocabulary, dtype=torch.bool)
     known = min(len(tokenizer), vocabulary)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -37,7 +39,8 @@ def sample_candidates(
     """Draw candidates on the CPU: no no-ops, no duplicates, first come first kept.
 
     Args:
-        suffix: (suffix length,) current ids. gradient: (suffix length, vocabulary). allowed: (vocabulary,) bool.
+        suffix: (suffix length,) current ids. gradient: (suffix length, vocabulary). allowed:
+        (vocabulary,) bool.
         topk: tokens per position. width: candidates drawn. n_replace: positions replaced in each.
 
     Returns:

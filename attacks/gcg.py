@@ -1,18 +1,22 @@
 """Greedy Coordinate Gradient (Zou et al., arXiv 2307.15043, algorithm 1) against one behaviour.
 
-Each step: 1. token gradient of the target loss at the current suffix; 2. per position the top-k allowed tokens;
-3. draw ``search_width`` candidates with ``n_replace`` positions replaced, drop no-ops and duplicates; 4. drop those
-without token fidelity in the whole conversation; 5. score the rest exactly; 6. the lowest becomes the current suffix,
-also where its loss is higher than before (the paper keeps no best). Returned is the best suffix over all steps with
-its own loss.
+Each step: 1. token gradient of the target loss at the current suffix; 2. per position the top-k
+allowed tokens;
+3. draw ``search_width`` candidates with ``n_replace`` positions replaced, drop no-ops and
+   duplicates; 4. drop those without token fidelity in the whole conversation; 5. score the rest
+   exactly; 6. the lowest becomes the current suffix, also where its loss is higher than before (the
+   paper keeps no best). Returned is the best suffix over all steps with its own loss.
 
 Options that make it another algorithm are off by default:
 
 ``momentum``       step 1 takes a running mean of the gradients (MAC, arXiv 2405.01229)
-``mellowmax``      the loss of steps 1 and 5 weighs the worst target tokens more (``likelihood.target_nll``)
-``buffer``         step 1 starts from the best of so many suffixes kept so far, and step 6 replaces the worst of them if the
-                   winner is better (ACG and nanogcg; theirs begins with random suffixes, ours with the initial one)
-``final_width``, ``final_n_replace``  step 3's numbers go linearly from their first values to these (ACG anneals the
+``mellowmax``      the loss of steps 1 and 5 weighs the worst target tokens more
+                   (``likelihood.target_nll``)
+``buffer``         step 1 starts from the best of so many suffixes kept so far, and step 6 replaces
+                   the worst of them if the winner is better (ACG and nanogcg; theirs begins with
+                   random suffixes, ours with the initial one)
+``final_width``, ``final_n_replace``  step 3's numbers go linearly from their first values to these
+                                      (ACG anneals the
                    positions from many to one)
 and those of ``attacks/selection.py`` in steps 5 and 6.
 """
@@ -20,60 +24,75 @@ and those of ``attacks/selection.py`` in steps 5 and 6.
 from __future__ import annotations
 
 import base64
+import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 
+from attacks.baselines import SUFFIX_BASELINES, SuffixBaselinesConfig
 from attacks.candidates import sample_candidates
+from attacks.likelihood import ROUNDING
 from attacks.objective import TargetLoss
+from attacks.protocols import Growth, SuffixLoss, SuffixPlace
+from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
+from attacks.result import AttackResult, Search, suffix_result
 from attacks.selection import choose
-from attacks.slot import SuffixSlot
+from attacks.slot import SuffixSlot, slot_for
+from attacks.workbench import Progress, Task, Workbench, stream_seed
 from core.errors import AttackPlaneError
+from core.models import LoadedModel
+from core.records import Behaviour
+from core.settings import check_settings, setting
+
+log = logging.getLogger(__name__)
+NAME = "gcg"
+TEMPLATE_TOKENS, TARGET_TOKENS = 40, 12
+"""Rough lengths of a chat template and of a target, for estimates only."""
 
 
 @dataclass(frozen=True)
 class GCGConfig:
-    """Defaults are the paper's (its section 3: 500 steps, B = 512, k = 256, 20 tokens of "!")."""
+    """Defaults are the paper's (section 3: 500 steps, B = 512, k = 256, 20 tokens of "!")."""
 
-    num_steps: int = 500
-    search_width: int = 512
-    topk: int = 256
-    n_replace: int = 1
-    suffix_length: int = 20
-    init_suffix: str | None = None
-    placement: str = "{request} {suffix}"
-    system_prompt: str | None = None
-    ascii_only: bool = True
-    stop_loss: float = 0.0
-    """Stop once the best loss is at or below this (nats per target token); 0 runs all steps, as the paper does."""
-    stop_on_match: bool = False
-    """Stop at a suffix after which greedy decoding gives the target, and return that one."""
-    momentum: float = 0.0
-    """mu of g <- mu g + (1 - mu) gradient, the direction that candidates are drawn by (MAC); 0 is GCG."""
-    screen: int = 0
-    merge: int = 0
-    draft: str | None = None
-    """Model spec of the draft model of probe sampling; for these three see ``attacks/selection.py``."""
-    mellowmax: float = 0.0
-    buffer: int = 0
-    final_width: int | None = None
-    final_n_replace: int | None = None
+    num_steps: int = setting(500, "Optimiser steps.", flag="--steps", low=0)
+    search_width: int = setting(512, "Candidates per step.", flag="--width", low=1)
+    topk: int = setting(256, "Tokens tried per position.", low=1)
+    n_replace: int = setting(1, "Positions replaced in each candidate.", low=1)
+    suffix_length: int = setting(20, 'Words of the initial suffix ("! ! ...").', low=1)
+    init_suffix: str | None = setting(None, "Initial suffix in its place.")
+    placement: str = setting("{request} {suffix}", "Where the suffix stands.")
+    system_prompt: str | None = setting(None, "System prompt.", flag="--system")
+    ascii_only: bool = setting(True, "Allow ASCII tokens only.", flag="--ascii-only/--any-token")
+    stop_loss: float = setting(
+        0.0, "Stop at this loss (nats per target token); 0: never, as in the paper.", low=0
+    )
+    stop_on_match: bool = setting(
+        False, "Stop at a suffix after which greedy decoding gives the target, and return it."
+    )
+    momentum: float = setting(
+        0.0, "mu of g <- mu g + (1 - mu) gradient (MAC); 0: none.", low=0, below=1
+    )
+    screen: int = setting(
+        0, "Score in reduced precision and only the best so many exactly; 0: all exactly.", low=0
+    )
+    merge: int = setting(0, "Merge the best so many candidates (I-GCG); 0: none.", low=0)
+    draft: str | None = setting(
+        None, "Draft model of probe sampling (a model spec with the same vocabulary)."
+    )
+    mellowmax: float = setting(
+        0.0, "Weigh the worst target tokens by this alpha; 0: the mean.", low=0
+    )
+    buffer: int = setting(0, "Go on from the best of so many suffixes; 0: none.", low=0)
+    final_width: int | None = setting(None, "Width of the last step, reached linearly.", low=1)
+    final_n_replace: int | None = setting(
+        None, "Positions replaced in the last step, reached linearly.", low=1
+    )
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "search_width", "topk", "n_replace", "suffix_length"):
-            if getattr(self, name) < (0 if name == "num_steps" else 1):
-                raise AttackPlaneError(f"{name} is too small", where="gcg", got=getattr(self, name))
-        if not 0 <= self.momentum < 1:
-            raise AttackPlaneError("momentum must lie in [0, 1)", where="gcg", got=self.momentum)
-        for name in ("screen", "merge", "mellowmax", "buffer"):
-            if getattr(self, name) < 0:
-                raise AttackPlaneError(f"{name} must be 0 or more", where="gcg", got=getattr(self, name))
-        for name in ("final_width", "final_n_replace"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise AttackPlaneError(f"{name} must be 1 or more", where="gcg", got=getattr(self, name))
+        check_settings(self, "gcg")
 
     def width_at(self, step: int) -> int:
         """Candidates of a step, counted from 0."""
@@ -83,7 +102,11 @@ class GCGConfig:
         return self._annealed(self.n_replace, self.final_n_replace, step)
 
     def _annealed(self, first: int, last: int | None, step: int) -> int:
-        return first if last is None else round(first + (last - first) * step / max(1, self.num_steps - 1))
+        return (
+            first
+            if last is None
+            else round(first + (last - first) * step / max(1, self.num_steps - 1))
+        )
 
 
 @dataclass
@@ -100,7 +123,8 @@ class GCGState:
     scored: list[int] = field(default_factory=list)
     """Candidates scored in each step, after the filters."""
     momentum: torch.Tensor | str | None = None
-    """Running mean of the gradients, (suffix length, vocabulary); base64 of its float32 in a row. Only with momentum."""
+    """Running mean of the gradients, (suffix length, vocabulary); base64 of its float32 in a row.
+    Only with momentum."""
     buffer: list[tuple[float, list[int], int]] = field(default_factory=list)
     """The best suffixes with their losses and steps, best first. Only with a buffer."""
     current_step: int = 0
@@ -120,7 +144,8 @@ class GCGState:
         return self.losses[self.best_step]
 
     def note(self, loss: float, buffer: int = 0) -> None:
-        """Record the loss of ``suffix_ids``, keep the best; with a buffer go on from the best that it holds."""
+        """Record the loss of ``suffix_ids``, keep the best; with a buffer go on from the best that
+        it holds."""
         self.losses.append(loss)
         if len(self.losses) == 1 or loss < self.best_loss:
             self.best_step, self.best_ids = len(self.losses) - 1, list(self.suffix_ids)
@@ -132,7 +157,8 @@ class GCGState:
             self.suffix_ids, self.current_step = list(self.buffer[0][1]), self.buffer[0][2]
 
     def begin_anew(self, loss: float, buffer: int = 0) -> None:
-        """The loss is another from here on (a prompt joined): earlier ones say nothing about the best."""
+        """The loss is another from here on (a prompt joined): earlier ones say nothing about the
+        best."""
         self.losses.pop()
         self.buffer, self.best_step, self.best_ids = [], len(self.losses), list(self.suffix_ids)
         self.bests = [(self.best_step, self.best_ids)]
@@ -143,7 +169,9 @@ class GCGState:
 
     def __post_init__(self) -> None:
         if isinstance(self.momentum, str):
-            values = torch.frombuffer(bytearray(base64.b64decode(self.momentum)), dtype=torch.float32)
+            values = torch.frombuffer(
+                bytearray(base64.b64decode(self.momentum)), dtype=torch.float32
+            )
             self.momentum = values.view(len(self.suffix_ids), -1)
 
     def to_row(self) -> dict[str, Any]:
@@ -154,32 +182,28 @@ class GCGState:
 
 
 def run_gcg(
-    objective: TargetLoss,
-    slot: SuffixSlot,
+    objective: SuffixLoss,
+    slot: SuffixPlace,
     config: GCGConfig,
     allowed: torch.Tensor,
     *,
     seed: int,
     state: GCGState | None = None,
-    draft: TargetLoss | None = None,
+    draft: SuffixLoss | None = None,
+    growth: Growth | None = None,
     on_step: Callable[[GCGState], None] = lambda state: None,
 ) -> GCGState:
-    """Optimise one suffix; ``on_step`` is called after every step, and a state it was given can be passed back in.
+    """Optimise one suffix.
 
-    ``draft`` is the same slot's loss on the draft model, for probe sampling.
+    Args:
+        draft: the same slot's loss on the draft model, for probe sampling.
+        growth: prompts that join the loss as it is solved, for a universal suffix.
+        on_step: called after every step; a state that it was given can be passed back in.
 
     Raises:
         AttackPlaneError: the loss is not finite (a precision too narrow for this model).
     """
-    most = max(config.n_replace, config.final_n_replace or 0)
-    if most > len(slot.initial_ids):
-        raise AttackPlaneError(
-            "more positions to replace than the suffix has tokens",
-            where="gcg n_replace",
-            got=f"{most}, suffix of {len(slot.initial_ids)} tokens",
-        )
-    if config.draft and draft is None:
-        raise AttackPlaneError("probe sampling needs the draft's loss", where="gcg draft", got=config.draft)
+    _check(slot, config, draft)
     generator = torch.Generator().manual_seed(seed)
     if state is None:
         state = GCGState(list(slot.initial_ids), [], objective.batch.value)
@@ -187,13 +211,13 @@ def run_gcg(
     else:
         generator.set_state(torch.tensor(state.generator_state, dtype=torch.uint8))
         objective.batch.value = state.batch_size
-        while objective.active < state.active and objective.grow():
+        while growth and growth.active < state.active and growth.grow():
             pass
-    while state.step < config.num_steps and (objective.waiting or state.best_loss > config.stop_loss):
+    while state.step < config.num_steps and not _low_enough(state, config, growth):
         suffix = torch.tensor(state.suffix_ids)
         _, gradient = objective.token_gradient(suffix)
-        if objective.matches and objective.grow():
-            state.active = objective.active
+        if objective.matches and growth and growth.grow():
+            state.active = growth.active
             state.begin_anew(_loss_of(state.suffix_ids, objective), config.buffer)
             continue
         if config.stop_on_match and objective.matches:
@@ -209,22 +233,7 @@ def run_gcg(
             n_replace=config.n_replace_at(state.step),
             generator=generator,
         )
-        candidates = candidates[torch.tensor(slot.faithful(candidates.tolist()), dtype=torch.bool)]
-        state.scored.append(len(candidates))
-        if len(candidates):
-            state.suffix_ids, loss = choose(
-                objective,
-                slot,
-                suffix,
-                candidates,
-                screen=config.screen,
-                merge=config.merge,
-                draft=draft,
-                generator=generator,
-            )
-            state.note(_finite(loss, objective), config.buffer)
-        else:  # every candidate merged with a neighbour: stay, and draw others in the next step
-            state.note(state.losses[state.current_step])
+        _take_best(state, objective, slot, config, suffix, candidates, draft, generator)
         state.generator_state = generator.get_state().tolist()
         state.batch_size = objective.batch.value
         on_step(state)
@@ -235,6 +244,55 @@ def run_gcg(
     return state
 
 
+def _check(slot: SuffixPlace, config: GCGConfig, draft: SuffixLoss | None) -> None:
+    most = max(config.n_replace, config.final_n_replace or 0)
+    if most > len(slot.initial_ids):
+        raise AttackPlaneError(
+            "more positions to replace than the suffix has tokens",
+            where="gcg n_replace",
+            got=f"{most}, suffix of {len(slot.initial_ids)} tokens",
+        )
+    if config.draft and draft is None:
+        raise AttackPlaneError(
+            "probe sampling needs the draft's loss", where="gcg draft", got=config.draft
+        )
+
+
+def _low_enough(state: GCGState, config: GCGConfig, growth: Growth | None) -> bool:
+    """Whether the search may stop; while prompts have yet to join, no loss is low enough."""
+    waiting = growth is not None and growth.waiting
+    return not waiting and state.best_loss <= config.stop_loss
+
+
+def _take_best(
+    state: GCGState,
+    objective: SuffixLoss,
+    slot: SuffixPlace,
+    config: GCGConfig,
+    suffix: torch.Tensor,
+    candidates: torch.Tensor,
+    draft: SuffixLoss | None,
+    generator: torch.Generator,
+) -> None:
+    """Steps 4 to 6: drop candidates without fidelity, score the rest, take one into the state."""
+    candidates = candidates[torch.tensor(slot.faithful(candidates.tolist()), dtype=torch.bool)]
+    state.scored.append(len(candidates))
+    if not len(candidates):  # every one merged with a neighbour: stay, and draw others next time
+        state.note(state.losses[state.current_step])
+        return
+    state.suffix_ids, loss = choose(
+        objective,
+        slot,
+        suffix,
+        candidates,
+        screen=config.screen,
+        merge=config.merge,
+        draft=draft,
+        generator=generator,
+    )
+    state.note(_finite(loss, objective), config.buffer)
+
+
 def _running_mean(state: GCGState, gradient: torch.Tensor, momentum: float) -> torch.Tensor:
     """MAC's gradient, kept in the state."""
     if isinstance(state.momentum, torch.Tensor):
@@ -243,11 +301,11 @@ def _running_mean(state: GCGState, gradient: torch.Tensor, momentum: float) -> t
     return gradient
 
 
-def _loss_of(suffix_ids: list[int], objective: TargetLoss) -> float:
+def _loss_of(suffix_ids: list[int], objective: SuffixLoss) -> float:
     return _finite(float(objective.losses(torch.tensor([suffix_ids]))[0]), objective)
 
 
-def _finite(loss: float, objective: TargetLoss) -> float:
+def _finite(loss: float, objective: SuffixLoss) -> float:
     if not math.isfinite(loss):
         raise AttackPlaneError(
             "the target loss is not finite",
@@ -256,3 +314,120 @@ def _finite(loss: float, objective: TargetLoss) -> float:
             remedy="use a wider precision, for example ?dtype=float32 or ?dtype=bfloat16",
         )
     return loss
+
+
+# --- as an attack of the registry -----------------------------------------------------------------
+def draft_model(source: LoadedModel, draft: LoadedModel) -> LoadedModel:
+    """The draft model of probe sampling, which must read the source's ids.
+
+    Raises:
+        AttackPlaneError: another vocabulary.
+    """
+    if draft.tokenizer.get_vocab() != source.tokenizer.get_vocab():
+        raise AttackPlaneError(
+            "the draft model has another vocabulary than the source",
+            where=f"draft {draft.spec}",
+            got=f"{len(draft.tokenizer)} tokens, source {len(source.tokenizer)}",
+            remedy="choose a smaller model of the source's own family",
+        )
+    return draft
+
+
+def run(bench: Workbench, task: Task, config: GCGConfig) -> Iterator[AttackResult]:
+    """One suffix for one request."""
+    slot = slot_for(bench.renderer, task.behaviour, config)
+    saved = bench.states.load(task.key)
+    draft = None
+    if config.draft:
+        model = draft_model(bench.source, bench.model(config.draft).loaded)
+        draft = TargetLoss(model, slot, mellowmax=config.mellowmax)
+
+    def on_step(state: GCGState) -> None:
+        if state.step % task.save_every == 0:
+            bench.states.save(task.key, state.to_row())
+        progress = Progress(state.step, config.num_steps, state.losses[-1], state.best_loss)
+        task.on_step(progress)
+
+    state = run_gcg(
+        TargetLoss(bench.source, slot, mellowmax=config.mellowmax),
+        slot,
+        config,
+        bench.allowed(ascii_only=config.ascii_only),
+        seed=stream_seed(bench.seed, task.behaviour.behaviour_id, NAME),
+        state=GCGState(**saved) if saved else None,
+        draft=draft,
+        on_step=on_step,
+    )
+    result = searched_result(slot, task.behaviour, NAME, state, config.system_prompt)
+    _compare(result, state, config, bench.source, task)
+    yield result
+
+
+def _compare(
+    result: AttackResult, state: GCGState, config: GCGConfig, source: LoadedModel, task: Task
+) -> None:
+    """Say so where the search and a plain pass do not see the same loss."""
+    assert result.loss is not None
+    agree = abs(result.loss - state.best_loss) <= ROUNDING[source.dtype]
+    if not config.mellowmax and not agree:
+        log.warning(
+            "%s: the search saw loss %.4f, a plain pass gives %.4f on %s; please report this",
+            *(task.behaviour.behaviour_id, state.best_loss, result.loss, source.spec),
+        )
+
+
+def searched_result(
+    slot: SuffixSlot, behaviour: Behaviour, attack: str, state: GCGState, system: str | None
+) -> AttackResult:
+    """The best suffix of a search, with its losses and snapshots."""
+    texts = slot.suffix_texts([ids for _, ids in state.bests])
+    steps = [step for step, _ in state.bests]
+    snapshots = [(n, slot.content_with(text)) for n, text in zip(steps, texts, strict=True)]
+    search = Search(state.losses, state.best_step, snapshots=snapshots)
+    return suffix_result(slot, behaviour, attack, state.best_ids, system=system, search=search)
+
+
+def identity(bench: Workbench, config: GCGConfig, name: str) -> dict[str, Any]:
+    """The settings; a draft model by its weights."""
+    values = asdict(config)
+    if config.draft:
+        values["draft"] = [config.draft, bench.model(config.draft).fingerprint]
+    return values
+
+
+def step_seconds(config: GCGConfig, speed: Speed) -> float:
+    """Seconds of one step; about half of the suffix is shared with the current one."""
+    width = (config.search_width + (config.final_width or config.search_width)) / 2
+    fed = config.suffix_length / 2 + TEMPLATE_TOKENS / 4 + TARGET_TOKENS
+    return speed.gradient + width * fed * speed.token
+
+
+def baselines(config: GCGConfig) -> list[tuple[str, Any]]:
+    """The plain request, the initial suffix and a random one, by the search's own settings."""
+    names = [f.name for f in fields(SuffixBaselinesConfig)]
+    same = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return [(SUFFIX_BASELINES, SuffixBaselinesConfig(**same))]
+
+
+ATTACK = ATTACKS.add(
+    Attack(
+        name="gcg",
+        summary="Optimise adversarial suffixes, one per request (GCG).",
+        config=GCGConfig,
+        run=run,
+        cost=lambda config, count, speed: count * config.num_steps * step_seconds(config, speed),
+        presets={PAPER: {}, QUICK: {"num_steps": 30, "search_width": 32, "topk": 64}},
+        sources="one",
+        needs_target=True,
+        identity=identity,
+        baselines=baselines,
+        steps=lambda config: config.num_steps,
+        unit="step",
+        save_every=5,
+        examples=(
+            "gcg",
+            "gcg --model embedded+runs/demo/checkpoints/step-12 --run runs/second --limit 16",
+            "gcg --model ORG/NAME --behaviours goals.csv --preset paper",
+        ),
+    )
+)

@@ -1,4 +1,5 @@
-"""The target's negative log-likelihood: the quantity that every attack lowers, in nats per target token."""
+"""The target's negative log-likelihood: the quantity that every attack lowers, in nats per target
+token."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 @dataclass(frozen=True)
 class Slot:
-    """Token ids around what is scored: before + content + after, then the target. ``initial_ids`` is one such content."""
+    """Token ids around what is scored: before + content + after, then the target. ``initial_ids``
+    is one such content."""
 
     before_ids: tuple[int, ...]
     initial_ids: tuple[int, ...]
@@ -26,10 +28,12 @@ class Slot:
 
 
 def target_nll(logits: Tensor, target: Tensor, mellowmax: float = 0.0) -> Tensor:
-    """(batch, T, vocabulary) logits and (T,) ids -> (batch,) mean negative log-likelihood in nats per token.
+    """(batch, T, vocabulary) logits and (T,) ids -> (batch,) mean negative log-likelihood in nats
+    per token.
 
-    With ``mellowmax`` = alpha > 0: (1/alpha) log mean_t exp(alpha nll_t), between the mean (alpha -> 0) and the worst token
-    (alpha -> infinity); Asadi and Littman, arXiv 1612.05628. (nanogcg takes it over logits, which are no likelihoods.)
+    With ``mellowmax`` = alpha > 0: (1/alpha) log mean_t exp(alpha nll_t), between the mean (alpha
+    -> 0) and the worst token (alpha -> infinity); Asadi and Littman, arXiv 1612.05628. (nanogcg
+    takes it over logits, which are no likelihoods.)
     """
     picked = logits.gather(2, target.expand(logits.shape[0], -1)[..., None])[..., 0]
     nll = logits.logsumexp(2) - picked
@@ -39,7 +43,8 @@ def target_nll(logits: Tensor, target: Tensor, mellowmax: float = 0.0) -> Tensor
 
 
 def plain_loss(loaded: LoadedModel, prompt_ids: Sequence[int], target_ids: Sequence[int]) -> float:
-    """The same loss by one plain forward pass over the whole sequence: no cache, full logits. For ``verify``."""
+    """The same loss by one plain forward pass over the whole sequence: no cache, full logits. For
+    ``verify``."""
     ids = torch.tensor([[*prompt_ids, *target_ids]], device=loaded.device)
     with torch.no_grad():
         logits = loaded.model(input_ids=ids, use_cache=False).logits[:, len(prompt_ids) - 1 : -1]

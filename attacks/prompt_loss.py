@@ -1,4 +1,5 @@
-"""Target loss of whole prompts, of any lengths and wordings, through the objective that GCG uses."""
+"""Target loss of whole prompts, of any lengths and wordings, through the objective that GCG
+uses."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from core.records import Behaviour
 class PromptLoss:
     """Target loss of prompt templates filled with one behaviour's request.
 
-    The template's beginning is cached, the head applied at the target's positions, and what a prompt shares with ``near``
-    computed once.
+    The template's beginning is cached, the head applied at the target's positions, and what a
+    prompt shares with ``near`` computed once.
     """
 
     def __init__(
@@ -29,7 +30,8 @@ class PromptLoss:
         assert behaviour.target_string is not None
         self.renderer, self.behaviour, self.system = renderer, behaviour, system
         rendered = [
-            renderer.render(self.conversation(t), behaviour.target_string, allow_trim=True) for t in first
+            renderer.render(self.conversation(t), behaviour.target_string, allow_trim=True)
+            for t in first
         ]
         longest = max(rendered, key=lambda prompt: len(prompt.ids))
         self.target_text, self._target = longest.target_text, longest.target_ids
@@ -41,7 +43,8 @@ class PromptLoss:
         return Conversation(template.replace(MARKER, self.behaviour.request), system=self.system)
 
     def tails(self, templates: Sequence[str]) -> list[torch.Tensor | None]:
-        """Ids after the shared beginning, up to the reply; None where text and template merge into other tokens."""
+        """Ids after the shared beginning, up to the reply; None where text and template merge into
+        other tokens."""
         texts = [self.renderer.text(self.conversation(t)) + self.target_text for t in templates]
         head, last = len(self._before), len(self._target)
         return [
@@ -54,7 +57,8 @@ class PromptLoss:
         ]
 
     def losses(self, templates: Sequence[str], near: str | None = None) -> list[float]:
-        """Loss of each template (infinite where it cannot be sent); beginnings shared with ``near`` are computed once."""
+        """Loss of each template (infinite where it cannot be sent); beginnings shared with ``near``
+        are computed once."""
         tails = self.tails(templates)
         whole = [tail for tail in tails if tail is not None]
         if not whole:

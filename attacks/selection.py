@@ -1,14 +1,18 @@
-"""Which candidate of a step becomes the current suffix. GCG itself takes the lowest exact loss of all; the rest is not GCG.
+"""Which candidate of a step becomes the current suffix. GCG itself takes the lowest exact loss of
+all; the rest is not GCG.
 
-Each of these is off by default and changes the search, not the losses: whatever is taken was scored exactly.
+Each of these is off by default and changes the search, not the losses: whatever is taken was scored
+exactly.
 
-screen  all candidates in reduced matrix precision (bfloat16 products on a CPU that has them, TF32 on CUDA) and over the
-        likely tokens only; the best ``screen`` of them exactly.
-draft   probe sampling (arXiv 2403.01251, algorithm 1): all candidates on a draft model, a random sixteenth of them exactly; the
-        Spearman correlation rho of the two on that probe set says how many of the draft's best are scored exactly:
-        (1 - alpha) B / 8 with alpha = (1 + rho) / 2.
-merge   multi-coordinate updating (I-GCG, arXiv 2405.21018, section 3.3): the best ``merge`` candidates are merged one after
-        another, the replacements of the first k into one suffix for k = 1..merge; the lowest loss of these is taken.
+screen  all candidates in reduced matrix precision (bfloat16 products on a CPU that has them, TF32
+        on CUDA) and over the likely tokens only; the best ``screen`` of them exactly.
+draft   probe sampling (arXiv 2403.01251, algorithm 1): all candidates on a draft model, a random
+        sixteenth of them exactly; the Spearman correlation rho of the two on that probe set says
+        how many of the draft's best are scored exactly: (1 - alpha) B / 8 with alpha = (1 + rho) /
+        2.
+merge   multi-coordinate updating (I-GCG, arXiv 2405.21018, section 3.3): the best ``merge``
+        candidates are merged one after another, the replacements of the first k into one suffix for
+        k = 1..merge; the lowest loss of these is taken.
 """
 
 from __future__ import annotations
@@ -16,15 +20,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attacks.objective import TargetLoss
-from attacks.slot import SuffixSlot
+from attacks.protocols import SuffixLoss, SuffixPlace
+from core.statistics import spearman
 
 PROBE_SHARE = 16
 FILTER_SHARE = 8
 """The paper's choices: probe set B / 16, reduction R = 8."""
 
 
-def screened(objective: TargetLoss, candidates: Tensor, keep: int) -> Tensor:
+def screened(objective: SuffixLoss, candidates: Tensor, keep: int) -> Tensor:
     """The ``keep`` candidates with the lowest loss in reduced precision, in their old order."""
     if len(candidates) <= keep:
         return candidates
@@ -32,29 +36,27 @@ def screened(objective: TargetLoss, candidates: Tensor, keep: int) -> Tensor:
     return candidates[rough.topk(keep, largest=False).indices.sort().values]
 
 
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Rank correlation of two (n,) tensors; 0 where it is not defined."""
-    if len(a) < 2 or a.min() == a.max() or b.min() == b.max():
-        return 0.0
-    return float(torch.corrcoef(torch.stack([x.argsort().argsort().double() for x in (a, b)]))[0, 1])
-
-
 def probe_sampled(
-    objective: TargetLoss, draft: TargetLoss, candidates: Tensor, generator: torch.Generator
+    objective: SuffixLoss, draft: SuffixLoss, candidates: Tensor, generator: torch.Generator
 ) -> Tensor:
     """Probe set and the draft's best: what is worth an exact score."""
-    probe = torch.randperm(len(candidates), generator=generator)[: max(2, len(candidates) // PROBE_SHARE)]
+    probe = torch.randperm(len(candidates), generator=generator)[
+        : max(2, len(candidates) // PROBE_SHARE)
+    ]
     drafted = draft.losses(candidates)
-    agreement = (1 + spearman(drafted[probe], objective.losses(candidates[probe]))) / 2
+    exact = objective.losses(candidates[probe])
+    agreement = (1 + spearman(drafted[probe].tolist(), exact.tolist())) / 2
     filtered = max(1, min(len(candidates), int((1 - agreement) * len(candidates) / FILTER_SHARE)))
     chosen = torch.cat([probe, drafted.topk(filtered, largest=False).indices]).unique()
     return candidates[chosen]
 
 
 def merged(suffix: Tensor, best: Tensor) -> Tensor:
-    """(k, suffix length) single candidates, best first -> (k, suffix length): the replacements of the first 1..k together.
+    """(k, suffix length) single candidates, best first -> (k, suffix length): the replacements of
+    the first 1..k together.
 
-    Where two replace the same position, the better one keeps it (in the authors' code the later one takes it).
+    Where two replace the same position, the better one keeps it (in the authors' code the later one
+    takes it).
     """
     current, rows = suffix.clone(), []
     for candidate in best:
@@ -64,14 +66,14 @@ def merged(suffix: Tensor, best: Tensor) -> Tensor:
 
 
 def choose(
-    objective: TargetLoss,
-    slot: SuffixSlot,
+    objective: SuffixLoss,
+    slot: SuffixPlace,
     suffix: Tensor,
     candidates: Tensor,
     *,
     screen: int,
     merge: int,
-    draft: TargetLoss | None,
+    draft: SuffixLoss | None,
     generator: torch.Generator,
 ) -> tuple[list[int], float]:
     """The next suffix and its exact loss. With no option: the candidate with the lowest loss."""

@@ -5,23 +5,27 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from attacks.likelihood import Slot
 from core.errors import AttackPlaneError
 from core.prompt import Conversation, Renderer
+from core.records import Behaviour
 
 log = logging.getLogger(__name__)
 
 DEFAULT_WORDS = ("!", "x")
-"""Words that an initial suffix repeats: the paper's, then one that never merges with punctuation or line ends."""
+"""Words that an initial suffix repeats: the paper's, then one that never merges with punctuation or
+line ends."""
 
 
 @dataclass(frozen=True)
 class SuffixSlot(Slot):
     """Everything about a conversation that stays fixed while its suffix changes.
 
-    ``before_ids + suffix_ids + after_ids`` is the prompt up to the reply, ``target_ids`` follow it. ``content_before``
-    and ``content_after`` are the user content around the suffix, so that content = before + suffix text + after.
+    ``before_ids + suffix_ids + after_ids`` is the prompt up to the reply, ``target_ids`` follow it.
+    ``content_before`` and ``content_after`` are the user content around the suffix, so that content
+    = before + suffix text + after.
     """
 
     renderer: Renderer
@@ -31,13 +35,19 @@ class SuffixSlot(Slot):
     content_after: str
     target_text: str
 
+    def content_with(self, suffix: str) -> str:
+        """The user content with this text as the suffix."""
+        return self.content_before + suffix + self.content_after
+
     def suffix_texts(self, suffixes: Sequence[Sequence[int]]) -> list[str]:
         return self.renderer.decode(suffixes, context=self.before_ids[-1:])
 
     def faithful(self, suffixes: Sequence[Sequence[int]]) -> list[bool]:
-        """Token fidelity of each suffix in the whole conversation, target included; one tokenizer call.
+        """Token fidelity of each suffix in the whole conversation, target included; one tokenizer
+        call.
 
-        A suffix that puts white space at an end of the user content is refused too: templates trim it.
+        A suffix that puts white space at an end of the user content is refused too: templates trim
+        it.
         """
         if not suffixes:
             return []
@@ -67,7 +77,8 @@ def make_slot(
     """Locate ``suffix`` in the rendered conversation.
 
     Raises:
-        AttackPlaneError: the suffix shares a token with its neighbours or does not survive tokenisation.
+        AttackPlaneError: the suffix shares a token with its neighbours or does not survive
+        tokenisation.
     """
     conversation = Conversation.build(request, suffix, placement=placement, system=system)
     prompt = renderer.render(conversation, target)
@@ -89,14 +100,44 @@ def make_slot(
         target_text=prompt.target_text,
         target_ids=prompt.target_ids,
     )
-    if prompt.text[start:stop].strip() != suffix.strip() or not slot.faithful([slot.initial_ids])[0]:
+    if (
+        prompt.text[start:stop].strip() != suffix.strip()
+        or not slot.faithful([slot.initial_ids])[0]
+    ):
         raise AttackPlaneError(
             "the initial suffix does not keep its tokens inside the conversation",
             where=f"{renderer.loaded.spec}, placement {placement!r}",
             got=f"suffix {suffix!r} lies in tokens that read {prompt.text[start:stop]!r}",
-            remedy="choose another --init-suffix or --placement (words parted by spaces are safe)",
+            remedy="choose another init_suffix or placement (words parted by spaces are safe)",
         )
     return slot
+
+
+class SlotSettings(Protocol):
+    """The settings that say where a suffix stands and how it begins."""
+
+    @property
+    def suffix_length(self) -> int: ...
+    @property
+    def init_suffix(self) -> str | None: ...
+    @property
+    def placement(self) -> str: ...
+    @property
+    def system_prompt(self) -> str | None: ...
+
+
+def slot_for(renderer: Renderer, behaviour: Behaviour, config: SlotSettings) -> SuffixSlot:
+    """The slot of one behaviour by an attack's settings."""
+    assert behaviour.target_string is not None
+    return default_slot(
+        renderer,
+        behaviour.request,
+        behaviour.target_string,
+        length=config.suffix_length,
+        placement=config.placement,
+        system=config.system_prompt,
+        suffix=config.init_suffix,
+    )
 
 
 def default_slot(
@@ -109,19 +150,28 @@ def default_slot(
     system: str | None,
     suffix: str | None = None,
 ) -> SuffixSlot:
-    """A slot with the suffix given, or with a default word repeated ``length`` times ("! ! ! ...")."""
+    """A slot with the suffix given, or with a default word repeated ``length`` times ("! ! !
+    ...")."""
     if suffix is not None:
-        return make_slot(renderer, request, target, suffix=suffix, placement=placement, system=system)
+        return make_slot(
+            renderer, request, target, suffix=suffix, placement=placement, system=system
+        )
     fault: AttackPlaneError | None = None
     for word in DEFAULT_WORDS:
         initial = " ".join([word] * length)
         try:
-            slot = make_slot(renderer, request, target, suffix=initial, placement=placement, system=system)
+            slot = make_slot(
+                renderer, request, target, suffix=initial, placement=placement, system=system
+            )
         except AttackPlaneError as error:
             fault = fault or error
         else:
             if fault is not None:
-                log.info("%r merges with its neighbours here: the suffix repeats %r", DEFAULT_WORDS[0], word)
+                log.info(
+                    "%r merges with its neighbours here: the suffix repeats %r",
+                    DEFAULT_WORDS[0],
+                    word,
+                )
             return slot
     assert fault is not None
     raise fault

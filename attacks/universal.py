@@ -1,41 +1,52 @@
-"""One suffix for several behaviours and several source models: universal GCG (Zou et al., arXiv 2307.15043, algorithm 2).
+"""One suffix for several behaviours and several source models: universal GCG (Zou et al., arXiv
+2307.15043, algorithm 2).
 
     loss(suffix) = mean over the prompts in play, and over the models, of the target loss
 
-Progressive addition: the search starts with the first prompt; as soon as greedy decoding gives the target of every prompt in
-play on every model, the next prompt joins. Token gradients are scaled to unit norm per prompt and model before they are
-added, so that no prompt or model outweighs the others (the authors' code scales the sum of a model's prompts, per position). The models must have the same vocabulary: the
-suffix is one list of token ids.
+Progressive addition: the search starts with the first prompt; as soon as greedy decoding gives the
+target of every prompt in play on every model, the next prompt joins. Token gradients are scaled to
+unit norm per prompt and model before they are added, so that no prompt or model outweighs the
+others (the authors' code scales the sum of a model's prompts, per position). The models must have
+the same vocabulary: the suffix is one list of token ids.
 
-Deviations: a prompt counts as solved when greedy decoding gives its target string (the authors' code looks for refusal
-phrases in a reply); the mean stands for the sum, which changes no argmin.
+Deviations: a prompt counts as solved when greedy decoding gives its target string (the authors'
+code looks for refusal phrases in a reply); the mean stands for the sum, which changes no argmin.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from attacks.gcg import GCGConfig, GCGState, run_gcg
-from attacks.method import OnFailure, stream_seed
+from attacks.gcg import (
+    GCGConfig,
+    GCGState,
+    baselines,
+    run_gcg,
+    searched_result,
+    step_seconds,
+)
 from attacks.objective import TargetLoss
-from attacks.slot import SuffixSlot
-from attacks.suffixes import Baselines, SuffixMethod
+from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Key, sources_hash
+from attacks.result import AttackResult
+from attacks.slot import SuffixSlot, slot_for
+from attacks.workbench import Progress, Task, Workbench, stream_seed
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
-from core.records import SEVERAL_SOURCES, AttackArtifact, Behaviour, content_hash
-from core.store import RunFolder
+from core.prompt import Renderer
+from core.records import SEVERAL_SOURCES, Behaviour, content_hash
+from core.settings import setting
 
 UNIVERSAL = "gcg_universal"
 
 
 class SharedSuffix:
-    """The places of one suffix in several conversations; a suffix must keep its tokens in all of them."""
+    """The places of one suffix in several conversations; a suffix must keep its tokens in all of
+    them."""
 
     def __init__(self, slots: Sequence[SuffixSlot]) -> None:
         self.slots = slots
@@ -46,7 +57,9 @@ class SharedSuffix:
                     "the initial suffix has other tokens in another conversation",
                     where=f"{slot.renderer.loaded.spec}: {slot.content_before[:60]!r}",
                     got=f"{slot.initial_ids} instead of {self.initial_ids}",
-                    remedy="choose another --init-suffix or --placement (words parted by spaces are safe)",
+                    remedy=(
+                        "choose another init_suffix or placement (words parted by spaces are safe)"
+                    ),
                 )
 
     def faithful(self, suffixes: Sequence[Sequence[int]]) -> list[bool]:
@@ -58,7 +71,8 @@ class SharedSuffix:
 
 
 class UniversalLoss:
-    """What GCG asks of a loss, over several prompts and models. ``rows[prompt]`` holds one loss a model."""
+    """What GCG asks of a loss, over several prompts and models. ``rows[prompt]`` holds one loss a
+    model."""
 
     def __init__(self, rows: Sequence[Sequence[TargetLoss]]) -> None:
         self._rows = rows
@@ -87,7 +101,9 @@ class UniversalLoss:
     def rough_losses(self, suffixes: Tensor) -> Tensor:
         return self._mean(suffixes, lambda part: part.rough_losses)
 
-    def _mean(self, suffixes: Tensor, of: Callable[[TargetLoss], Callable[[Tensor], Tensor]]) -> Tensor:
+    def _mean(
+        self, suffixes: Tensor, of: Callable[[TargetLoss], Callable[[Tensor], Tensor]]
+    ) -> Tensor:
         return torch.stack([of(part)(suffixes) for part in self._in_play]).mean(0)
 
     def best(self, suffixes: Tensor) -> tuple[int, float]:
@@ -100,7 +116,8 @@ class UniversalLoss:
         self.matches = all(part.matches for part in self._in_play)
 
     def token_gradient(self, suffix: Tensor) -> tuple[float, Tensor]:
-        """Mean loss, and the sum of the unit-norm gradients, each position's row scaled by the whole gradient's norm."""
+        """Mean loss, and the sum of the unit-norm gradients, each position's row scaled by the
+        whole gradient's norm."""
         found = [part.token_gradient(suffix) for part in self._in_play]
         self.matches = all(part.matches for part in self._in_play)
         total = sum(g.cpu() / g.norm().clamp_min(1e-12).cpu() for _, g in found)
@@ -108,110 +125,146 @@ class UniversalLoss:
         return sum(loss for loss, _ in found) / len(found), total
 
 
-class UniversalGCG(SuffixMethod):
-    """One suffix optimised on ``optimised_on``; artifacts for these (variant ``seen``) and any other behaviour (``held out``)."""
+@dataclass(frozen=True)
+class UniversalConfig(GCGConfig):
+    """GCG's settings, and on how many of the requests the suffix is optimised."""
 
-    name = UNIVERSAL
+    optimise_on: int = setting(
+        4, "Requests that the suffix is optimised on; the others are held out.", low=1
+    )
 
-    def __init__(
-        self, run: RunFolder, sources: Sequence[LoadedModel], config: GCGConfig, seed: int, *,
-        optimised_on: Sequence[Behaviour], save_every: int = 5,
-    ) -> None:  # fmt: skip
-        if config.draft:
-            raise AttackPlaneError(
-                "probe sampling serves one behaviour on one model",
-                where=UNIVERSAL,
-                got=f"draft {config.draft}",
-                remedy="leave --draft out",
-            )
-        super().__init__(run, sources[0], config, seed)
-        self.sources, self.optimised_on, self.save_every = sources, optimised_on, save_every
-        # each model's slots and scored artifacts
-        self._on = [Baselines(run, source, config, seed) for source in sources]
-        for source in sources[1:]:
-            if source.tokenizer.get_vocab() != self.loaded.tokenizer.get_vocab():
-                raise AttackPlaneError(
-                    "the source models have different vocabularies",
-                    where=f"{self.loaded.spec} and {source.spec}",
-                    got=f"{len(self.loaded.tokenizer)} and {len(source.tokenizer)} tokens",
-                    remedy="a universal suffix is one list of tokens: choose checkpoints of one family",
-                )
-        self._suffix: GCGState | None = None
 
-    def settings(self) -> dict[str, Any]:
-        on = content_hash([(b.request, b.target_string) for b in self.optimised_on])
-        return {**dataclasses.asdict(self.config), "optimised_on": on}
+def optimised_on(bench: Workbench, config: UniversalConfig) -> list[Behaviour]:
+    """The first requests that have a target string."""
+    return [b for b in bench.behaviours if b.target_string][: config.optimise_on]
 
-    def _source_hash(self) -> str:
-        return content_hash([(source.spec, source.fingerprint) for source in self.sources])
 
-    def artifact_id(self, behaviour: Behaviour, attack: str | None = None, variant: str | None = None) -> str:
-        return content_hash([super().artifact_id(behaviour, attack, variant), self._source_hash()])
+def check(bench: Workbench, config: UniversalConfig) -> None:
+    """Refuse what a universal suffix cannot serve.
 
-    def models(self) -> list[LoadedModel]:
-        return list(self.sources)
-
-    def keys(self, behaviour: Behaviour) -> list[tuple[str, str | None]]:
-        seen = any(b.request == behaviour.request for b in self.optimised_on)
-        return [(self.name, "seen" if seen else "held out")]
-
-    def make(self, behaviour: Behaviour, bar: tqdm) -> Iterator[AttackArtifact]:
-        state = self._suffix = self._suffix or self._optimise()
-        artifacts, losses = [], {}
-        for one in self._on:
-            slot = one.slot(behaviour)
-            artifact = one.searched_artifact(behaviour, slot, state)
-            artifacts.append(artifact)
-            losses[one.loaded.spec] = artifact.loss
-        (_, variant), first = self.keys(behaviour)[0], artifacts[0]
-        yield dataclasses.replace(
-            first,
-            artifact_id=self.artifact_id(behaviour, self.name, variant),
-            attack=self.name,
-            variant=variant,
-            source_model=SEVERAL_SOURCES.join(source.spec for source in self.sources),
-            loss=sum(a.loss or 0.0 for a in artifacts) / len(artifacts),
-            token_fidelity=all(a.token_fidelity for a in artifacts),
-            config_hash=content_hash(self.settings()),
-            provenance={"losses": losses, "prompts_in_play": state.active, "prompts": len(self.optimised_on)},
+    Raises:
+        AttackPlaneError: too few requests, a draft model, or several vocabularies.
+    """
+    if len(optimised_on(bench, config)) < config.optimise_on:
+        raise AttackPlaneError(
+            "fewer requests than the suffix is to be optimised on",
+            where=UNIVERSAL,
+            got=f"{len(bench.behaviours)} requests, optimise_on {config.optimise_on}",
+        )
+    if config.draft:
+        raise AttackPlaneError(
+            "probe sampling serves one request on one model",
+            where=UNIVERSAL,
+            got=f"draft {config.draft}",
+            remedy="leave draft out",
         )
 
-    def attack(
-        self, behaviours: Sequence[Behaviour], *, on_failure: OnFailure | None = None
-    ) -> list[AttackArtifact]:
-        found = super().attack(behaviours, on_failure=on_failure)
-        self.run.drop_state(self._state_name)
-        return found
 
-    @property
-    def _state_name(self) -> str:
-        return f"{UNIVERSAL}-{content_hash([self.settings(), self._source_hash(), self.seed])}"
-
-    def _optimise(self) -> GCGState:
-        slots = [[one.slot(behaviour) for one in self._on] for behaviour in self.optimised_on]
-
-        def loss(source: LoadedModel, slot: SuffixSlot) -> TargetLoss:
-            return TargetLoss(source, slot, mellowmax=self.config.mellowmax)
-
-        objective = UniversalLoss([list(map(loss, self.sources, row)) for row in slots])
-        name = self._state_name
-        saved = self.run.load_state(name)
-        state = GCGState(**saved) if saved else None
-        with tqdm(total=self.config.num_steps, desc="universal suffix", unit="step", leave=None,
-                  initial=state.step if state else 0) as bar:  # fmt: skip
-
-            def on_step(now: GCGState) -> None:
-                if now.step % self.save_every == 0 or now.step == self.config.num_steps:
-                    self.run.save_state(name, now.to_row())
-                bar.update(1)
-                bar.set_postfix_str(f"{now.active} of {len(slots)} prompts, loss {now.losses[-1]:.3f}")
-
-            return run_gcg(
-                objective,  # type: ignore[arg-type]
-                SharedSuffix([slot for row in slots for slot in row]),  # type: ignore[arg-type]
-                self.config,
-                self.allowed,
-                seed=stream_seed(self.seed, UNIVERSAL),
-                state=state,
-                on_step=on_step,
+def _same_vocabulary(sources: Sequence[LoadedModel]) -> None:
+    first = sources[0]
+    for source in sources[1:]:
+        if source.tokenizer.get_vocab() != first.tokenizer.get_vocab():
+            raise AttackPlaneError(
+                "the source models have different vocabularies",
+                where=f"{first.spec} and {source.spec}",
+                got=f"{len(first.tokenizer)} and {len(source.tokenizer)} tokens",
+                remedy="a universal suffix is one list of tokens: choose checkpoints of one family",
             )
+
+
+def identity(bench: Workbench, config: UniversalConfig, name: str) -> dict[str, Any]:
+    """GCG's settings and the requests that the suffix is optimised on."""
+    values = asdict(config)
+    del values["optimise_on"]
+    on = [(b.request, b.target_string) for b in optimised_on(bench, config)]
+    return {**values, "optimised_on": content_hash(on)}
+
+
+def keys(config: UniversalConfig, behaviour: Behaviour, bench: Workbench) -> list[Key]:
+    """Variant ``seen`` for a request that the suffix was optimised on, else ``held out``."""
+    seen = any(b.request == behaviour.request for b in optimised_on(bench, config))
+    return [(UNIVERSAL, "seen" if seen else "held out")]
+
+
+def run(bench: Workbench, task: Task, config: UniversalConfig) -> Iterator[AttackResult]:
+    """The universal suffix after one request; it is optimised with the first one."""
+    state = bench.once(("universal", config), lambda: _optimise(bench, task, config))
+    results, losses = [], {}
+    for renderer in _renderers(bench):
+        slot = slot_for(renderer, task.behaviour, config)
+        own = searched_result(slot, task.behaviour, UNIVERSAL, state, config.system_prompt)
+        results.append(own)
+        losses[renderer.loaded.spec] = own.loss
+    in_play = {"prompts_in_play": state.active, "prompts": len(optimised_on(bench, config))}
+    yield replace(
+        results[0],
+        variant=keys(config, task.behaviour, bench)[0][1],
+        source_model=SEVERAL_SOURCES.join(model.spec for model in bench.sources),
+        loss=sum(r.loss or 0.0 for r in results) / len(results),
+        token_fidelity=all(r.token_fidelity for r in results),
+        provenance={"losses": losses, **in_play},
+    )
+
+
+def _renderers(bench: Workbench) -> list[Renderer]:
+    """One renderer per source model."""
+    return bench.once("renderers", lambda: [Renderer(model.loaded) for model in bench.sources])
+
+
+def _state_name(bench: Workbench, config: UniversalConfig) -> str:
+    about = [identity(bench, config, UNIVERSAL), sources_hash(bench.sources), bench.seed]
+    return f"{UNIVERSAL}-{content_hash(about)}"
+
+
+def _optimise(bench: Workbench, task: Task, config: UniversalConfig) -> GCGState:
+    renderers = _renderers(bench)
+    _same_vocabulary([renderer.loaded for renderer in renderers])
+    behaviours = optimised_on(bench, config)
+    slots = [[slot_for(r, behaviour, config) for r in renderers] for behaviour in behaviours]
+    rows = [
+        [TargetLoss(slot.renderer.loaded, slot, mellowmax=config.mellowmax) for slot in row]
+        for row in slots
+    ]
+    objective = UniversalLoss(rows)
+    name = _state_name(bench, config)
+    saved = bench.states.load(name)
+
+    def on_step(state: GCGState) -> None:
+        if state.step % task.save_every == 0 or state.step == config.num_steps:
+            bench.states.save(name, state.to_row())
+        progress = Progress(state.step, config.num_steps, state.losses[-1], state.best_loss)
+        task.on_step(progress)
+
+    return run_gcg(
+        objective,
+        SharedSuffix([slot for row in slots for slot in row]),
+        config,
+        bench.allowed(ascii_only=config.ascii_only),
+        seed=stream_seed(bench.seed, UNIVERSAL),
+        state=GCGState(**saved) if saved else None,
+        growth=objective,
+        on_step=on_step,
+    )
+
+
+ATTACK = ATTACKS.add(
+    Attack(
+        name="gcg_universal",
+        summary="Optimise one suffix for several requests and source models (universal GCG).",
+        config=UniversalConfig,
+        run=run,
+        cost=lambda config, count, speed: (
+            config.num_steps * config.optimise_on * step_seconds(config, speed)
+        ),
+        presets={PAPER: {}, QUICK: {"num_steps": 30, "search_width": 32, "topk": 64}},
+        sources="several",
+        needs_target=True,
+        keys=keys,
+        identity=identity,
+        baselines=baselines,
+        save_every=5,
+        check=check,
+        finish=lambda bench, config: bench.states.drop(_state_name(bench, config)),
+        examples=("gcg-universal --optimise-on 3 --limit 6",),
+    )
+)

@@ -1,4 +1,5 @@
-"""Load an artifact as a stranger would: render it anew, score it anew, compare with what it claims."""
+"""Load an artifact as a stranger would: render it anew, score it anew, compare with what it
+claims."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from core.records import AttackArtifact
 
 @dataclass(frozen=True)
 class Verification:
-    """What one artifact's check found. ``fault`` is None where it holds. Losses in nats per target token."""
+    """What one artifact's check found. ``fault`` is None where it holds. Losses in nats per target
+    token."""
 
     artifact_id: str
     recorded: float | None
@@ -20,8 +22,11 @@ class Verification:
     fault: str | None
 
 
-def verify_artifact(renderer: Renderer, artifact: AttackArtifact, *, tolerance: float = 1e-3) -> Verification:
-    """Check token fidelity and loss of one artifact on its source model, by a plain forward pass."""
+def verify_artifact(
+    renderer: Renderer, artifact: AttackArtifact, *, tolerance: float = 1e-3
+) -> Verification:
+    """Check token fidelity and loss of one artifact on its source model, by a plain forward
+    pass."""
     conversation = Conversation.of_prompt(
         artifact.prompt,
         request=artifact.request,
@@ -30,7 +35,9 @@ def verify_artifact(renderer: Renderer, artifact: AttackArtifact, *, tolerance: 
     )
     try:
         # whole prompts may carry outer white space that the template removes; suffixes may not
-        prompt = renderer.render(conversation, artifact.target_string, allow_trim=artifact.suffix_ids is None)
+        prompt = renderer.render(
+            conversation, artifact.target_string, allow_trim=artifact.suffix_ids is None
+        )
     except AttackPlaneError as error:
         return Verification(artifact.artifact_id, artifact.loss, None, str(error))
     faults = []

@@ -1,4 +1,5 @@
-"""Sentences and words of a prompt: what AutoDAN's two levels work on. Plain functions of text and a random stream.
+"""Sentences and words of a prompt: what AutoDAN's two levels work on. Plain functions of text and a
+random stream.
 
 A prompt template holds the marker ``{request}`` once; it is never split, swapped or lost.
 """
@@ -21,9 +22,12 @@ DATA = Path(__file__).parent / "data"
 STOP_WORDS = frozenset(
     re.findall(
         "[a-z]+",
-        "a about an and any are as at be been but by can do does down for from had has have he her here his how i if in into is "
-        "it its me my no nor of off on once or our out over own she so some such than that the their them then there these they "
-        "this those through to too under until up very was we were what when where which while who whom why will with you your",
+        "a about an and any are as at be been but by can do does down for from had has have he "
+        "her here his how i if in into is "
+        "it its me my no nor of off on once or our out over own she so some such than that the "
+        "their them then there these they "
+        "this those through to too under until up very was we were what when where which while "
+        "who whom why will with you your",
     )
 )
 
@@ -41,10 +45,12 @@ def synonyms() -> dict[str, tuple[str, ...]]:
 
 
 def read_seeds(path: Path | None = None) -> dict[str, str]:
-    """Seed prompts by name: our own, or a file of JSON lines {"name", "text"}; ``[REPLACE]`` is read as the marker.
+    """Seed prompts by name: our own, or a file of JSON lines {"name", "text"}; ``[REPLACE]`` is
+    read as the marker.
 
     Raises:
-        AttackPlaneError: a line that is not such an object, a name twice, a text without the marker; with the line.
+        AttackPlaneError: a line that is not such an object, a name twice, a text without the
+        marker; with the line.
     """
     path = path or DATA / "seeds.jsonl"
     found: dict[str, str] = {}
@@ -69,7 +75,9 @@ def read_seeds(path: Path | None = None) -> dict[str, str]:
                 "not a seed",
                 where=f"{path}, line {number}",
                 got=fault,
-                remedy=f'each line is {{"name": ..., "text": ...}} and the text holds {MARKER} once',
+                remedy=(
+                    f'each line is {{"name": ..., "text": ...}} and the text holds {MARKER} once'
+                ),
             )
         found[name] = text.strip()
     if not found:
@@ -85,11 +93,14 @@ def sentences(text: str) -> list[str]:
 def with_one_marker(text: str) -> str:
     """The text with its first marker only, or with one added at the end."""
     head, marker, rest = text.partition(MARKER)
-    return (head + marker + rest.replace(MARKER, "") if marker else f"{text.rstrip()}\n\n{MARKER}").strip()
+    return (
+        head + marker + rest.replace(MARKER, "") if marker else f"{text.rstrip()}\n\n{MARKER}"
+    ).strip()
 
 
 def crossover(first: str, second: str, points: int, rng: random.Random) -> tuple[str, str]:
-    """Multi-point crossover of sentences (AutoDAN, algorithm 7): between the cuts, the two swap their sentences by coin flips."""
+    """Multi-point crossover of sentences (AutoDAN, algorithm 7): between the cuts, the two swap
+    their sentences by coin flips."""
     a, b = sentences(first), sentences(second)
     most = min(len(a), len(b)) - 1
     cuts = sorted(rng.sample(range(1, most + 1), min(points, most))) if most > 0 else []
@@ -111,11 +122,17 @@ def like(word: str, other: str) -> str:
 
 
 def paraphrase(text: str, rng: random.Random, share: float = 0.25) -> str:
-    """A random synonym for about ``share`` of the words that have one: mutation without a second model."""
+    """A random synonym for about ``share`` of the words that have one: mutation without a second
+    model."""
 
     def swap(match: re.Match[str]) -> str:
         others = synonyms().get(match.group().lower(), ())
-        if match.group(1) or not others or match.group().lower() in STOP_WORDS or rng.random() >= share:
+        if (
+            match.group(1)
+            or not others
+            or match.group().lower() in STOP_WORDS
+            or rng.random() >= share
+        ):
             return match.group()
         return like(match.group(), rng.choice(others))
 
@@ -125,7 +142,8 @@ def paraphrase(text: str, rng: random.Random, share: float = 0.25) -> str:
 def update_dictionary(
     dictionary: dict[str, float], texts: Sequence[str], scores: Sequence[float], top: int | None
 ) -> dict[str, float]:
-    """AutoDAN's momentum dictionary: a word's mean score over the texts that hold it, averaged with its old value; best first."""
+    """AutoDAN's momentum dictionary: a word's mean score over the texts that hold it, averaged with
+    its old value; best first."""
     found: dict[str, list[float]] = {}
     for text, score in zip(texts, scores, strict=True):
         words = {w.lower() for w in WORD.findall(text.replace(MARKER, " "))} - STOP_WORDS
@@ -141,11 +159,14 @@ def update_dictionary(
 def swap_words(
     text: str, dictionary: dict[str, float], rng: random.Random, *, probability: float, most: int
 ) -> str:
-    """AutoDAN's word level: words are replaced by synonyms, or kept, by a roulette on their scores; up to ``most`` a paragraph.
+    """AutoDAN's word level: words are replaced by synonyms, or kept, by a roulette on their scores;
+    up to ``most`` a paragraph.
 
-    Weights are the dictionary's scores less the lowest of the candidates (the word itself and its synonyms). With
-    ``probability`` a candidate that the dictionary does not know gets its lowest score, so that known good words are preferred;
-    else 0, above every known score (minus a loss), so that new words are tried. Equal scores change nothing. As in the authors' code.
+    Weights are the dictionary's scores less the lowest of the candidates (the word itself and its
+    synonyms). With
+    ``probability`` a candidate that the dictionary does not know gets its lowest score, so that
+    known good words are preferred; else 0, above every known score (minus a loss), so that new
+    words are tried. Equal scores change nothing. As in the authors' code.
     """
     lowest = min(dictionary.values(), default=0.0)
     paragraphs = []

@@ -1,17 +1,23 @@
-"""Collecting residuals: tokens per second and the share of this machine's matrix-product peak, beside plain loops, in one run.
+"""Collecting residuals: tokens per second and the share of this machine's matrix-product peak,
+beside plain loops, in one run.
 
-    python -m benchmarks.activations_speed [--model embedded] [--prompts 96] [--rounds 3] [--words 60]
+    python -m benchmarks.activations_speed [--model embedded] [--prompts 96] [--rounds 3] [--words
+    60]
 
-Methods, in turn within each round, on the same prompts (a demonstration request followed by 0 to ``--words`` filler words):
+Methods, in turn within each round, on the same prompts (a demonstration request followed by 0 to
+``--words`` filler words):
 
-    plain, one by one    model(ids, output_hidden_states=True) prompt by prompt, what a notebook does
+    plain, one by one    model(ids, output_hidden_states=True) prompt by prompt, what a notebook
+                         does
     plain, batches of 16 the same, padded on the right, in the order given
-    padded               ours without packing: no head, sorted by length, template prefix cached, a budget of tokens a batch
+    padded               ours without packing: no head, sorted by length, template prefix cached, a
+                         budget of tokens a batch
     packed               ours
 
-Tokens per second count every token of every prompt once; the share of the peak counts the products that a method really computed
-(tokens fed, without padding) against a large square product timed in the same round. Peak memory is of the process
-above what it held before. A second table has prompts four times as long, to show what does not grow.
+Tokens per second count every token of every prompt once; the share of the peak counts the products
+that a method really computed (tokens fed, without padding) against a large square product timed in
+the same round. Peak memory is of the process above what it held before. A second table has prompts
+four times as long, to show what does not grow.
 """
 
 from __future__ import annotations
@@ -34,23 +40,32 @@ FILLER = "and please explain each step with an example "
 def prompts_of(loaded: LoadedModel, n: int, words: int) -> list[Prompt]:
     renderer, filler = Renderer(loaded), (FILLER * words).split()
     requests = [b.request for b in load_behaviours()]
-    contents = [" ".join([requests[i % len(requests)], *filler[: (i * 37) % (words + 1)]]) for i in range(n)]
+    contents = [
+        " ".join([requests[i % len(requests)], *filler[: (i * 37) % (words + 1)]]) for i in range(n)
+    ]
     return [renderer.render(Conversation.build(text)) for text in contents]
 
 
 @torch.no_grad()
 def plain(loaded: LoadedModel, prompts: Sequence[Prompt], batch: int) -> torch.Tensor:
-    """(prompt, layer, position, d_model) from Hugging Face's ``hidden_states``; the last layer is after the final norm."""
+    """(prompt, layer, position, d_model) from Hugging Face's ``hidden_states``; the last layer is
+    after the final norm."""
     found = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         longest = max(len(p.ids) for p in part)
-        ids = torch.tensor([[*p.ids, *[0] * (longest - len(p.ids))] for p in part], device=loaded.device)
+        ids = torch.tensor(
+            [[*p.ids, *[0] * (longest - len(p.ids))] for p in part], device=loaded.device
+        )
         mask = torch.tensor(
             [[1] * len(p.ids) + [0] * (longest - len(p.ids)) for p in part], device=loaded.device
         )
-        hidden = loaded.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-        columns = torch.tensor([[getattr(p, name) for name in POSITIONS] for p in part], device=loaded.device)
+        hidden = loaded.model(
+            input_ids=ids, attention_mask=mask, output_hidden_states=True
+        ).hidden_states
+        columns = torch.tensor(
+            [[getattr(p, name) for name in POSITIONS] for p in part], device=loaded.device
+        )
         rows = torch.arange(len(part), device=loaded.device)[:, None]
         found.append(torch.stack([h[rows, columns] for h in hidden], 1).float().cpu())
     return torch.cat(found)
@@ -68,7 +83,10 @@ def main() -> None:
     loaded = load(options.model)
     print(loaded.describe())
     print(f"{device_name(loaded.device)}; median of {options.rounds} rounds in turn\n")
-    for words, n in ((options.words, options.prompts), (4 * options.words, max(8, options.prompts // 4))):
+    for words, n in (
+        (options.words, options.prompts),
+        (4 * options.words, max(8, options.prompts // 4)),
+    ):
         print(table(loaded, prompts_of(loaded, n, words), options.rounds), "\n")
 
 
@@ -86,7 +104,10 @@ def table(loaded: LoadedModel, prompts: Sequence[Prompt], rounds: int) -> str:
     head = 2 * loaded.embedding_table.numel()
     config = loaded.config
     attention = (
-        2 * config.num_attention_heads * loaded.n_layers * (loaded.d_model // config.num_attention_heads)
+        2
+        * config.num_attention_heads
+        * loaded.n_layers
+        * (loaded.d_model // config.num_attention_heads)
     )
 
     def work(name: str) -> float:
@@ -122,9 +143,20 @@ def table(loaded: LoadedModel, prompts: Sequence[Prompt], rounds: int) -> str:
     for name in methods:
         worst = ((results[name][:, :-1] - reference).abs().amax((0, 2, 3)) / scale).max()
         seconds = median(times[name])
-        rows.append((name, f"{seconds:.2f}", f"{sum(lengths) / seconds:.0f}", f"{median(shares[name]):.0%}",
-                     f"{memory[name]:.0f}", f"{worst:.1e}"))  # fmt: skip
-    title = f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all, first {shared} shared"
+        rows.append(
+            (
+                name,
+                f"{seconds:.2f}",
+                f"{sum(lengths) / seconds:.0f}",
+                f"{median(shares[name]):.0%}",
+                f"{memory[name]:.0f}",
+                f"{worst:.1e}",
+            )
+        )
+    title = (
+        f"{len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in "
+        f"all, first {shared} shared"
+    )
     return f"{title}\n{aligned(rows)}"
 
 

@@ -1,9 +1,11 @@
-"""What AutoDAN's parts do to the loss: paired by behaviour, from the artifacts of a run (``sweep``).
+"""What AutoDAN's parts do to the loss: paired by behaviour, from the artifacts of a run
+(``sweep``).
 
     python -m benchmarks.autodan_ablation runs/attack_classes
 
-Prints, per source, the mean fall of the loss below the best un-optimised seed for each variant, and the differences between
-variants of their best losses, in nats per target token with 95 % bootstrap intervals over behaviours.
+Prints, per source, the mean fall of the loss below the best un-optimised seed for each variant, and
+the differences between variants of their best losses, in nats per target token with 95 % bootstrap
+intervals over behaviours.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ import sys
 from pathlib import Path
 
 import click
+from evaluation.asr import bootstrap_mean
+from pipeline.common import artifacts_of
 
 from core.records import AttackArtifact
 from core.store import RunFolder
 from core.text import aligned
-from evaluation.asr import bootstrap_mean
-from pipeline.common import artifacts_of
 
 VARIANTS = ("autodan_ga", "autodan_hga", "autodan_hga_without_words")
 
@@ -36,7 +38,9 @@ def main(path: Path) -> None:
     found: dict[tuple[str, str], dict[str, AttackArtifact]] = {}
     for artifact in artifacts_of(RunFolder.existing(path)):
         if artifact.attack in VARIANTS:
-            found.setdefault((artifact.source_model, artifact.attack), {})[artifact.behaviour_id] = artifact
+            found.setdefault((artifact.source_model, artifact.attack), {})[
+                artifact.behaviour_id
+            ] = artifact
     rows = [("source", "what", "n", "nats per target token")]
     for source in dict.fromkeys(source for source, _ in found):
         for name in VARIANTS:
@@ -44,7 +48,10 @@ def main(path: Path) -> None:
             if own:
                 falls = [best(a) - a.loss_history[0] for a in own.values()]
                 rows.append((source, f"{name}, against its best seed", str(len(own)), shown(falls)))
-        for name, other in (("autodan_hga", "autodan_hga_without_words"), ("autodan_hga", "autodan_ga")):
+        for name, other in (
+            ("autodan_hga", "autodan_hga_without_words"),
+            ("autodan_hga", "autodan_ga"),
+        ):
             a, b = found.get((source, name), {}), found.get((source, other), {})
             both = [key for key in a if key in b]
             if both:

@@ -1,11 +1,14 @@
-"""What one step of HGA's word level does to the scores: the same population before and after, with and without its dictionary.
+"""What one step of HGA's word level does to the scores: the same population before and after, with
+and without its dictionary.
 
     python -m benchmarks.autodan_words --model embedded+runs/demo/checkpoints/step-12 --limit 8
 
-A population of 16 (the seeds and paraphrases of them) and two generations of the word level, so that the dictionary has something to
-say. Then from that same population: (a) one more step of the word level; (b) random synonyms for a quarter of the words, without the
-dictionary; (c) off, the population as it is. Printed is the change of the mean loss of the prompts that are not elites, and
-the share of them that got better, means over behaviours with 95 % bootstrap intervals.
+A population of 16 (the seeds and paraphrases of them) and two generations of the word level, so
+that the dictionary has something to
+say. Then from that same population: (a) one more step of the word level; (b) random synonyms for a
+quarter of the words, without the dictionary; (c) off, the population as it is. Printed is the
+change of the mean loss of the prompts that are not elites, and the share of them that got better,
+means over behaviours with 95 % bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import random
 
 import click
+from evaluation.asr import bootstrap_mean
 
 from attacks.autodan import AutoDANConfig, first_population, offline_mutation, word_level
 from attacks.prompt_loss import PromptLoss
@@ -20,7 +24,6 @@ from attacks.words import paraphrase, read_seeds, update_dictionary
 from core.models import load
 from core.prompt import Renderer
 from core.text import aligned
-from evaluation.asr import bootstrap_mean
 from evaluation.behaviours import load_behaviours
 
 GENERATIONS = 3
@@ -64,10 +67,20 @@ def main(model: str, behaviours: str, limit: int) -> None:
             new = loss.losses(texts)
             changes[name].append(sum(new) / len(new) - sum(old) / len(old))
             better[name].append(sum(a < b for a, b in zip(new, old, strict=True)) / len(old))
-    rows = [("step", "change of the mean loss (nats per target token)", "share of prompts that got better")]
+    rows = [
+        (
+            "step",
+            "change of the mean loss (nats per target token)",
+            "share of prompts that got better",
+        )
+    ]
     rows += [(name, shown(changes[name]), shown(better[name])) for name in changes]
     rows.append(
-        ("dictionary - random", shown([a - b for a, b in zip(*list(changes.values())[:2], strict=True)]), "")
+        (
+            "dictionary - random",
+            shown([a - b for a, b in zip(*list(changes.values())[:2], strict=True)]),
+            "",
+        )
     )
     click.echo(aligned(rows))
 

@@ -2,11 +2,13 @@
 
     python -m benchmarks.gcg_quality --seconds 24 --out quality.jsonl
 
-Every variant runs for the same wall time on the same behaviours and seeds, in turn, so that all see the same machine; the order
-rotates. Reported per variant, paired with plain GCG by behaviour and seed: the difference of the best loss at the end, and
-how much sooner it reaches the worse of the two final losses, which both reach (plain's time to it over the variant's; geometric
-mean). "gcg again" is plain GCG with another random stream: what the method shows where there is no difference. Intervals:
-bootstrap over behaviours and the seeds in them, 95 %. Rows already in the file are not run again.
+Every variant runs for the same wall time on the same behaviours and seeds, in turn, so that all see
+the same machine; the order
+rotates. Reported per variant, paired with plain GCG by behaviour and seed: the difference of the
+best loss at the end, and how much sooner it reaches the worse of the two final losses, which both
+reach (plain's time to it over the variant's; geometric mean). "gcg again" is plain GCG with another
+random stream: what the method shows where there is no difference. Intervals: bootstrap over
+behaviours and the seeds in them, 95 %. Rows already in the file are not run again.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class TimeIsUp(Exception):
 
 
 def half_of(loaded: LoadedModel) -> LoadedModel:
-    """The same model without every second block: a draft model where no smaller relative is at hand."""
+    """The same model without every second block: a draft model where no smaller relative is at
+    hand."""
     half = dataclasses.replace(
         loaded, model=copy.deepcopy(loaded.model), spec=f"{loaded.spec}, half of its blocks"
     )
@@ -74,9 +77,13 @@ def search(
 ) -> dict[str, Any]:
     """Best loss against time (seconds from the first step on) of one search."""
     slot = default_slot(
-        Renderer(loaded), behaviour.request, behaviour.target_string, length=20,
-        placement="{request} {suffix}", system=None,
-    )  # fmt: skip
+        Renderer(loaded),
+        behaviour.request,
+        behaviour.target_string,
+        length=20,
+        placement="{request} {suffix}",
+        system=None,
+    )
     config = GCGConfig(num_steps=10**6, search_width=width, topk=256, **options)
     objective = TargetLoss(loaded, slot)
     drafted = TargetLoss(draft, slot) if options.get("draft") else None
@@ -94,14 +101,21 @@ def search(
     return {"times": times[:-1] or times, "losses": losses[:-1] or losses}
 
 
-def interval(values: list[list[float]], statistic: Any, draws: int = 2000) -> tuple[float, float, float]:
-    """Statistic of all values, and its 95 % interval from resampling the groups (behaviours) and the values in them."""
+def interval(
+    values: list[list[float]], statistic: Any, draws: int = 2000
+) -> tuple[float, float, float]:
+    """Statistic of all values, and its 95 % interval from resampling the groups (behaviours) and
+    the values in them."""
     generator = torch.Generator().manual_seed(0)
 
     def pick(items: list[Any]) -> list[Any]:
-        return [items[i] for i in torch.randint(len(items), (len(items),), generator=generator).tolist()]
+        return [
+            items[i] for i in torch.randint(len(items), (len(items),), generator=generator).tolist()
+        ]
 
-    found = sorted(statistic([v for group in pick(values) for v in pick(group)]) for _ in range(draws))
+    found = sorted(
+        statistic([v for group in pick(values) for v in pick(group)]) for _ in range(draws)
+    )
     whole = statistic([v for group in values for v in group])
     return whole, found[int(0.025 * draws)], found[int(0.975 * draws)]
 
@@ -118,7 +132,16 @@ def report(rows: list[dict[str, Any]]) -> str:
     by = {(r["variant"], r["behaviour"], r["seed"]): r for r in rows}
     behaviours = list(dict.fromkeys(r["behaviour"] for r in rows))
     seeds = sorted({r["seed"] for r in rows})
-    header = ("variant", "steps", "final loss", "loss - gcg's", "95 %", "times as fast", "95 %", "lower loss")
+    header = (
+        "variant",
+        "steps",
+        "final loss",
+        "loss - gcg's",
+        "95 %",
+        "times as fast",
+        "95 %",
+        "lower loss",
+    )
     lines: list[tuple[str, ...]] = [header]
     for variant in VARIANTS:
         pairs = [
@@ -133,16 +156,28 @@ def report(rows: list[dict[str, Any]]) -> str:
         pairs = [group for group in pairs if group]
         if not flat:
             continue
-        gain = interval([[v["losses"][-1] - p["losses"][-1] for v, p in group] for group in pairs], mean)
+        gain = interval(
+            [[v["losses"][-1] - p["losses"][-1] for v, p in group] for group in pairs], mean
+        )
         speed = interval([[sooner(v, p) for v, p in group] for group in pairs], geometric_mean)
-        steps, loss = mean([len(v["times"]) for v, _ in flat]), mean([v["losses"][-1] for v, _ in flat])
+        steps, loss = (
+            mean([len(v["times"]) for v, _ in flat]),
+            mean([v["losses"][-1] for v, _ in flat]),
+        )
         lower = sum(v["losses"][-1] < p["losses"][-1] for v, p in flat)
         other = variant != PLAIN
-        lines.append((
-            variant, f"{steps:.1f}", f"{loss:.3f}", f"{gain[0]:+.3f}" if other else "",
-            f"[{gain[1]:+.3f}, {gain[2]:+.3f}]" if other else "", f"{speed[0]:.2f}" if other else "",
-            f"[{speed[1]:.2f}, {speed[2]:.2f}]" if other else "", f"{lower}/{len(flat)}" if other else "",
-        ))  # fmt: skip
+        lines.append(
+            (
+                variant,
+                f"{steps:.1f}",
+                f"{loss:.3f}",
+                f"{gain[0]:+.3f}" if other else "",
+                f"[{gain[1]:+.3f}, {gain[2]:+.3f}]" if other else "",
+                f"{speed[0]:.2f}" if other else "",
+                f"[{speed[1]:.2f}, {speed[2]:.2f}]" if other else "",
+                f"{lower}/{len(flat)}" if other else "",
+            )
+        )
     return aligned(lines)
 
 
@@ -166,10 +201,19 @@ def sooner(variant: dict[str, Any], plain: dict[str, Any]) -> float:
     "--variant", "variants", type=click.Choice(list(VARIANTS)), multiple=True, help="[default: all]"
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Rows as JSON lines; goes on from them."
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Rows as JSON lines; goes on from them.",
 )
 def main(
-    model: str, count: int, seeds: int, seconds: float, width: int, variants: tuple[str, ...], out: Path
+    model: str,
+    count: int,
+    seeds: int,
+    seconds: float,
+    width: int,
+    variants: tuple[str, ...],
+    out: Path,
 ) -> None:
     """Time to the same loss."""
     chosen = list(variants) or list(VARIANTS)
@@ -194,11 +238,14 @@ def main(
                 with open(out, "a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 click.echo(
-                    f"{variant}, {behaviour.behaviour_id}, seed {seed}: {len(result['times'])} steps, "
-                    f"loss {result['losses'][-1]:.3f}", err=True,
-                )  # fmt: skip
+                    f"{variant}, {behaviour.behaviour_id}, seed {seed}: {len(result['times'])} "
+                    "steps, "
+                    f"loss {result['losses'][-1]:.3f}",
+                    err=True,
+                )
     click.echo(
-        f"{loaded.describe()}, width {width}, {seconds:.0f} s each, {len(picked)} behaviours, {seeds} seeds"
+        f"{loaded.describe()}, width {width}, {seconds:.0f} s each, {len(picked)} behaviours, "
+        f"{seeds} seeds"
     )
     click.echo(report(rows))
 

@@ -1,17 +1,23 @@
 """One GCG step against nanogcg 0.3.0, in one run: time by parts, operations, memory. Usage:
 
-    python -m benchmarks.gcg_speed                                       (embedded model, widths 64 and 256)
-    python -m benchmarks.gcg_speed --random llama-8b --dtype bfloat16 --width 512   (random weights, no download)
-    python -m benchmarks.gcg_speed --no-reference --path cached           (ours alone, by another path)
-    python -m benchmarks.gcg_speed --screen 8                             (an option that is not GCG)
+    python -m benchmarks.gcg_speed                                       (embedded model, widths 64
+                                                                         and 256)
+    python -m benchmarks.gcg_speed --random llama-8b --dtype bfloat16 --width 512   (random weights,
+                                                                                    no download)
+    python -m benchmarks.gcg_speed --no-reference --path cached           (ours alone, by another
+                                                                          path)
+    python -m benchmarks.gcg_speed --screen 8                             (an option that is not
+                                                                          GCG)
 
-nanogcg runs its own optimiser in its own environment and waits before every step. After each of its steps ours runs one on the same
-suffix and the same candidates, so both see the same machine; losses must agree to 1e-4 (float32). The last line is `ratio R`:
-seconds of a step of nanogcg over ours, median over the pairs, the smallest of the widths.
+nanogcg runs its own optimiser in its own environment and waits before every step. After each of its
+steps ours runs one on the same suffix and the same candidates, so both see the same machine; losses
+must agree to 1e-4 (float32). The last line is `ratio R`: seconds of a step of nanogcg over ours,
+median over the pairs, the smallest of the widths.
 
-GFLOP counts necessary operations: per fed token two per block weight and four per attention channel and visible token; the
-head over the likely tokens for every candidate, over the whole vocabulary for those that need it. A fed token is one that
-does not lie in what a candidate shares with the current suffix. The peak is a large matrix product of the same minutes.
+GFLOP counts necessary operations: per fed token two per block weight and four per attention channel
+and visible token; the head over the likely tokens for every candidate, over the whole vocabulary
+for those that need it. A fed token is one that does not lie in what a candidate shares with the
+current suffix. The peak is a large matrix product of the same minutes.
 """
 
 from __future__ import annotations
@@ -24,10 +30,10 @@ from typing import Any
 
 import click
 import torch
+from attacks.reference import reference
 
 from attacks.candidates import allowed_tokens, sample_candidates
 from attacks.objective import PATHS, TargetLoss
-from attacks.reference import reference
 from attacks.selection import screened
 from attacks.slot import SuffixSlot, default_slot
 from benchmarks.measure import (
@@ -70,7 +76,12 @@ def scoring_gflop(
     fed = float((end - starts).sum())
     visible = float(((starts + 1 + end) * (end - starts) / 2).sum())
     vocabulary = loaded.embedding_table.shape[0]
-    head = 2 * config.hidden_size * targets * (objective.fully_scored * vocabulary + len(candidates) * likely)
+    head = (
+        2
+        * config.hidden_size
+        * targets
+        * (objective.fully_scored * vocabulary + len(candidates) * likely)
+    )
     return (2 * weights * fed + 4 * channels * visible + head) / 1e9
 
 
@@ -78,9 +89,22 @@ class Ours:
     """Our step, on suffixes and candidates that come from outside."""
 
     def __init__(
-        self, loaded: LoadedModel, slot: SuffixSlot, width: int, topk: int, *, path: str | None, screen: int
+        self,
+        loaded: LoadedModel,
+        slot: SuffixSlot,
+        width: int,
+        topk: int,
+        *,
+        path: str | None,
+        screen: int,
     ) -> None:
-        self.loaded, self.slot, self.width, self.topk, self.screen = loaded, slot, width, topk, screen
+        self.loaded, self.slot, self.width, self.topk, self.screen = (
+            loaded,
+            slot,
+            width,
+            topk,
+            screen,
+        )
         self.objective = TargetLoss(loaded, slot, path=path)
         self.allowed = allowed_tokens(loaded.tokenizer, loaded.embedding_table.shape[0])
         self.generator = torch.Generator().manual_seed(0)
@@ -97,7 +121,8 @@ class Ours:
         )
 
     def best(self, candidates: torch.Tensor) -> tuple[int, float]:
-        """Index and loss of the winner: by exact scores of all, or of those that the screening lets through."""
+        """Index and loss of the winner: by exact scores of all, or of those that the screening lets
+        through."""
         if not self.screen:
             return self.objective.best(candidates)
         kept = screened(self.objective, candidates, self.screen)
@@ -125,28 +150,40 @@ class Ours:
             "scoring": scoring_s,
         }
         return {
-            "seconds": seconds | {"step": step_s}, "peak_mib": memory, "peak_gflops": peak,
-            "gflop": gflop, "scored": len(scored), "screened": self.screen,
-            "fully_scored": objective.fully_scored, "winner": winner,
-            "loss": loss, "candidates": scored,
-        }  # fmt: skip
+            "seconds": seconds | {"step": step_s},
+            "peak_mib": memory,
+            "peak_gflops": peak,
+            "gflop": gflop,
+            "scored": len(scored),
+            "screened": self.screen,
+            "fully_scored": objective.fully_scored,
+            "winner": winner,
+            "loss": loss,
+            "candidates": scored,
+        }
 
 
-def compare(ours: Ours, theirs: dict[str, Any], row: dict[str, Any], candidates: torch.Tensor) -> float:
+def compare(
+    ours: Ours, theirs: dict[str, Any], row: dict[str, Any], candidates: torch.Tensor
+) -> float:
     """Largest difference of the candidates' losses; refuses where it is more than rounding."""
     expected = torch.tensor(theirs["losses"])
     worst = float((ours.objective.losses(candidates) - expected).abs().max())
     limit = AGREEMENT[ours.loaded.dtype]
-    row["same_winner"] = float(expected[row["winner"]] - expected.min()) <= 1e-5  # ties but for rounding
+    row["same_winner"] = (
+        float(expected[row["winner"]] - expected.min()) <= 1e-5
+    )  # ties but for rounding
     if worst > limit or abs(row["loss"] - float(expected[row["winner"]])) > limit:
         raise click.ClickException(
-            f"losses differ by {worst:.2g} (limit {limit}); best {row['loss']:.6f}, nanogcg {float(expected.min()):.6f}"
+            f"losses differ by {worst:.2g} (limit {limit}); best {row['loss']:.6f}, nanogcg "
+            f"{float(expected.min()):.6f}"
         )
     return worst
 
 
 def pairs_with_reference(ours: Ours, steps: int, batch_size: int | None) -> list[dict[str, Any]]:
-    """Steps of nanogcg, each followed by one of ours on the same suffix and candidates; the first pair warms up."""
+    """Steps of nanogcg, each followed by one of ours on the same suffix and candidates; the first
+    pair warms up."""
     found: list[dict[str, Any]] = []
 
     def follow(theirs: dict[str, Any]) -> None:
@@ -156,7 +193,8 @@ def pairs_with_reference(ours: Ours, steps: int, batch_size: int | None) -> list
         row["nanogcg"] = {key: theirs[key] for key in ("seconds", "peak_mib")}
         found.append(row)
         click.echo(
-            f"  pair {len(found) - 1}: nanogcg {theirs['seconds']['step']:.2f} s, ours {row['seconds']['step']:.2f} s",
+            f"  pair {len(found) - 1}: nanogcg {theirs['seconds']['step']:.2f} s, ours "
+            f"{row['seconds']['step']:.2f} s",
             err=True,
         )
 
@@ -167,7 +205,9 @@ def pairs_with_reference(ours: Ours, steps: int, batch_size: int | None) -> list
             "topk": ours.topk,
             "batch_size": batch_size,
         }
-        if ours.loaded.fingerprint == "random":  # most of its ids have no token that would survive a filter
+        if (
+            ours.loaded.fingerprint == "random"
+        ):  # most of its ids have no token that would survive a filter
             config["filter_ids"] = False
         engine.run(ours.slot, config, on_step=follow, before_step=lambda: None, torch_seed=1)
     return found[1:]
@@ -198,8 +238,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         ratios = [r["nanogcg"]["seconds"]["step"] / r["seconds"]["step"] for r in rows]
         text += "\nratio of each pair: " + " ".join(f"{ratio:.2f}" for ratio in ratios)
         text += f"\nsame winner in {sum(r['same_winner'] for r in rows)} of {len(rows)} steps"
-        text += f"\nlargest difference of a loss: {max(r['difference'] for r in rows):.2g} nats per token"
-        memory = [max(r["nanogcg"]["peak_mib"] or 0 for r in rows), max(r["peak_mib"] or 0 for r in rows)]
+        text += (
+            f"\nlargest difference of a loss: {max(r['difference'] for r in rows):.2g} nats per "
+            "token"
+        )
+        memory = [
+            max(r["nanogcg"]["peak_mib"] or 0 for r in rows),
+            max(r["peak_mib"] or 0 for r in rows),
+        ]
         text += f"\npeak memory: nanogcg {memory[0]:.0f} MiB, ours {memory[1]:.0f} MiB"
     else:
         text += f"\npeak memory: {max(r['peak_mib'] or 0 for r in rows):.0f} MiB"
@@ -207,9 +253,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         return text
     share = median([rate / r["peak_gflops"] for rate, r in zip(rates, rows, strict=True)])
     return (
-        f"{text}\nscoring: {median([r['gflop'] / r['scored'] for r in rows]):.2f} GFLOP a candidate, "
+        f"{text}\nscoring: {median([r['gflop'] / r['scored'] for r in rows]):.2f} GFLOP a "
+        "candidate, "
         f"{median(rates):.0f} GFLOP/s, {100 * share:.0f} % of the matrix product's "
-        f"{median([r['peak_gflops'] for r in rows]):.0f}; whole head for {median([r['fully_scored'] for r in rows])} "
+        f"{median([r['peak_gflops'] for r in rows]):.0f}; whole head for "
+        f"{median([r['fully_scored'] for r in rows])} "
         f"of {rows[0]['scored']}"
     )
 
@@ -217,12 +265,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 @click.command()
 @click.option("--model", default="embedded")
 @click.option(
-    "--random", "random_name", type=click.Choice(list(RANDOM)), help="Random weights of a known size."
+    "--random",
+    "random_name",
+    type=click.Choice(list(RANDOM)),
+    help="Random weights of a known size.",
 )
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="float32", help="With --random.")
 @click.option("--width", "widths", type=click.IntRange(1), multiple=True, default=(64, 256))
 @click.option("--topk", type=click.IntRange(1), default=256)
-@click.option("--pairs", type=click.IntRange(1), default=5, help="Measured steps, after one that warms up.")
+@click.option(
+    "--pairs", type=click.IntRange(1), default=5, help="Measured steps, after one that warms up."
+)
 @click.option(
     "--screen",
     type=click.IntRange(0),
@@ -232,7 +285,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 @click.option("--path", type=click.Choice(PATHS), help="Force a way of scoring.")
 @click.option("--reference/--no-reference", "with_reference", default=True, help="Run nanogcg too.")
 @click.option(
-    "--reference-batch", type=click.IntRange(1), help="nanogcg's batch_size [default: its own, the width]"
+    "--reference-batch",
+    type=click.IntRange(1),
+    help="nanogcg's batch_size [default: its own, the width]",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be run.")
 @click.option("--out", type=click.Path(path_type=Path), help="Append the rows here as JSON lines.")
@@ -257,9 +312,13 @@ def main(
     behaviour = load_behaviours(label="harmful", splits=["test"])[0]
     assert behaviour.target_string is not None
     slot = default_slot(
-        Renderer(loaded), behaviour.request, behaviour.target_string, length=20,
-        placement="{request} {suffix}", system=None,
-    )  # fmt: skip
+        Renderer(loaded),
+        behaviour.request,
+        behaviour.target_string,
+        length=20,
+        placement="{request} {suffix}",
+        system=None,
+    )
     click.echo(f"{loaded.describe()}; {device_name(loaded.device)}")
     sizes = len(slot.before_ids), len(slot.initial_ids), len(slot.after_ids), len(slot.target_ids)
     click.echo("tokens: {} prefix, {} suffix, {} tail, {} target".format(*sizes))
@@ -270,21 +329,35 @@ def main(
     medians = []
     for width in widths:
         ours = Ours(loaded, slot, width, topk, path=path, screen=screen)
-        rows = pairs_with_reference(ours, pairs, reference_batch) if with_reference else alone(ours, pairs)
+        rows = (
+            pairs_with_reference(ours, pairs, reference_batch)
+            if with_reference
+            else alone(ours, pairs)
+        )
         how = f"path {ours.objective.path}" + (f", screen {screen}" if screen else "")
         click.echo(f"\nwidth {width}, top-k {topk}, {how}, {pairs} steps\n{table(rows)}")
         if with_reference:
-            medians.append(median([r["nanogcg"]["seconds"]["step"] / r["seconds"]["step"] for r in rows]))
+            medians.append(
+                median([r["nanogcg"]["seconds"]["step"] / r["seconds"]["step"] for r in rows])
+            )
         if out:
-            about = {"model": loaded.spec, "device": device_name(loaded.device), "width": width, "topk": topk}
+            about = {
+                "model": loaded.spec,
+                "device": device_name(loaded.device),
+                "width": width,
+                "topk": topk,
+            }
             with open(out, "a") as file:
                 for row in rows:
                     row.pop("candidates")
                     file.write(
-                        json.dumps(about | {"path": ours.objective.path, "screen": screen} | row) + "\n"
+                        json.dumps(about | {"path": ours.objective.path, "screen": screen} | row)
+                        + "\n"
                     )
     if not torch.cuda.is_available():
-        click.echo("\nno CUDA device here; on one this would be run too:\n  " + "\n  ".join(ON_A_GPU))
+        click.echo(
+            "\nno CUDA device here; on one this would be run too:\n  " + "\n  ".join(ON_A_GPU)
+        )
     if medians:
         click.echo(f"\nratio {min(medians):.2f}")
 

@@ -1,4 +1,5 @@
-"""What the benchmarks share: models of a known size with random weights, wall time, a machine's peak, memory."""
+"""What the benchmarks share: models of a known size with random weights, wall time, a machine's
+peak, memory."""
 
 from __future__ import annotations
 
@@ -14,18 +15,29 @@ from core.models import LoadedModel, default_device
 
 RANDOM: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
     },
     "llama-8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
     },
-}  # fmt: skip
+}
 
 
 def random_model(name: str, dtype: torch.dtype) -> LoadedModel:
-    """A Llama of that size with random weights, and a byte-level tokenizer trained on the tests' few lines."""
+    """A Llama of that size with random weights, and a byte-level tokenizer trained on the tests'
+    few lines."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tests.conftest import CHATML, byte_level
@@ -41,7 +53,8 @@ def random_model(name: str, dtype: torch.dtype) -> LoadedModel:
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Wall time of one call in seconds, the device's queue emptied before and after; and its result."""
+    """Wall time of one call in seconds, the device's queue emptied before and after; and its
+    result."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -59,7 +72,9 @@ def matrix_peak(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> f
     """GFLOP/s of a large square matrix product."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / median([timed(lambda: a @ b, device)[0] for _ in range(repeats + 1)][1:]) / 1e9
+    return (
+        2 * n**3 / median([timed(lambda: a @ b, device)[0] for _ in range(repeats + 1)][1:]) / 1e9
+    )
 
 
 def device_name(device: torch.device) -> str:
@@ -80,10 +95,13 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_mib(device: torch.device) -> float | None:
-    """Peak since ``forget_peak`` in MiB: memory of the device on CUDA, else of this process; None where not told."""
+    """Peak since ``forget_peak`` in MiB: memory of the device on CUDA, else of this process; None
+    where not told."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
     if not status.exists():
         return None
-    return next(int(s.split()[1]) / 1024 for s in status.read_text().splitlines() if s.startswith("VmHWM"))
+    return next(
+        int(s.split()[1]) / 1024 for s in status.read_text().splitlines() if s.startswith("VmHWM")
+    )

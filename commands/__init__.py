@@ -1,1 +1,2 @@
-"""The commands, thin: options in, a stage called, its result printed. Heavy imports happen inside them."""
+"""The commands, thin: options in, a stage called, its result printed. Heavy imports happen inside
+them."""

@@ -1,1 +1,2 @@
-"""Shared vocabulary of the suite: records, run folders, models, prompts, generation. Imports no other room."""
+"""Shared vocabulary of the suite: records, run folders, models, prompts, generation. Imports no
+other room."""

@@ -1,4 +1,5 @@
-"""Work in batches that fit the memory: halved when the device runs out, and the size that fitted is remembered."""
+"""Work in batches that fit the memory: halved when the device runs out, and the size that fitted is
+remembered."""
 
 from __future__ import annotations
 
@@ -16,14 +17,19 @@ R = TypeVar("R")
 
 @dataclass
 class BatchSize:
-    """A batch size that shrinks on out-of-memory. ``value`` is what fits so far; it may be saved and restored."""
+    """A batch size that shrinks on out-of-memory. ``value`` is what fits so far; it may be saved
+    and restored."""
 
     value: int
 
     def over(
-        self, items: Sequence[T], work: Callable[[Sequence[T]], R], cost: Callable[[T], int] = lambda item: 1
+        self,
+        items: Sequence[T],
+        work: Callable[[Sequence[T]], R],
+        cost: Callable[[T], int] = lambda item: 1,
     ) -> Iterator[R]:
-        """``work`` on consecutive slices of ``items``, in order; a slice of several items costs at most ``value``."""
+        """``work`` on consecutive slices of ``items``, in order; a slice of several items costs at
+        most ``value``."""
         start = 0
         while start < len(items):
             stop, total = start + 1, cost(items[start])
@@ -46,7 +52,8 @@ class BatchSize:
 def memory_budget(device: torch.device) -> int:
     """Bytes that one batch may take: a quarter of the device's memory, at most 2 GiB on the CPU.
 
-    Taken from the total, not from what happens to be free, so that a resumed run makes the same batches.
+    Taken from the total, not from what happens to be free, so that a resumed run makes the same
+    batches.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 4

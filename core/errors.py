@@ -2,7 +2,8 @@
 
 
 class AttackPlaneError(Exception):
-    """A fault that the user can act on. The command line prints it without a traceback (``--debug`` shows one)."""
+    """A fault that the user can act on. The command line prints it without a traceback (``--debug``
+    shows one)."""
 
     def __init__(
         self, what: str, *, where: object = None, got: object = None, remedy: str | None = None

@@ -24,9 +24,11 @@ def complete(
     batch_size: int = 16,
     description: str = "generate",
 ) -> list[str]:
-    """Replies to whole rendered texts (BOS included), in their order; greedy unless ``temperature`` > 0.
+    """Replies to whole rendered texts (BOS included), in their order; greedy unless ``temperature``
+    > 0.
 
-    Prompts are batched by length and padded on the left. Sampling draws from a stream of its own, started from
+    Prompts are batched by length and padded on the left. Sampling draws from a stream of its own,
+    started from
     ``seed``; the global one is left as it was.
     """
     loaded = renderer.loaded
@@ -52,7 +54,8 @@ def complete(
 
 
 def stop_ids(loaded: LoadedModel) -> list[int]:
-    """Tokens that end a reply: the checkpoint's own, else the tokenizer's end of text, else none."""
+    """Tokens that end a reply: the checkpoint's own, else the tokenizer's end of text, else
+    none."""
     own = loaded.model.generation_config.eos_token_id
     stop = own if own is not None else loaded.tokenizer.eos_token_id
     return [stop] if isinstance(stop, int) else list(stop or [])
@@ -69,7 +72,9 @@ def _generate(
     pad = pad if pad is not None else (ends[0] if ends else 0)
     longest = max(map(len, ids))
     rows = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=loaded.device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=loaded.device)
+    mask = torch.tensor(
+        [[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=loaded.device
+    )
     options: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -83,7 +88,8 @@ def _generate(
 
 @contextmanager
 def _without_own_generation_config(model: Any) -> Iterator[None]:
-    """Hide the checkpoint's generation settings: transformers would fill ours up from them (repetition penalty, top-p)."""
+    """Hide the checkpoint's generation settings: transformers would fill ours up from them
+    (repetition penalty, top-p)."""
     from transformers import GenerationConfig
 
     own = model.generation_config

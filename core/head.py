@@ -1,7 +1,9 @@
-"""The language-model head apart from its model: logits of chosen positions, over all tokens or over some of them.
+"""The language-model head apart from its model: logits of chosen positions, over all tokens or over
+some of them.
 
-What models do to the head's output is an elementwise map: nothing, a constant factor, or soft-capping c tanh(x / c).
-Which one is found by comparing with the model's own logits, never by a family's name.
+What models do to the head's output is an elementwise map: nothing, a constant factor, or
+soft-capping c tanh(x / c). Which one is found by comparing with the model's own logits, never by a
+family's name.
 """
 
 from __future__ import annotations
@@ -32,7 +34,11 @@ class Head:
         raw = self.logits(loaded.decoder(**inputs).last_hidden_state[0])
         own = loaded.model(**inputs).logits[0].float()
         factor = float((own * raw).sum() / (raw * raw).sum())
-        maps = [(1.0, None), (factor, None), (1.0, getattr(loaded.config, "final_logit_softcapping", None))]
+        maps = [
+            (1.0, None),
+            (factor, None),
+            (1.0, getattr(loaded.config, "final_logit_softcapping", None)),
+        ]
         errors = []
         for self.scale, self.cap in maps:
             errors.append(float((self._mapped(raw) - own).abs().max()))
@@ -58,5 +64,8 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(positions, d_model) -> (positions, tokens) float32."""
-        # contiguous rows: a strided view of a batch would be multiplied batch by batch, many times slower
-        return self._mapped(nn.functional.linear(hidden.contiguous(), self._weight, self._bias).float())
+        # contiguous rows: a strided view of a batch would be multiplied batch by batch, many times
+        # slower
+        return self._mapped(
+            nn.functional.linear(hidden.contiguous(), self._weight, self._bias).float()
+        )

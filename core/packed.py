@@ -1,15 +1,20 @@
-"""Many continuations of one sequence in one flat batch: what they share is computed once and never copied per row.
+"""Many continuations of one sequence in one flat batch: what they share is computed once and never
+copied per row.
 
-Rows that follow the same tokens up to some point (a prompt's prefix, and the current suffix up to the position where a
-candidate differs from it) attend to the keys and values of those tokens and to their own. Their fed tokens lie one after
-another in a batch of one sequence, so every matrix product is one large dense one, with no padding. Steps:
+Rows that follow the same tokens up to some point (a prompt's prefix, and the current suffix up to
+the position where a candidate differs from it) attend to the keys and values of those tokens and to
+their own. Their fed tokens lie one after another in a batch of one sequence, so every matrix
+product is one large dense one, with no padding. Steps:
 
-1. The model runs with an attention function of ours (transformers' AttentionInterface) and explicit position ids.
-2. That function cuts queries, keys and values into groups of rows with equal lengths, puts the shared keys and values before
-   the rows' own, and calls the model's own attention function (sdpa or eager, so soft-capping and the like stay as
-   they are) with a causal, where need be sliding, mask.
+1. The model runs with an attention function of ours (transformers' AttentionInterface) and explicit
+   position ids.
+2. That function cuts queries, keys and values into groups of rows with equal lengths, puts the
+   shared keys and values before the rows' own, and calls the model's own attention function (sdpa
+   or eager, so soft-capping and the like stay as they are) with a causal, where need be sliding,
+   mask.
 
-Nothing is assumed of a family: a caller checks one result against a plain pass (``attacks/objective.py`` does).
+Nothing is assumed of a family: a caller checks one result against a plain pass
+(``attacks/objective.py`` does).
 """
 
 from __future__ import annotations
@@ -34,7 +39,8 @@ NAME = "attack_plane_packed"
 
 @dataclass(frozen=True)
 class Group:
-    """``count`` rows of ``length`` fed tokens each, that follow the first ``shared`` tokens of the shared sequence."""
+    """``count`` rows of ``length`` fed tokens each, that follow the first ``shared`` tokens of the
+    shared sequence."""
 
     shared: int
     length: int
@@ -57,8 +63,8 @@ def grouped_sdpa(
 ) -> tuple[Tensor, None]:
     """transformers' sdpa attention without its copies of keys and values for grouped queries.
 
-    The query heads of one key-value head stand below one another as more rows, and so does ``attention_mask``, once for each
-    of them. Other than plain options go to transformers.
+    The query heads of one key-value head stand below one another as more rows, and so does
+    ``attention_mask``, once for each of them. Other than plain options go to transformers.
     """
     if any(options.get(name) is not None for name in ("position_bias", "softcap", "s_aux")):
         whole = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -73,7 +79,8 @@ def grouped_sdpa(
 
 
 class PackedDecoder:
-    """Runs rows that continue one shared sequence, whose keys and values it keeps per attention module."""
+    """Runs rows that continue one shared sequence, whose keys and values it keeps per attention
+    module."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
@@ -84,7 +91,8 @@ class PackedDecoder:
 
     @property
     def current(self) -> Sequence[Group]:
-        """The groups that the calling thread runs just now: tells a hook which of two batches it sees."""
+        """The groups that the calling thread runs just now: tells a hook which of two batches it
+        sees."""
         return self._now.groups
 
     def hidden(self, embeddings: Tensor, groups: Sequence[Group], *, keep: int = 0) -> Tensor:
@@ -92,7 +100,8 @@ class PackedDecoder:
 
         Args:
             embeddings: (fed tokens of all rows, d_model), row after row in the order of ``groups``.
-            keep: with one group of one row: remember keys and values of the first ``keep`` tokens of shared sequence
+            keep: with one group of one row: remember keys and values of the first ``keep`` tokens
+            of shared sequence
                 and row as the shared sequence from here on; 0 leaves it as it was.
 
         Returns:
@@ -103,14 +112,18 @@ class PackedDecoder:
 
     @torch.no_grad()
     def hidden_of_two(self, batches: Sequence[tuple[Tensor, Sequence[Group]]]) -> list[Tensor]:
-        """``hidden`` of two batches at once, each in a thread of its own with half of the cores. For a CPU.
+        """``hidden`` of two batches at once, each in a thread of its own with half of the cores.
+        For a CPU.
 
-        What is not a large matrix product uses a second core badly within one batch; two batches side by side fill it.
+        What is not a large matrix product uses a second core badly within one batch; two batches
+        side by side fill it.
         """
         threads = torch.get_num_threads()
 
         def work(batch: tuple[Tensor, Sequence[Group]]) -> Tensor:
-            torch.set_num_threads(max(1, threads // 2))  # for this thread; the caller's is put back below
+            torch.set_num_threads(
+                max(1, threads // 2)
+            )  # for this thread; the caller's is put back below
             with torch.no_grad():
                 return self._run(*batch, 0)
 
@@ -166,8 +179,12 @@ class PackedDecoder:
                 )
                 if group.shared:
                     shared_k, shared_v = self._known[module]
-                    k = torch.cat([shared_k[:, :, : group.shared].expand(group.count, -1, -1, -1), k], 2)
-                    v = torch.cat([shared_v[:, :, : group.shared].expand(group.count, -1, -1, -1), v], 2)
+                    k = torch.cat(
+                        [shared_k[:, :, : group.shared].expand(group.count, -1, -1, -1), k], 2
+                    )
+                    v = torch.cat(
+                        [shared_v[:, :, : group.shared].expand(group.count, -1, -1, -1), v], 2
+                    )
                 if keep := self._now.keep:
                     self._known[module] = (k[:, :, :keep].detach(), v[:, :, :keep].detach())
                 mask = self._mask(group, options.get("sliding_window"), fold, query)
@@ -183,7 +200,8 @@ class PackedDecoder:
         return ALL_ATTENTION_FUNCTIONS[self._original]
 
     def _mask(self, group: Group, window: int | None, fold: int, like: Tensor) -> Tensor:
-        """(1, 1, fold x length, shared + length): 0 where a fed token sees a token, -inf where it does not."""
+        """(1, 1, fold x length, shared + length): 0 where a fed token sees a token, -inf where it
+        does not."""
         key = (group.shared, group.length, window, fold)
         if key not in self._masks:
             seen = torch.arange(group.shared + group.length, device=like.device)

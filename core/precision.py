@@ -1,4 +1,5 @@
-"""Faster and rougher matrix products for a while: bfloat16 on a CPU, TF32 on CUDA, float32 results either way."""
+"""Faster and rougher matrix products for a while: bfloat16 on a CPU, TF32 on CUDA, float32 results
+either way."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ def _products(device: torch.device, cpu: str, cuda: str) -> Iterator[None]:
 
 
 def reduced_products(device: torch.device) -> AbstractContextManager[None]:
-    """Float32 matrix products of this process in reduced precision; the setting is put back afterwards.
+    """Float32 matrix products of this process in reduced precision; the setting is put back
+    afterwards.
 
     Without hardware for it (AMX or AVX-512 BF16 on a CPU) the CPU computes as before.
     """
@@ -37,7 +39,8 @@ def is_reduced(device: torch.device) -> bool:
 
 
 def full_products(device: torch.device) -> AbstractContextManager[None]:
-    """Full precision within a reduced stretch: the many small products of attention are slower in bfloat16 on a CPU.
+    """Full precision within a reduced stretch: the many small products of attention are slower in
+    bfloat16 on a CPU.
 
     Outside such a stretch it touches nothing, so that threads do not undo each other's settings.
     """

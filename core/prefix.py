@@ -1,4 +1,5 @@
-"""Keys and values of a token prefix that many sequences share: computed once, expanded to any batch without a copy."""
+"""Keys and values of a token prefix that many sequences share: computed once, expanded to any batch
+without a copy."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def keeps_keys_and_values_only(loaded: LoadedModel) -> bool:
-    """Whether keys and values are all that this model keeps of earlier tokens (no recurrent or convolution state)."""
+    """Whether keys and values are all that this model keeps of earlier tokens (no recurrent or
+    convolution state)."""
     layers = DynamicCache(config=loaded.model.config).layers
     return all(type(layer) in PLAIN_LAYERS for layer in layers)
 
@@ -25,8 +27,8 @@ def keeps_keys_and_values_only(loaded: LoadedModel) -> bool:
 class SharedPrefix:
     """The key-value cache of ``ids`` (prefix tokens) on one model.
 
-    ``usable`` is False where the model keeps another kind of state (recurrent layers, static caches): callers then
-    feed whole sequences, which is slower and equally exact.
+    ``usable`` is False where the model keeps another kind of state (recurrent layers, static
+    caches): callers then feed whole sequences, which is slower and equally exact.
     """
 
     def __init__(self, loaded: LoadedModel, ids: torch.Tensor) -> None:
@@ -50,8 +52,11 @@ class SharedPrefix:
 
 
 def forked(cache: Any, rows: torch.Tensor | None = None) -> DynamicCache:
-    """A cache that goes on from ``cache``, which stays as it is; with ``rows`` (indices) of those sequences, in that order."""
-    return _copied(cache, (lambda states: states) if rows is None else (lambda states: states[rows]))
+    """A cache that goes on from ``cache``, which stays as it is; with ``rows`` (indices) of those
+    sequences, in that order."""
+    return _copied(
+        cache, (lambda states: states) if rows is None else (lambda states: states[rows])
+    )
 
 
 def _copied(cache: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> DynamicCache:

@@ -1,15 +1,17 @@
 """Render a conversation once and know where everything lies in its tokens.
 
-Steps: 1. Render the chat template with a sentinel in place of the user content; what stands before and after it is
-the template's. 2. Check that the template leaves the real content as it is. 3. Tokenise the whole text once, without
-adding special tokens (the text carries its own BOS). 4. Turn character ranges into token ranges by the tokenizer's
-offsets. No template is known by name.
+Steps: 1. Render the chat template with a sentinel in place of the user content; what stands before
+and after it is the template's. 2. Check that the template leaves the real content as it is. 3.
+Tokenise the whole text once, without adding special tokens (the text carries its own BOS). 4. Turn
+character ranges into token ranges by the tokenizer's offsets. No template is known by name.
 
-Positions (Zhao, arXiv 2507.11878; HARC, arXiv 2607.00572): ``t_inst`` is the last token of the user content,
-``t_post_inst`` the last template token before the reply, ``t_goal`` the last token of the original request, which
-differs from t_inst under a suffix attack.
+Positions (Zhao, arXiv 2507.11878; HARC, arXiv 2607.00572): ``t_inst`` is the last token of the user
+content,
+``t_post_inst`` the last template token before the reply, ``t_goal`` the last token of the original
+request, which differs from t_inst under a suffix attack.
 
-Token fidelity: a prompt counts only if its text, tokenised again as a whole, gives the ids that were scored.
+Token fidelity: a prompt counts only if its text, tokenised again as a whole, gives the ids that
+were scored.
 Comparing the suffix alone is not enough: its tokens merge with their neighbours.
 """
 
@@ -56,7 +58,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Conversation:
-    """User content with the character ranges of the request and of the suffix in it; context around it."""
+    """User content with the character ranges of the request and of the suffix in it; context around
+    it."""
 
     content: str
     request: Span | None = None
@@ -74,7 +77,8 @@ class Conversation:
         system: str | None = None,
         history: Sequence[tuple[str, str]] = (),
     ) -> Conversation:
-        """Place ``request`` and ``suffix`` by their markers; without a suffix the content is the request alone.
+        """Place ``request`` and ``suffix`` by their markers; without a suffix the content is the
+        request alone.
 
         ``history`` is earlier turns as (role, content).
         """
@@ -99,7 +103,8 @@ class Conversation:
     def of_prompt(
         cls, prompt: str, *, request: str | None, suffix: str | None, system: str | None
     ) -> Conversation:
-        """A frozen prompt; request and suffix are looked up in it and left out where they do not stand verbatim."""
+        """A frozen prompt; request and suffix are looked up in it and left out where they do not
+        stand verbatim."""
 
         def find(part: str | None, position: int) -> Span | None:
             return Span(position, position + len(part)) if part and position >= 0 else None
@@ -114,7 +119,8 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered conversation: text, token ids and where things lie. ``target_ids`` follow ``ids`` directly."""
+    """A rendered conversation: text, token ids and where things lie. ``target_ids`` follow ``ids``
+    directly."""
 
     text: str
     ids: tuple[int, ...]
@@ -168,7 +174,8 @@ class Renderer:
 
     @cached_property
     def template(self) -> str:
-        """The chat template that is used: the model's own with the date held fixed, or the plain one."""
+        """The chat template that is used: the model's own with the date held fixed, or the plain
+        one."""
         if not self.loaded.has_chat_template:
             return PLAIN_TEMPLATE
         own = self.tokenizer.get_chat_template()
@@ -183,12 +190,14 @@ class Renderer:
     def template_hash(self) -> str:
         return content_hash(self.template)
 
-    # --- text -----------------------------------------------------------------------------------------------------
+    # --- text -------------------------------------------------------------------------------------
     @cached_property
     def _bos_added_by_default(self) -> bool:
         ids = self.tokenizer("a").input_ids
         return (
-            bool(ids) and self.tokenizer.bos_token_id is not None and (ids[0] == self.tokenizer.bos_token_id)
+            bool(ids)
+            and self.tokenizer.bos_token_id is not None
+            and (ids[0] == self.tokenizer.bos_token_id)
         )
 
     def _template(
@@ -212,7 +221,9 @@ class Renderer:
                 "the chat template refuses this conversation",
                 where=self.loaded.spec,
                 got=str(error),
-                remedy="some templates take no system prompt or need alternating roles; leave it out",
+                remedy=(
+                    "some templates take no system prompt or need alternating roles; leave it out"
+                ),
             ) from error
         bos = self.tokenizer.bos_token
         if self._bos_added_by_default and not text.startswith(bos):
@@ -240,9 +251,12 @@ class Renderer:
         return self._around[key]
 
     def target_text(self, conversation: Conversation, target: str) -> str:
-        """The target as it follows the prompt: with the white space that the template puts before a reply, if any."""
+        """The target as it follows the prompt: with the white space that the template puts before a
+        reply, if any."""
         prompt = self._template(SENTINEL, conversation.system, conversation.history)
-        full = self._template(SENTINEL, conversation.system, conversation.history, reply=REPLY_SENTINEL)
+        full = self._template(
+            SENTINEL, conversation.system, conversation.history, reply=REPLY_SENTINEL
+        )
         if full.startswith(prompt):
             between = full[len(prompt) :].partition(REPLY_SENTINEL)[0]
             if not between.strip():
@@ -250,7 +264,8 @@ class Renderer:
         return target
 
     def end_of_turn(self) -> tuple[int, ...]:
-        """The special token that the template puts right after a reply, else the tokenizer's end of text, else none."""
+        """The special token that the template puts right after a reply, else the tokenizer's end of
+        text, else none."""
         full = self._template(SENTINEL, None, (), reply=REPLY_SENTINEL)
         rest = full.partition(REPLY_SENTINEL)[2].strip()
         ids = self.tokenizer(rest, add_special_tokens=False).input_ids if rest else []
@@ -259,13 +274,14 @@ class Renderer:
         end = self.tokenizer.eos_token_id
         return () if end is None else (end,)
 
-    # --- tokens ---------------------------------------------------------------------------------------------------
+    # --- tokens -----------------------------------------------------------------------------------
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of whole conversations, one tokenizer call; the texts carry their own BOS."""
         return self.tokenizer(list(texts), add_special_tokens=False).input_ids
 
     def decode(self, ids: Sequence[Sequence[int]], context: Sequence[int] = ()) -> list[str]:
-        """Text of token lists as it reads after ``context``: some decoders drop white space at the very start."""
+        """Text of token lists as it reads after ``context``: some decoders drop white space at the
+        very start."""
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         head = self.tokenizer.decode(list(context), **options) if context else ""
         joined = self.tokenizer.batch_decode([[*context, *row] for row in ids], **options)
@@ -273,7 +289,9 @@ class Renderer:
 
     def fidelity(self, texts: Sequence[str], expected: Sequence[Sequence[int]]) -> list[bool]:
         """Whether each whole text, tokenised again, gives the expected ids. One tokenizer call."""
-        return [list(got) == list(ids) for got, ids in zip(self.tokenise(texts), expected, strict=True)]
+        return [
+            list(got) == list(ids) for got, ids in zip(self.tokenise(texts), expected, strict=True)
+        ]
 
     def render(
         self, conversation: Conversation, target: str | None = None, *, allow_trim: bool = False
@@ -281,7 +299,8 @@ class Renderer:
         """Render and locate.
 
         Raises:
-            AttackPlaneError: the template rewrites the content (``allow_trim`` accepts removed outer white space),
+            AttackPlaneError: the template rewrites the content (``allow_trim`` accepts removed
+            outer white space),
                 or the target's tokens merge with the template's.
         """
         before, after = self.around_content(conversation)
@@ -295,13 +314,20 @@ class Renderer:
                 raise AttackPlaneError(
                     "the chat template rewrites the user content",
                     where=self.loaded.spec,
-                    got=f"{content[:60]!r} became {text[len(before) : len(text) - len(after)][:60]!r}",
-                    remedy="remove white space at the ends of the content and special tokens inside it",
+                    got=(
+                        f"{content[:60]!r} became "
+                        f"{text[len(before) : len(text) - len(after)][:60]!r}"
+                    ),
+                    remedy=(
+                        "remove white space at the ends of the content and special tokens inside it"
+                    ),
                 )
         target_text = self.target_text(conversation, target) if target is not None else ""
-        encoded = self.tokenizer(text + target_text, add_special_tokens=False, return_offsets_mapping=True)
-        # a token covers [start, end); white space that the offsets leave out belongs to the token after it, and the
-        # several tokens of one character share its range
+        encoded = self.tokenizer(
+            text + target_text, add_special_tokens=False, return_offsets_mapping=True
+        )
+        # a token covers [start, end); white space that the offsets leave out belongs to the token
+        # after it, and the several tokens of one character share its range
         starts: list[int] = []
         ends: list[int] = []
         for start, end in encoded.offset_mapping:

@@ -1,7 +1,7 @@
 """The data types that the stages exchange: frozen, versioned, checked when they are made.
 
-Rows on disk are plain JSON objects with the fields below. An unknown or missing field is an error that names the
-nearest known one, so that a typo never becomes a silently dropped value.
+Rows on disk are plain JSON objects with the fields below. An unknown or missing field is an error
+that names the nearest known one, so that a typo never becomes a silently dropped value.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ SPLITS = ("train", "validation", "test")
 PLAIN, INITIAL_SUFFIX, RANDOM_SUFFIX = "plain", "initial_suffix", "random_suffix"
 AUTODAN_SEED = "autodan_seed"
 BASELINES = (PLAIN, INITIAL_SUFFIX, RANDOM_SUFFIX, AUTODAN_SEED)
-"""Names of the classes that an optimised attack is compared with: nothing was optimised for them."""
+"""Names of the classes that an optimised attack is compared with: nothing was optimised for
+them."""
 SEVERAL_SOURCES = " & "
 """Between the specs of an artifact that was optimised on several models."""
 NO_SOURCE = "none"
@@ -34,7 +35,8 @@ NO_SOURCE = "none"
 
 
 def content_hash(content: Any, length: int = 16) -> str:
-    """First ``length`` hex digits of the SHA-256 of ``content`` as canonical JSON (sorted keys, no spaces)."""
+    """First ``length`` hex digits of the SHA-256 of ``content`` as canonical JSON (sorted keys, no
+    spaces)."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
@@ -50,7 +52,9 @@ def config_from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise AttackPlaneError(f"unknown setting {key!r}", where=where, remedy=nearest(key, known))
+            raise AttackPlaneError(
+                f"unknown setting {key!r}", where=where, remedy=nearest(key, known)
+            )
     return cls(**values)
 
 
@@ -82,7 +86,9 @@ class Record:
         ]
         missing = [name for name in required if name not in row]
         if missing:
-            raise AttackPlaneError(f"{cls.__name__} lacks {', '.join(missing)}", where=where, got=sorted(row))
+            raise AttackPlaneError(
+                f"{cls.__name__} lacks {', '.join(missing)}", where=where, got=sorted(row)
+            )
         return config_from_dict(cls, row, where)
 
 
@@ -90,8 +96,9 @@ class Record:
 class Behaviour(Record):
     """One request of a behaviour set.
 
-    ``label`` is harmful, harmless or pseudo_harmful (safe, but with alarming words). ``target_string`` is the
-    affirmative prefix that an optimising attack aims at; without one such an attack refuses the behaviour.
+    ``label`` is harmful, harmless or pseudo_harmful (safe, but with alarming words).
+    ``target_string`` is the affirmative prefix that an optimising attack aims at; without one such
+    an attack refuses the behaviour.
     """
 
     behaviour_id: str
@@ -119,19 +126,25 @@ class Behaviour(Record):
 class AttackArtifact(Record):
     """One adversarial prompt, frozen: what ``transfer`` replays and ``verify`` scores anew.
 
-    ``prompt`` is the user content, verbatim. ``suffix`` is its optimised part, exactly as it stands in ``prompt``
-    (a leading space belongs to it), and ``suffix_ids`` the tokens optimised. ``loss`` is the mean negative
-    log-likelihood of ``target_string`` in nats per target token on the source model, by one plain forward pass over the
-    whole sequence. For an optimised attack the suffix is the best seen (or the one that matched the target, where that
-    stops the search), at step ``best_step`` of ``loss_history`` (index 0 is the initial suffix), which holds the losses
+    ``prompt`` is the user content, verbatim. ``suffix`` is its optimised part, exactly as it stands
+    in ``prompt`` (a leading space belongs to it), and ``suffix_ids`` the tokens optimised. ``loss``
+    is the mean negative log-likelihood of ``target_string`` in nats per target token on the source
+    model, by one plain forward pass over the whole sequence. For an optimised attack the suffix is
+    the best seen (or the one that matched the target, where that stops the search), at step
+    ``best_step`` of ``loss_history`` (index 0 is the initial suffix), which holds the losses
     that the search saw: equal to rounding.
-    ``token_fidelity`` says whether the whole rendered conversation, tokenised again from its text, gives the ids
-    that were scored. ``faults`` is what was found wrong with the artifact when it was made, in words.
+    ``token_fidelity`` says whether the whole rendered conversation, tokenised again from its text,
+    gives the ids that were scored. ``faults`` is what was found wrong with the artifact when it was
+    made, in words.
 
-    ``variant`` tells prompts of one attack on one behaviour apart (the seed prompt, the technique). ``rendering`` is how the
-    source model rendered the prompt: ``content_ids`` (token ids of the user content), ``vocabulary`` and ``template`` (hashes).
-    ``snapshots`` are the prompts that were the best in turn, each {"step": index in ``loss_history``, "prompt"}.
-    ``provenance`` is what else is known of how it was made; of an imported prompt: format, file, place, what the other tool said.
+    ``variant`` tells prompts of one attack on one behaviour apart (the seed prompt, the technique).
+    ``rendering`` is how the
+    source model rendered the prompt: ``content_ids`` (token ids of the user content),
+    ``vocabulary`` and ``template`` (hashes).
+    ``snapshots`` are the prompts that were the best in turn, each {"step": index in
+    ``loss_history``, "prompt"}.
+    ``provenance`` is what else is known of how it was made; of an imported prompt: format, file,
+    place, what the other tool said.
     """
 
     artifact_id: str
@@ -165,7 +178,9 @@ class AttackArtifact(Record):
             self,
             (self.suffix, self.prompt),
         )
-        _require(self.loss is None or math.isfinite(self.loss), "loss must be finite", self, self.loss)
+        _require(
+            self.loss is None or math.isfinite(self.loss), "loss must be finite", self, self.loss
+        )
         if self.best_step is not None:
             _require(
                 0 <= self.best_step < len(self.loss_history),
@@ -186,9 +201,10 @@ class AttackArtifact(Record):
 class Replay(Record):
     """A frozen prompt sent to a target model, with the reply and what each judge said.
 
-    ``judgements`` maps judge to score in [0, 1] (1 = the model did what was asked) or None. ``jailbroken`` is the
-    primary judge's verdict; None means not judged, never False. ``certificate`` says what was sent, compared with what the
-    source model saw; see ``transfer/certificate.py``.
+    ``judgements`` maps judge to score in [0, 1] (1 = the model did what was asked) or None.
+    ``jailbroken`` is the primary judge's verdict; None means not judged, never False.
+    ``certificate`` says what was sent, compared with what the source model saw; see
+    ``transfer/certificate.py``.
     """
 
     replay_id: str
@@ -209,13 +225,18 @@ class Replay(Record):
 class PlanePoint(Record):
     """One prompt in the (harmfulness, refusal) plane of one model.
 
-    ``x`` is the projection of the residual at t_inst on the harmfulness direction, ``y`` that at t_post_inst on the
-    refusal direction, both at ``layer`` and relative to the harmless centroid of the frame's model, in units of the
-    residual stream; ``x_cosine`` and ``y_cosine`` are cosines of the uncentred residual with the same directions.
-    ``frame`` says whose directions: ``base`` or ``own``; the two ``cos_base_own_*`` tell how far those differ.
-    ``kind`` is ``attack`` or ``anchor`` (a held-out plain prompt); ``class_name`` is what the point is drawn and
-    summarised with: the attack (with its source, where that attack has several) or the anchor's label. ``plain_x`` and
-    ``plain_y`` are where the same behaviour's plain request lies (None for plain requests and anchors, or where none was sent).
+    ``x`` is the projection of the residual at t_inst on the harmfulness direction, ``y`` that at
+    t_post_inst on the refusal direction, both at ``layer`` and relative to the harmless centroid of
+    the frame's model, in units of the residual stream; ``x_cosine`` and ``y_cosine`` are cosines of
+    the uncentred residual with the same directions.
+    ``frame`` says whose directions: ``base`` or ``own``; the two ``cos_base_own_*`` tell how far
+    those differ.
+    ``kind`` is ``attack`` or ``anchor`` (a held-out plain prompt); ``class_name`` is what the point
+    is drawn and
+    summarised with: the attack (with its source, where that attack has several) or the anchor's
+    label. ``plain_x`` and
+    ``plain_y`` are where the same behaviour's plain request lies (None for plain requests and
+    anchors, or where none was sent).
     """
 
     prompt_id: str
@@ -242,15 +263,18 @@ class PlanePoint(Record):
 
     def __post_init__(self) -> None:
         _require(self.frame in ("base", "own"), "frame must be base or own", self, self.frame)
-        _require(self.kind in ("attack", "anchor"), "kind must be attack or anchor", self, self.kind)
+        _require(
+            self.kind in ("attack", "anchor"), "kind must be attack or anchor", self, self.kind
+        )
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Residual stream of prompts at named positions, before each block and after the last (before the final norm).
+    """Residual stream of prompts at named positions, before each block and after the last (before
+    the final norm).
 
-    ``resid`` is (prompt, layer, position, d_model) float32 on the CPU, layer in 0..n_layers. A position that a prompt
-    does not have (no request span, say) holds NaN.
+    ``resid`` is (prompt, layer, position, d_model) float32 on the CPU, layer in 0..n_layers. A
+    position that a prompt does not have (no request span, say) holds NaN.
     """
 
     resid: torch.Tensor
@@ -272,13 +296,15 @@ class Activations:
 
 @dataclass(frozen=True)
 class Directions:
-    """Unit harmfulness and refusal directions of one model, one a layer, with what is needed to judge them.
+    """Unit harmfulness and refusal directions of one model, one a layer, with what is needed to
+    judge them.
 
-    ``harmfulness`` and ``refusal`` are (n_layers + 1, d_model) float32, pointing from harmless to harmful (accepted to
-    refused for the ``zhao`` refusal estimator). ``harmfulness_norm`` and ``refusal_norm`` (n_layers + 1) are lengths
-    of the mean differences before normalising. ``harmless_t_inst`` and ``harmless_t_post_inst`` (n_layers + 1,
-    d_model) are the harmless centroids. ``statistics`` maps a name to (n_layers + 1) numbers, or to
-    (n_layers + 1, 2) for the ends of a 95 % interval; see ``geometry.directions.estimate``.
+    ``harmfulness`` and ``refusal`` are (n_layers + 1, d_model) float32, pointing from harmless to
+    harmful (accepted to refused for the ``zhao`` refusal estimator). ``harmfulness_norm`` and
+    ``refusal_norm`` (n_layers + 1) are lengths of the mean differences before normalising.
+    ``harmless_t_inst`` and ``harmless_t_post_inst`` (n_layers + 1, d_model) are the harmless
+    centroids. ``statistics`` maps a name to (n_layers + 1) numbers, or to (n_layers + 1, 2) for the
+    ends of a 95 % interval; see ``geometry.directions.estimate``.
     """
 
     model: str

@@ -1,9 +1,10 @@
 """A run folder: a manifest, append-only JSON lines, small state files.
 
-Every row is one line, flushed and synced to disk before the next is begun, so a killed run loses at most the row in
-flight. A torn last line is dropped with a warning and its row is made anew. Row ids are hashes of what the row was
-made from, so a repeated command does only what is missing. The manifest keeps the settings of each stage; the same
-stage with other settings in the same folder is refused, naming the difference.
+Every row is one line, flushed and synced to disk before the next is begun, so a killed run loses at
+most the row in flight. A torn last line is dropped with a warning and its row is made anew. Row ids
+are hashes of what the row was made from, so a repeated command does only what is missing. The
+manifest keeps the settings of each stage; the same stage with other settings in the same folder is
+refused, naming the difference.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ FAILURES = "failures.jsonl"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write ``path`` so that a reader, or a run after a crash, finds the old content or the new, never a part."""
+    """Write ``path`` so that a reader, or a run after a crash, finds the old content or the new,
+    never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
@@ -48,8 +50,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def read_rows(path: Path, *, repair: bool = False) -> list[dict[str, Any]]:
     """All rows of a JSON lines file; [] if it does not exist.
 
-    A last line without its newline is torn (the process died while writing it): it is left out with a warning and,
-    with ``repair``, cut from the file. A bad line anywhere else is an error.
+    A last line without its newline is torn (the process died while writing it): it is left out with
+    a warning and, with ``repair``, cut from the file. A bad line anywhere else is an error.
     """
     if not path.exists():
         return []
@@ -93,7 +95,9 @@ def cut_torn_line(path: Path) -> None:
             end = file.read(size - start)
         whole = start + end.rfind(b"\n") + 1
         if whole < size:
-            log.warning("%s: dropped a torn last line of %d bytes; its row is redone", path, size - whole)
+            log.warning(
+                "%s: dropped a torn last line of %d bytes; its row is redone", path, size - whole
+            )
             file.truncate(whole)
             os.fsync(file.fileno())
 
@@ -133,13 +137,15 @@ class RunFolder:
                 remedy="wait for it, or use another --run folder",
             ) from error
         except OSError as error:
-            raise AttackPlaneError("cannot write a run there", where=self.path, got=error) from error
+            raise AttackPlaneError(
+                "cannot write a run there", where=self.path, got=error
+            ) from error
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._lock.release()
 
-    # --- manifest -----------------------------------------------------------------------------------------------
+    # --- manifest ---------------------------------------------------------------------------------
     @property
     def manifest(self) -> dict[str, Any]:
         path = self.path / "manifest.json"
@@ -155,7 +161,8 @@ class RunFolder:
         What a ``derived`` stage writes is replaced whole each time, so its settings may change.
 
         Raises:
-            AttackPlaneError: the folder holds the same stage with other settings, or another model under the same
+            AttackPlaneError: the folder holds the same stage with other settings, or another model
+            under the same
                 spec; the message names each difference.
         """
         settings = json.loads(json.dumps(settings))
@@ -173,7 +180,8 @@ class RunFolder:
             known = manifest["models"].get(spec, fingerprint)
             if known != fingerprint:
                 differences.append(
-                    f"model {spec}: other files or precision ({known} in the run, now {fingerprint})"
+                    f"model {spec}: other files or precision ({known} in the run, now "
+                    f"{fingerprint})"
                 )
         if differences:
             raise AttackPlaneError(
@@ -192,7 +200,7 @@ class RunFolder:
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         return content_hash(settings)
 
-    # --- rows ---------------------------------------------------------------------------------------------------
+    # --- rows -------------------------------------------------------------------------------------
     def rows(self, name: str) -> list[dict[str, Any]]:
         return read_rows(self.path / name, repair=self._lock.is_locked)
 
@@ -208,7 +216,8 @@ class RunFolder:
 
     @contextmanager
     def appending(self, name: str) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """Append many rows at once: synced to disk every thousand and at the end, not one by one."""
+        """Append many rows at once: synced to disk every thousand and at the end, not one by
+        one."""
         with open(self.path / name, "a", encoding="utf-8") as file:
             count = 0
 
@@ -245,7 +254,8 @@ class RunFolder:
         """Keep behaviours with the run, each once.
 
         Raises:
-            AttackPlaneError: an id that the run knows for another request, which results would be merged with.
+            AttackPlaneError: an id that the run knows for another request, which results would be
+            merged with.
         """
         known = self.behaviours()
         for behaviour in behaviours:
@@ -254,13 +264,17 @@ class RunFolder:
                 self.append(BEHAVIOURS, behaviour.to_row())
             elif (before.request, before.label) != (behaviour.request, behaviour.label):
                 raise AttackPlaneError(
-                    f"the run knows the behaviour id {behaviour.behaviour_id!r} for another request",
+                    f"the run knows the behaviour id {behaviour.behaviour_id!r} for another "
+                    "request",
                     where=self.path / BEHAVIOURS,
-                    got=f"{behaviour.label} {behaviour.request!r}, in the run {before.label} {before.request!r}",
+                    got=(
+                        f"{behaviour.label} {behaviour.request!r}, in the run {before.label} "
+                        f"{before.request!r}"
+                    ),
                     remedy="use another --run folder, or give the behaviours other ids",
                 )
 
-    # --- small states of work in progress -----------------------------------------------------------------------
+    # --- small states of work in progress ---------------------------------------------------------
     def _state_path(self, name: str) -> Path:
         return self.path / "state" / f"{name}.json"
 

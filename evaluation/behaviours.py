@@ -1,9 +1,10 @@
 """Behaviour sets: the built-in demonstration set, files, and public sets of the hub by name.
 
-Built in (``demonstration``): 64 harmful requests with target strings in eight everyday categories, 64 harmless ones
-matched in topic and form, 32 pseudo-harmful ones (safe, but with alarming words), each with a fixed split. Files may
-be CSV, JSON, JSONL or TXT; columns are recognised by the names that public sets use. Nothing is dropped in silence:
-a file with faults is refused with every fault's line.
+Built in (``demonstration``): 64 harmful requests with target strings in eight everyday categories,
+64 harmless ones matched in topic and form, 32 pseudo-harmful ones (safe, but with alarming words),
+each with a fixed split. Files may be CSV, JSON, JSONL or TXT; columns are recognised by the names
+that public sets use. Nothing is dropped in silence: a file with faults is refused with every
+fault's line.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ HUB_SETS = {
     "advbench": HubSet("walledai/AdvBench", "train"),
     "harmbench": HubSet("walledai/HarmBench", "train", "standard"),
     "jailbreakbench": HubSet("JailbreakBench/JBB-Behaviors", "harmful", "behaviors"),
-    "jailbreakbench-benign": HubSet("JailbreakBench/JBB-Behaviors", "benign", "behaviors", label="harmless"),
+    "jailbreakbench-benign": HubSet(
+        "JailbreakBench/JBB-Behaviors", "benign", "behaviors", label="harmless"
+    ),
     "xstest": HubSet("walledai/XSTest", "test", label=_xstest_label),
     "strongreject": HubSet("walledai/StrongREJECT", "train"),
     "alpaca": HubSet("tatsu-lab/alpaca", "train", label="harmless"),
@@ -67,11 +70,12 @@ def load_behaviours(
 ) -> list[Behaviour]:
     """Behaviours of a built-in set, a file, or a hub set by name.
 
-    ``label`` and ``splits`` keep only rows with that label or one of those splits; rows of a file without a label
-    column get ``default_label``.
+    ``label`` and ``splits`` keep only rows with that label or one of those splits; rows of a file
+    without a label column get ``default_label``.
 
     Raises:
-        AttackPlaneError: unknown source; duplicate or empty rows, wrong columns, broken encoding (all lines named);
+        AttackPlaneError: unknown source; duplicate or empty rows, wrong columns, broken encoding
+        (all lines named);
             a choice that leaves no row.
     """
     for name in filter(None, (label, default_label)):
@@ -92,9 +96,13 @@ def load_behaviours(
             "no such behaviour set",
             where="behaviours",
             got=source,
-            remedy=f"a CSV, JSON, JSONL or TXT file, {DEMONSTRATION}, or one of {', '.join(HUB_SETS)}",
+            remedy=(
+                f"a CSV, JSON, JSONL or TXT file, {DEMONSTRATION}, or one of {', '.join(HUB_SETS)}"
+            ),
         )
-    kept = [row for row in rows if label in (None, row.label) and (not splits or row.split in splits)]
+    kept = [
+        row for row in rows if label in (None, row.label) and (not splits or row.split in splits)
+    ]
     if not kept:
         raise AttackPlaneError(
             "no behaviour is left by this choice",
@@ -106,8 +114,9 @@ def load_behaviours(
 
 
 def to_attack(source: str, label: str, splits: Sequence[str] | None) -> list[Behaviour]:
-    """``load_behaviours`` as commands and sweeps ask for it: label ``any`` is every label, and without splits (None) the
-    demonstration set gives its test split, since the others are what checkpoints and directions are made from."""
+    """``load_behaviours`` as commands and sweeps ask for it: label ``any`` is every label, and
+    without splits (None) the demonstration set gives its test split, since the others are what
+    checkpoints and directions are made from."""
     if splits is None:
         splits = ("test",) if source == DEMONSTRATION else ()
     return load_behaviours(source, label=None if label == "any" else label, splits=splits)
@@ -188,7 +197,7 @@ def read_hub(name: str) -> list[Behaviour]:
     )
 
 
-# --- readers: (line, row) pairs ---------------------------------------------------------------------------------------
+# --- readers: (line, row) pairs -------------------------------------------------------------------
 Numbered = list[tuple[int, dict[str, Any]]]
 
 
@@ -247,10 +256,12 @@ def _jsonl(text: str, path: Path) -> Numbered:
 
 
 def _txt(text: str, path: Path) -> Numbered:
-    return [(n, {"request": line}) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return [
+        (n, {"request": line}) for n, line in enumerate(text.split("\n"), start=1) if line.strip()
+    ]
 
 
-# --- rows to behaviours -----------------------------------------------------------------------------------------------
+# --- rows to behaviours ---------------------------------------------------------------------------
 def _column(row: dict[str, Any], names: Sequence[str]) -> str | None:
     """The row's own name of the first recognised column."""
     lowered = {str(key).strip().lower(): key for key in row}
@@ -309,7 +320,9 @@ def to_behaviours(
         target = value(TARGET_COLUMNS)
         behaviour_id = value(ID_COLUMNS) or content_hash([benchmark, request, target], 12)
         if behaviour_id in ids:
-            faults.append(f"{unit} {line}: the same id {behaviour_id!r} as {unit} {ids[behaviour_id]}")
+            faults.append(
+                f"{unit} {line}: the same id {behaviour_id!r} as {unit} {ids[behaviour_id]}"
+            )
             continue
         ids[behaviour_id] = line
         behaviours.append(
@@ -324,7 +337,9 @@ def to_behaviours(
             )
         )
     if faults:
-        shown = "; ".join(faults[:10]) + (f"; and {len(faults) - 10} more" if len(faults) > 10 else "")
+        shown = "; ".join(faults[:10]) + (
+            f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        )
         raise AttackPlaneError(
             f"{len(faults)} of {len(rows)} rows have faults",
             where=where,

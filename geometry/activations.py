@@ -1,19 +1,23 @@
-"""Residual stream at a few positions of every prompt, all layers, one forward pass of the model without its head.
+"""Residual stream at a few positions of every prompt, all layers, one forward pass of the model
+without its head.
 
-Layer L is the residual entering block L (``resid_pre``); layer n_layers is what leaves the last block, before the
-final norm. Positions by name:
+Layer L is the residual entering block L (``resid_pre``); layer n_layers is what leaves the last
+block, before the final norm. Positions by name:
 
     t_first      first token of the user content
     t_goal       last token of the original request
     t_inst       last token of the user content
     t_post_inst  last template token before the reply
-    -1 .. -N     counted from the end of the prompt: -1 is t_post_inst [Arditi 2406.11717 reads -5..-1]
-    response     mean over the first 32 tokens of a reply [HARC 2607.00572]; the prompt was rendered with it as its target
+    -1 .. -N     counted from the end of the prompt: -1 is t_post_inst [Arditi 2406.11717 reads
+                 -5..-1]
+    response     mean over the first 32 tokens of a reply [HARC 2607.00572]; the prompt was rendered
+                 with it as its target
 
-Steps: 1. Tokens that all prompts share at the start (system prompt, template) are run once. 2. Prompts are sorted by length
-and packed one after another, without padding, into batches of a few hundred tokens; on a CPU two batches run side by side
-(``core/packed.py``; the longest prompt is checked against a plain pass, and where they differ prompts are padded on
-the right, where causal attention cannot see the padding). 3. Hooks keep only the wanted positions, so memory beyond the
+Steps: 1. Tokens that all prompts share at the start (system prompt, template) are run once. 2.
+Prompts are sorted by length and packed one after another, without padding, into batches of a few
+hundred tokens; on a CPU two batches run side by side (``core/packed.py``; the longest prompt is
+checked against a plain pass, and where they differ prompts are padded on the right, where causal
+attention cannot see the padding). 3. Hooks keep only the wanted positions, so memory beyond the
 model's own does not grow with prompt length.
 """
 
@@ -43,13 +47,16 @@ log = logging.getLogger(__name__)
 POSITIONS = ("t_goal", "t_inst", "t_post_inst")
 RESPONSE, RESPONSE_TOKENS = "response", 32
 CPU_TOKENS, GPU_TOKENS = 2048, 32768
-"""Fed tokens of a batch. On a CPU more is slower: what passes between the products no longer fits the caches."""
+"""Fed tokens of a batch. On a CPU more is slower: what passes between the products no longer fits
+the caches."""
 AGREEMENT = 1e-3
-"""Largest difference from a plain pass, relative to a layer's largest entry, at which packing is trusted (float32)."""
+"""Largest difference from a plain pass, relative to a layer's largest entry, at which packing is
+trusted (float32)."""
 
 
 def span_of(prompt: Prompt, position: str) -> range | None:
-    """Tokens of ``prompt.ids + prompt.target_ids`` that a position names; None where the prompt has none.
+    """Tokens of ``prompt.ids + prompt.target_ids`` that a position names; None where the prompt has
+    none.
 
     Raises:
         AttackPlaneError: no such position name.
@@ -74,7 +81,8 @@ def span_of(prompt: Prompt, position: str) -> range | None:
 
 @contextmanager
 def read_residuals(loaded: LoadedModel, keep: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While open, a forward pass calls ``keep(layer, residual (batch, fed, d_model))`` for layers 0 to n_layers.
+    """While open, a forward pass calls ``keep(layer, residual (batch, fed, d_model))`` for layers 0
+    to n_layers.
 
     Hooks are gone when it closes, also after an error.
     """
@@ -110,7 +118,8 @@ def shared_length(ids: Sequence[Sequence[int]], first_wanted: int) -> int:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """Where the wanted tokens of a batch stand in its flattened tokens, and which (row, position) each is of."""
+    """Where the wanted tokens of a batch stand in its flattened tokens, and which (row, position)
+    each is of."""
 
     tokens: Tensor
     owners: Tensor
@@ -122,12 +131,15 @@ class _Wanted:
         picked = hidden.flatten(0, -2)[self.tokens].float().cpu()
         if len(picked) != len(self.lengths):  # means over several tokens, in float64
             sums = torch.zeros(len(self.lengths), picked.shape[1], dtype=torch.float64)
-            picked = (sums.index_add_(0, self.owners, picked.double()) / self.lengths[:, None]).float()
+            picked = (
+                sums.index_add_(0, self.owners, picked.double()) / self.lengths[:, None]
+            ).float()
         self.out[:, layer] = picked.view(-1, *self.out.shape[2:])
 
 
 class _Reader:
-    """Feeds prompts and writes the wanted residuals into ``resid`` (prompt, layer, position, d_model)."""
+    """Feeds prompts and writes the wanted residuals into ``resid`` (prompt, layer, position,
+    d_model)."""
 
     def __init__(
         self, loaded: LoadedModel, ids: list[list[int]], spans: list[list[range]], shared: int
@@ -168,16 +180,21 @@ class _Reader:
         cache = {"past_key_values": self._plain.expanded(len(rows))} if self.shared else {}
         wanted = self._wanted(rows, [row * longest for row in range(len(rows))])
         with read_residuals(self.loaded, wanted.keep):
-            self.loaded.decoder(input_ids=fed.to(self.loaded.device), use_cache=bool(self.shared), **cache)
+            self.loaded.decoder(
+                input_ids=fed.to(self.loaded.device), use_cache=bool(self.shared), **cache
+            )
         self.resid[list(rows)] = wanted.out
 
     @torch.no_grad()
     def packed(self, rows: Sequence[int]) -> None:
-        """Rows one after another in a flat batch, in two side by side on a CPU. ``rows`` are sorted by length."""
+        """Rows one after another in a flat batch, in two side by side on a CPU. ``rows`` are sorted
+        by length."""
         if self._packed is None:
             self._packed = PackedDecoder(self.loaded)
             if self.shared:
-                self._packed.hidden(self._embedded(self.prefix), [Group(0, self.shared, 1)], keep=self.shared)
+                self._packed.hidden(
+                    self._embedded(self.prefix), [Group(0, self.shared, 1)], keep=self.shared
+                )
         decoder = self._packed
         two = self.loaded.device.type == "cpu" and torch.get_num_threads() > 1 and len(rows) > 1
         parts = [list(rows[start::2]) for start in (0, 1)] if two else [list(rows)]
@@ -189,7 +206,9 @@ class _Reader:
             starts = [sum(lengths[:row]) for row in range(len(part))]
             batches.append((self._embedded(fed.to(self.loaded.device)), groups))
             wanted[id(groups)] = self._wanted(part, starts)
-        with read_residuals(self.loaded, lambda layer, h: wanted[id(decoder.current)].keep(layer, h)):
+        with read_residuals(
+            self.loaded, lambda layer, h: wanted[id(decoder.current)].keep(layer, h)
+        ):
             if two:
                 decoder.hidden_of_two(batches)
             else:
@@ -215,7 +234,11 @@ class _Reader:
         scale = self.resid[row].abs().amax((1, 2), keepdim=True).clamp_min(1e-6)
         worst = float(((found - self.resid[row]) / scale).abs().nan_to_num(torch.inf).max())
         bound = AGREEMENT if self.loaded.dtype == torch.float32 else 100 * AGREEMENT
-        return None if worst <= bound else f"residuals differ by {worst:.1g} of the layer's largest entry"
+        return (
+            None
+            if worst <= bound
+            else f"residuals differ by {worst:.1g} of the layer's largest entry"
+        )
 
 
 def collect(
@@ -238,9 +261,15 @@ def collect(
     if not prompts:
         raise AttackPlaneError("no prompts to read", where=loaded.spec)
     found = [[span_of(p, name) for name in positions] for p in prompts]
-    spans = [[s or range(p.t_inst, p.t_inst + 1) for s in row] for p, row in zip(prompts, found, strict=True)]
+    spans = [
+        [s or range(p.t_inst, p.t_inst + 1) for s in row]
+        for p, row in zip(prompts, found, strict=True)
+    ]
     # nothing after the last wanted token can change it
-    ids = [[*p.ids, *p.target_ids][: max(s.stop for s in row)] for p, row in zip(prompts, spans, strict=True)]
+    ids = [
+        [*p.ids, *p.target_ids][: max(s.stop for s in row)]
+        for p, row in zip(prompts, spans, strict=True)
+    ]
     first = min(s.start for row in spans for s in row)
     reader = _Reader(loaded, ids, spans, shared_length(ids, first) if share_prefix else 0)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

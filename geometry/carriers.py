@@ -1,16 +1,22 @@
-"""Carriers: directions of the mean-difference field that a model's refusals hang on [SG 2606.16349].
+"""Carriers: directions of the mean-difference field that a model's refusals hang on [SG
+2606.16349].
 
-The field holds the difference of class means at every position and layer. A candidate (position, layer) is tried on prompts:
+The field holds the difference of class means at every position and layer. A candidate (position,
+layer) is tried on prompts:
 
-    comply   how much ablating it, at all layers, lowers the mean log-probability of refusals on harmful prompts, nats per token
-    refuse   how much adding it at its own layer, at its own length, raises that on harmless prompts, nats per token
+    comply   how much ablating it, at all layers, lowers the mean log-probability of refusals on
+             harmful prompts, nats per token
+    refuse   how much adding it at its own layer, at its own length, raises that on harmless
+             prompts, nats per token
     kl       KL of harmless prompts' next token under the ablation, nats; admissible: at most 0.1
-    score    refuse + comply - kl; the best carrier is the admissible candidate with the highest score
+    score    refuse + comply - kl; the best carrier is the admissible candidate with the highest
+             score
 
-To save time candidates are screened on the first few prompts, and the best of those scored on all. Where none is admissible, the
-one with the lowest kl comes first, and says so.
+To save time candidates are screened on the first few prompts, and the best of those scored on all.
+Where none is admissible, the one with the lowest kl comes first, and says so.
 
-SG scores refusing and complying; which units it uses is not stated, log-probabilities are ours: they move before replies do.
+SG scores refusing and complying; which units it uses is not stated, log-probabilities are ours:
+they move before replies do.
 """
 
 from __future__ import annotations
@@ -25,8 +31,7 @@ from torch import Tensor
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.prompt import Prompt
-from geometry.contrasts import Contrast
-from geometry.directions import unit
+from geometry.contrasts import Contrast, unit
 from geometry.interventions import ablation, steering
 from geometry.layers import DEPTH, MAX_KL, inner_layers
 from geometry.rollout import rollout
@@ -37,7 +42,8 @@ SCREENED, KEPT = 4, 6
 
 @dataclass(frozen=True)
 class Carrier:
-    """A candidate with its scores; ``vector`` (d_model,) is a unit vector, ``norm`` its length before."""
+    """A candidate with its scores; ``vector`` (d_model,) is a unit vector, ``norm`` its length
+    before."""
 
     position: str
     layer: int
@@ -62,7 +68,8 @@ class Carrier:
 
 
 def candidates(field: dict[str, Contrast], n_layers: int, every: int = 1) -> list[Carrier]:
-    """Carriers at the field's positions, at every ``every``-th layer from the first inner one to 80 % of the depth."""
+    """Carriers at the field's positions, at every ``every``-th layer from the first inner one to 80
+    % of the depth."""
     found = []
     for position, contrast in field.items():
         difference, alive = contrast.difference, contrast.alive
@@ -85,13 +92,20 @@ def scored(
     harmless: Sequence[Prompt],
     refusals: Sequence[Sequence[int]],
 ) -> list[Carrier]:
-    """The candidates with their scores on these prompts, the best first: admissible ones by score, then the rest by KL."""
+    """The candidates with their scores on these prompts, the best first: admissible ones by score,
+    then the rest by KL."""
     everywhere = range(loaded.n_layers + 1)
     ablations = [ablation("carrier", c.vector[None], everywhere) for c in found]
     additions = [steering("carrier", c.vector, [c.layer], c.norm) for c in found]
-    bad = rollout(loaded, harmful, [None, *ablations], refusals=refusals, description="carriers, harmful")
+    bad = rollout(
+        loaded, harmful, [None, *ablations], refusals=refusals, description="carriers, harmful"
+    )
     good = rollout(
-        loaded, harmless, [None, *ablations, *additions], refusals=refusals, description="carriers, harmless"
+        loaded,
+        harmless,
+        [None, *ablations, *additions],
+        refusals=refusals,
+        description="carriers, harmless",
     )
     bad_refusal = torch.tensor([[o.refusal for o in row] for row in bad]).mean(0)
     good_refusal = torch.tensor([[o.refusal for o in row] for row in good]).mean(0)
@@ -116,6 +130,7 @@ def screened(
     harmless: Sequence[Prompt],
     refusals: Sequence[Sequence[int]],
 ) -> list[Carrier]:
-    """As ``scored``, for the best after a screening on the first ``SCREENED`` prompts of each label."""
+    """As ``scored``, for the best after a screening on the first ``SCREENED`` prompts of each
+    label."""
     first = scored(loaded, found, harmful[:SCREENED], harmless[:SCREENED], refusals[:1])
     return scored(loaded, first[:KEPT], harmful, harmless, refusals)

@@ -1,12 +1,15 @@
-"""How coupled harmfulness and refusal are, and how far directions drift [SG 2606.16349, RG 2604.27019].
+"""How coupled harmfulness and refusal are, and how far directions drift [SG 2606.16349, RG
+2604.27019].
 
 C_cos    cos(h, r), signed, of the two best carriers
-C_sub    (1/k) sum of cos^2 of the principal angles of two k-dimensional subspaces, k = 3; random subspaces: k/d
+C_sub    (1/k) sum of cos^2 of the principal angles of two k-dimensional subspaces, k = 3; random
+         subspaces: k/d
 C_layer  exp(-|L_h - L_r| / 4)
 HRCI v1  0.4 C_cos + 0.4 C_sub + 0.2 C_layer;   v2  0.5 C_cos + 0.5 C_sub
 
-effective rank  exp(-sum q log q), q = sigma^2 / sum sigma^2, of a matrix whose rows are directions by position and layer;
-                raw, and with rows of unit length (raw, the long differences of late layers decide it)
+effective rank  exp(-sum q log q), q = sigma^2 / sum sigma^2, of a matrix whose rows are directions
+                by position and layer; raw, and with rows of unit length (raw, the long differences
+                of late layers decide it)
 """
 
 from __future__ import annotations
@@ -17,21 +20,25 @@ import torch
 from torch import Tensor
 
 from core.errors import AttackPlaneError
-from geometry.directions import unit
+from geometry.contrasts import unit
 
 SUBSPACE = 3
 
 
 def subspace(rows: Tensor, k: int = SUBSPACE) -> Tensor:
-    """(n, d_model) -> (k, d_model) orthonormal: the k leading right singular vectors of the rows at unit length."""
+    """(n, d_model) -> (k, d_model) orthonormal: the k leading right singular vectors of the rows at
+    unit length."""
     kept = rows[rows.norm(dim=-1) > 0].double()
     if len(kept) < k:
-        raise AttackPlaneError("too few directions for a subspace", got=len(kept), remedy=f"at least {k}")
+        raise AttackPlaneError(
+            "too few directions for a subspace", got=len(kept), remedy=f"at least {k}"
+        )
     return torch.linalg.svd(unit(kept), full_matrices=False).Vh[:k]
 
 
 def principal_cosines(a: Tensor, b: Tensor) -> Tensor:
-    """(k, d) and (l, d) orthonormal rows -> (min(k, l),) cosines of the principal angles, largest first."""
+    """(k, d) and (l, d) orthonormal rows -> (min(k, l),) cosines of the principal angles, largest
+    first."""
     return torch.linalg.svdvals(a.double() @ b.double().T).clamp(0, 1)
 
 
@@ -53,7 +60,8 @@ def hrci(c_cos: float, c_sub: float, c_layer: float | None = None) -> float:
 
 
 def effective_rank(rows: Tensor, *, normalise: bool) -> float:
-    """Effective number of dimensions that ``rows`` (n, d_model) span; 1 to min(n, d_model), 0 if all are zero."""
+    """Effective number of dimensions that ``rows`` (n, d_model) span; 1 to min(n, d_model), 0 if
+    all are zero."""
     kept = rows[rows.norm(dim=-1) > 0].double()
     if not len(kept):
         return 0.0

@@ -1,14 +1,17 @@
 """Effects of interventions: what they change, less what their controls change, paired by prompt.
 
-Rows are outcomes of one behaviour under one intervention: model, label, behaviour_id, mode, operation, strength, kind
-(``intervention``, or the control: ``random``, ``matched``, ``wrong_layer``, ``wrong_position``), draw, and the numbers of
+Rows are outcomes of one behaviour under one intervention: model, label, behaviour_id, mode,
+operation, strength, kind (``intervention``, or the control: ``random``, ``matched``,
+``wrong_layer``, ``wrong_position``), draw, and the numbers of
 ``OUTCOMES``. For every mode and strength:
 
     change   mean over behaviours of (outcome under the intervention - outcome when left alone)
-    effect   mean over behaviours of (outcome under the intervention - mean outcome over the controls) [SG 2606.16349]
+    effect   mean over behaviours of (outcome under the intervention - mean outcome over the
+             controls) [SG 2606.16349]
 
-once over all controls as the papers have them (``random``, ``wrong_layer``, ``wrong_position``), once over ``matched`` ones, which
-move every token as far as the intervention does. Intervals resample behaviours; all that is compared is of the same behaviour.
+once over all controls as the papers have them (``random``, ``wrong_layer``, ``wrong_position``),
+once over ``matched`` ones, which move every token as far as the intervention does. Intervals
+resample behaviours; all that is compared is of the same behaviour.
 """
 
 from __future__ import annotations
@@ -18,8 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from core.statistics import bootstrap_mean
+
 OUTCOMES = ("complied", "refused", "degenerate", "refusal", "kl")
-"""Shares of replies; mean log-probability of refusals (nats per token); KL of the next token (nats)."""
+"""Shares of replies; mean log-probability of refusals (nats per token); KL of the next token
+(nats)."""
 PLAIN_CONTROLS = ("random", "wrong_layer", "wrong_position")
 
 Row = Mapping[str, Any]
@@ -40,21 +46,12 @@ def paired(first: Sequence[Row], second: Sequence[Row], outcome: str) -> list[fl
     return [a[name] - b[name] for name in a if name in b]
 
 
-def bootstrap(
-    values: Sequence[float] | np.ndarray, *, resamples: int = 2000, seed: int = 0
-) -> list[Any] | None:
-    """95 % percentile interval of the mean of (n,) values, [low, high], or of (n, k) ones, k such pairs; None without values."""
-    if not len(values):
-        return None
-    array = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
-    return np.quantile(array[drawn].mean(1), [0.025, 0.975], axis=0).T.tolist()
-
-
 def pick(rows: Sequence[Row], **wanted: Any) -> list[Row]:
     """Rows whose fields have these values; a tuple means one of them."""
     return [
-        r for r in rows if all(r[k] in v if isinstance(v, tuple) else r[k] == v for k, v in wanted.items())
+        r
+        for r in rows
+        if all(r[k] in v if isinstance(v, tuple) else r[k] == v for k, v in wanted.items())
     ]
 
 
@@ -70,7 +67,10 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if not own or key[2] == "none":
             continue
         alone = pick(rows, model=key[0], label=key[1], mode="none")
-        controls = {"controls": pick(members, kind=PLAIN_CONTROLS), "matched": pick(members, kind="matched")}
+        controls = {
+            "controls": pick(members, kind=PLAIN_CONTROLS),
+            "matched": pick(members, kind="matched"),
+        }
         for outcome in OUTCOMES:
             if not by_behaviour(own, outcome):
                 continue
@@ -81,7 +81,7 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "alone": _mean(alone, outcome),
                 "value": _mean(own, outcome),
                 "change": float(np.mean(change)),
-                "change_interval": bootstrap(change),
+                "change_interval": bootstrap_mean(change),
                 "delta_norm": _mean(own, "delta_norm"),
             }
             for name, others in controls.items():
@@ -90,7 +90,7 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     name: _mean(others, outcome),
                     f"{name}_delta_norm": _mean(others, "delta_norm"),
                     f"effect_{name}": float(np.mean(differences)) if differences else None,
-                    f"effect_{name}_interval": bootstrap(differences),
+                    f"effect_{name}_interval": bootstrap_mean(differences),
                 }
             found.append(row)
     return found

@@ -1,23 +1,29 @@
 """Ablation and steering of directions in the residual stream, by hooks in a context manager.
 
-One linear edit covers both, at every touched token of a residual layer [SG 2606.16349, Arditi 2406.11717]:
+One linear edit covers both, at every touched token of a residual layer [SG 2606.16349, Arditi
+2406.11717]:
 
     a <- a - sum_k (read_k . a) write_k + shift
 
-    ablation of u      read = u, write = lambda u            (lambda = 1: no component along u is left)
+    ablation of u      read = u, write = lambda u            (lambda = 1: no component along u is
+                       left)
     ablation of a span read = write = orthonormal basis of it, times lambda
-    steering by u      shift = lambda u                      (lambda in units of the residual, or of a class difference)
-    matched control    write = lambda w, w random, and (read . a) is that of the intervention itself in the same forward pass: every
-                       token is moved exactly as far at every layer, along another direction
+    steering by u      shift = lambda u                      (lambda in units of the residual, or of
+                       a class difference)
+    matched control    write = lambda w, w random, and (read . a) is that of the intervention itself
+                       in the same forward pass: every token is moved exactly as far at every layer,
+                       along another direction
 
-Modes, from a harmfulness direction h and a refusal direction r: H, R, H+R (ablation of their span, steering by n(h + r)),
-H-R and R-H (Gram-Schmidt: the first without its component along the second, renormalised).
+Modes, from a harmfulness direction h and a refusal direction r: H, R, H+R (ablation of their span,
+steering by n(h + r)), H-R and R-H (Gram-Schmidt: the first without its component along the second,
+renormalised).
 
-Residual layers are numbered as everywhere: L enters block L, n_layers leaves the last block. Within a block attention's output
-may bring the direction back for the MLP to read; Arditi projects those outputs too, SG and we do not.
+Residual layers are numbered as everywhere: L enters block L, n_layers leaves the last block. Within
+a block attention's output may bring the direction back for the MLP to read; Arditi projects those
+outputs too, SG and we do not.
 
-Where: ``all`` tokens, the ``prompt``, the ``reply``, a position by name (``t_inst``, ``-1``) or a range of them
-(``t_inst..t_post_inst``).
+Where: ``all`` tokens, the ``prompt``, the ``reply``, a position by name (``t_inst``, ``-1``) or a
+range of them (``t_inst..t_post_inst``).
 """
 
 from __future__ import annotations
@@ -36,7 +42,7 @@ from core.models import LoadedModel
 from core.prompt import Prompt
 from core.records import nearest
 from geometry.activations import span_of
-from geometry.directions import unit
+from geometry.contrasts import unit
 
 MODES = ("H", "R", "H+R", "H-R", "R-H")
 OPERATIONS = ("ablate", "steer")
@@ -44,9 +50,11 @@ OPERATIONS = ("ablate", "steer")
 
 @dataclass(frozen=True)
 class Intervention:
-    """One edit at some residual layers. ``read`` and ``write`` are (k, d_model) or None, ``shift`` (d_model,) or None.
+    """One edit at some residual layers. ``read`` and ``write`` are (k, d_model) or None, ``shift``
+    (d_model,) or None.
 
-    ``kind`` says what it is to its study: the intervention itself, or which control of it, and ``draw`` which one of those.
+    ``kind`` says what it is to its study: the intervention itself, or which control of it, and
+    ``draw`` which one of those.
     """
 
     name: str
@@ -71,7 +79,8 @@ class Intervention:
 
 
 def without(first: Tensor, second: Tensor) -> Tensor:
-    """(d_model,) unit vector of ``first`` without its component along ``second`` (one step of Gram-Schmidt).
+    """(d_model,) unit vector of ``first`` without its component along ``second`` (one step of
+    Gram-Schmidt).
 
     Raises:
         AttackPlaneError: nothing is left of it.
@@ -79,7 +88,9 @@ def without(first: Tensor, second: Tensor) -> Tensor:
     second = unit(second.double())
     rest = first.double() - (first.double() @ second) * second
     if rest.norm() < 1e-6 * first.norm():
-        raise AttackPlaneError("the two directions are parallel: nothing is left of one without the other")
+        raise AttackPlaneError(
+            "the two directions are parallel: nothing is left of one without the other"
+        )
     return unit(rest).float()
 
 
@@ -108,14 +119,18 @@ def basis(mode: str, h: Tensor, r: Tensor) -> Tensor:
 def ablation(
     name: str, rows: Tensor, layers: Sequence[int], strength: float = 1.0, where: str = "all"
 ) -> Intervention:
-    """Take ``strength`` of the component in the span of orthonormal ``rows`` (k, d_model) out of the residual."""
-    return Intervention(name, tuple(layers), rows, strength * rows, None, where, "intervention", strength)
+    """Take ``strength`` of the component in the span of orthonormal ``rows`` (k, d_model) out of
+    the residual."""
+    return Intervention(
+        name, tuple(layers), rows, strength * rows, None, where, "intervention", strength
+    )
 
 
 def steering(
     name: str, direction: Tensor, layers: Sequence[int], strength: float, where: str = "all"
 ) -> Intervention:
-    """Add ``strength`` (in units of the residual) times the unit vector along ``direction`` (d_model,)."""
+    """Add ``strength`` (in units of the residual) times the unit vector along ``direction``
+    (d_model,)."""
     shift = strength * unit(direction)
     return Intervention(name, tuple(layers), None, None, shift, where, "intervention", strength)
 
@@ -126,16 +141,21 @@ def random_rows(k: int, d_model: int, generator: torch.Generator) -> Tensor:
 
 
 def random_controls(of: Intervention, n: int, generator: torch.Generator) -> list[Intervention]:
-    """The same edit along ``n`` random unit directions, as the papers do it: an ablation of them moves tokens less."""
+    """The same edit along ``n`` random unit directions, as the papers do it: an ablation of them
+    moves tokens less."""
     return [_along(of, w, w, "random", draw) for draw, w in enumerate(_drawn(of, n, generator))]
 
 
 def matched_controls(of: Intervention, n: int, generator: torch.Generator) -> list[Intervention]:
-    """As ``random_controls``, but every token is moved as far as ``of`` moves it, in the same batch: (read . a) is that of ``of``.
+    """As ``random_controls``, but every token is moved as far as ``of`` moves it, in the same
+    batch: (read . a) is that of ``of``.
 
-    Reading ``of``'s direction in the control's own residual would not do at several layers: there it is never taken away.
+    Reading ``of``'s direction in the control's own residual would not do at several layers: there
+    it is never taken away.
     """
-    found = [_along(of, of.read, w, "matched", draw) for draw, w in enumerate(_drawn(of, n, generator))]
+    found = [
+        _along(of, of.read, w, "matched", draw) for draw, w in enumerate(_drawn(of, n, generator))
+    ]
     return [dataclasses.replace(control, follows=of) for control in found]
 
 
@@ -145,14 +165,17 @@ def _drawn(of: Intervention, n: int, generator: torch.Generator) -> list[Tensor]
     return [random_rows(of.rank, vectors.shape[-1], generator) for _ in range(n)]
 
 
-def _along(of: Intervention, read: Tensor | None, rows: Tensor, kind: str, draw: int) -> Intervention:
+def _along(
+    of: Intervention, read: Tensor | None, rows: Tensor, kind: str, draw: int
+) -> Intervention:
     if of.shift is not None:
         return dataclasses.replace(of, shift=of.shift.norm() * rows[0], kind=kind, draw=draw)
     return dataclasses.replace(of, read=read, write=of.strength * rows, kind=kind, draw=draw)
 
 
 def touched(prompt: Prompt, where: str) -> tuple[Tensor, bool]:
-    """(prompt tokens,) which tokens of the prompt an intervention touches, and whether it touches the reply.
+    """(prompt tokens,) which tokens of the prompt an intervention touches, and whether it touches
+    the reply.
 
     Raises:
         AttackPlaneError: no such place.
@@ -165,23 +188,29 @@ def touched(prompt: Prompt, where: str) -> tuple[Tensor, bool]:
     start, stop = span_of(prompt, first), span_of(prompt, last or first)
     if start is None or stop is None or stop.stop > len(mask) or start.start >= stop.stop:
         raise AttackPlaneError(
-            "no such place in the prompt", got=where, remedy="all, prompt, reply, t_inst, -1, or FIRST..LAST"
+            "no such place in the prompt",
+            got=where,
+            remedy="all, prompt, reply, t_inst, -1, or FIRST..LAST",
         )
     mask[start.start : stop.stop] = 1
     return mask, False
 
 
 class Edits:
-    """The interventions of the rows of a batch, stacked. ``mask`` (row, fed token) says which tokens the next pass edits
-    (None: all); ``moved`` (row,) sums the lengths of what was added to tokens, ``count`` how many."""
+    """The interventions of the rows of a batch, stacked. ``mask`` (row, fed token) says which
+    tokens the next pass edits (None: all); ``moved`` (row,) sums the lengths of what was added to
+    tokens, ``count`` how many."""
 
-    def __init__(self, rows: Sequence[Intervention | None], d_model: int, device: torch.device | str) -> None:
+    def __init__(
+        self, rows: Sequence[Intervention | None], d_model: int, device: torch.device | str
+    ) -> None:
         self.mask: Tensor | None = None
         self.moved, self.count = torch.zeros(len(rows)), torch.zeros(len(rows))
         self._device = device
         own = {id(row): i for i, row in reversed(list(enumerate(rows))) if row}
         self.leader = torch.arange(len(rows), device=device)
-        """(row,) whose (read . a) each row takes: its own, or that of the nearest earlier row that it follows."""
+        """(row,) whose (read . a) each row takes: its own, or that of the nearest earlier row that
+        it follows."""
         for i, row in enumerate(rows):
             if row and row.follows:
                 before = [j for j in range(i) if rows[j] is row.follows]
@@ -199,7 +228,8 @@ class Edits:
     def _stack(
         self, rows: Sequence[Intervention | None], here: Sequence[int], rank: int, d: int
     ) -> list[Tensor]:
-        """Read, write, shift and which rows are edited; zeros where a row has no edit: they leave it as it was, to the bit."""
+        """Read, write, shift and which rows are edited; zeros where a row has no edit: they leave
+        it as it was, to the bit."""
         read, write = torch.zeros(len(rows), rank, d), torch.zeros(len(rows), rank, d)
         shift, edited = torch.zeros(len(rows), 1, d), torch.zeros(len(rows), 1)
         for i in here:
@@ -236,7 +266,8 @@ class Edits:
 
 @contextmanager
 def edited(loaded: LoadedModel, edits: Edits) -> Iterator[None]:
-    """While open, forward passes of the model are edited. Hooks are gone when it closes, also after an error."""
+    """While open, forward passes of the model are edited. Hooks are gone when it closes, also after
+    an error."""
     handles = []
 
     def before(layer: int) -> Any:
@@ -272,6 +303,7 @@ def edited(loaded: LoadedModel, edits: Edits) -> Iterator[None]:
 
 @contextmanager
 def intervened(loaded: LoadedModel, intervention: Intervention, rows: int = 1) -> Iterator[None]:
-    """While open, every token of every one of ``rows`` sequences that the model reads is edited, whatever ``where`` says."""
+    """While open, every token of every one of ``rows`` sequences that the model reads is edited,
+    whatever ``where`` says."""
     with edited(loaded, Edits([intervention] * rows, loaded.d_model, loaded.device)):
         yield

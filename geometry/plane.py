@@ -1,22 +1,20 @@
-"""Project prompts onto the (harmfulness, refusal) plane and describe where each class of prompts lies.
+"""Project prompts onto the (harmfulness, refusal) plane and describe where each class of prompts
+lies.
 
-    x = (h[t_inst]      - harmless centroid at t_inst)      . harmfulness direction      at one layer
+    x = (h[t_inst]      - harmless centroid at t_inst)      . harmfulness direction      at one
+                        layer
     y = (h[t_post_inst] - harmless centroid at t_post_inst) . refusal direction
 
-Frame ``own``: directions and centroids of the model that read the prompt. Frame ``base``: those of one reference
-model, so that movement between checkpoints shows. More of x is more harmful, more of y more refusing.
+Frame ``own``: directions and centroids of the model that read the prompt. Frame ``base``: those of
+one reference model, so that movement between checkpoints shows. More of x is more harmful, more of
+y more refusing.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,15 +22,7 @@ from torch import Tensor
 
 from core.errors import AttackPlaneError
 from core.records import PLAIN, Activations, Directions, PlanePoint
-from core.store import PLANE, write_atomically
-from geometry.effects import bootstrap
-from geometry.prediction import centroid_distances, success_prediction
-from geometry.separability import separabilities
-
-CLASSES = "plane_classes.jsonl"
-SEPARABILITY = "plane_separability.jsonl"
-SUCCESS = "plane_success.jsonl"
-DISTANCES = "plane_distances.jsonl"
+from geometry.contrasts import unit, upper
 
 
 @dataclass(frozen=True)
@@ -51,15 +41,17 @@ class PromptInfo:
 
 
 def project(resid: Tensor, direction: Tensor, centroid: Tensor) -> tuple[Tensor, Tensor]:
-    """(prompt, d_model) -> dot product of the centred residual, and cosine of the uncentred one, with ``direction``."""
+    """(prompt, d_model) -> dot product of the centred residual, and cosine of the uncentred one,
+    with ``direction``."""
     resid, direction = resid.double(), direction.double()
     dot = (resid - centroid.double()) @ direction
     return dot, (resid @ direction) / (resid.norm(dim=-1) * direction.norm()).clamp_min(1e-12)
 
 
 def plain_requests(infos: Sequence[PromptInfo]) -> list[int | None]:
-    """For each attacked prompt the index of its behaviour's plain request: from its own source, else from any (it is the
-    same prompt), under the same system prompt. None for plain requests, anchors, and behaviours without one."""
+    """For each attacked prompt the index of its behaviour's plain request: from its own source,
+    else from any (it is the same prompt), under the same system prompt. None for plain requests,
+    anchors, and behaviours without one."""
     plain = [(n, i) for n, i in enumerate(infos) if i.attack == PLAIN]
     own = {(i.source, i.behaviour_id, i.system): n for n, i in plain}
     any_source = {(i.behaviour_id, i.system): n for n, i in reversed(plain)}
@@ -84,7 +76,7 @@ def points(
             "the base frame is of another size",
             where=f"{base.model} and {own.model}",
             got=f"{tuple(base.harmfulness.shape)} and {tuple(own.harmfulness.shape)}",
-            remedy="give as --base a checkpoint of the same architecture",
+            remedy="give as base a checkpoint of the same architecture",
         )
     if not 0 <= layer <= own.n_layers:
         raise AttackPlaneError("no such layer", got=layer, remedy=f"0 to {own.n_layers}")
@@ -144,13 +136,14 @@ def displacement_nulls(
 ) -> Nulls:
     """How far each class would seem to move along directions that mean nothing.
 
-    The mean displacement of a class from its plain requests is projected on random unit vectors and on the directions
-    that permuted labels gave (``Directions.statistics["null_permuted_directions_*"]``); kept is the 95th percentile of
-    the absolute value, by (target, frame, class): {"null_random": [x, y], "null_permuted": [x, y]}.
+    The mean displacement of a class from its plain requests is projected on random unit vectors and
+    on the directions that permuted labels gave
+    (``Directions.statistics["null_permuted_directions_*"]``); kept is the 95th percentile of the
+    absolute value, by (target, frame, class): {"null_random": [x, y], "null_permuted": [x, y]}.
     """
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(draws, activations.resid.shape[-1], generator=generator)
-    random = random / random.norm(dim=1, keepdim=True)
+    random = unit(random)
     pairs: dict[str, list[tuple[int, int, str]]] = {}
     for n, (info, start) in enumerate(zip(infos, plain_requests(infos), strict=True)):
         if start is not None:
@@ -158,7 +151,9 @@ def displacement_nulls(
     found: Nulls = {}
     for name, members in pairs.items():
         attacked, begun = (torch.tensor([member[side] for member in members]) for side in (0, 1))
-        count = Counter(member[2] for member in members)  # each behaviour counts once, as in describe_classes
+        count = Counter(
+            member[2] for member in members
+        )  # each behaviour counts once, as in describe_classes
         weights = torch.tensor([1 / count[member[2]] / len(count) for member in members])
         for frame, directions in (("base", base), ("own", own)):
             ends: dict[str, list[float]] = {"null_random": [], "null_permuted": []}
@@ -167,100 +162,6 @@ def displacement_nulls(
                 moved = (weights[:, None] * (resid[attacked] - resid[begun])).sum(0)
                 permuted = directions.statistics[f"null_permuted_directions_{axis}"][:, layer]
                 for key, vectors in (("null_random", random), ("null_permuted", permuted)):
-                    ends[key].append(float((vectors @ moved).abs().quantile(0.95)))
+                    ends[key].append(float(upper(vectors @ moved)))
             found[activations.model, frame, name] = ends
     return found
-
-
-def describe_classes(
-    all_points: Sequence[PlanePoint],
-    nulls: Nulls | None = None,
-    *,
-    seed: int = 0,
-    resamples: int = 2000,
-) -> list[dict[str, Any]]:
-    """Per target, frame and class: centroid with bootstrap interval, covariance, displacement from the plain request.
-
-    Several prompts of a behaviour (variants of a class) are averaged first, so that each behaviour counts once; intervals
-    resample behaviours. The displacement is the mean of (attacked - plain) with its own interval and nulls. The covariance is
-    that of the points themselves, and None with fewer than two.
-    """
-    groups: dict[tuple[str, str, str], list[PlanePoint]] = {}
-    for p in all_points:
-        groups.setdefault((p.target, p.frame, p.class_name), []).append(p)
-    rows = []
-    for (target, frame, name), members in groups.items():
-        first = members[0]
-        spread = np.array([(p.x, p.y) for p in members])
-        where = _by_behaviour([(p.behaviour_id, p.x, p.y) for p in members])
-        moved = _by_behaviour(
-            [
-                (p.behaviour_id, p.x - p.plain_x, p.y - p.plain_y)
-                for p in members
-                if p.plain_x is not None and p.plain_y is not None
-            ]
-        )
-        judged = [p.jailbroken for p in members if p.jailbroken is not None]
-        none = {"null_random": None, "null_permuted": None}
-        rows.append(
-            {
-                "target": target,
-                "frame": frame,
-                "class": name,
-                "kind": first.kind,
-                "attack": first.attack,
-                "source": first.source,
-                "layer": first.layer,
-                "n": len(members),
-                "judged": len(judged),
-                "jailbroken": sum(judged),
-                "centroid": where.mean(0).tolist(),
-                "centroid_interval": bootstrap(where, seed=seed, resamples=resamples),
-                "covariance": np.cov(spread.T).tolist() if len(members) > 1 else None,
-                "displacement": moved.mean(0).tolist() if len(moved) else None,
-                "displacement_interval": bootstrap(moved, seed=seed, resamples=resamples),
-                **(nulls or {}).get((target, frame, name), none),
-            }
-        )
-    return rows
-
-
-def _by_behaviour(rows: Sequence[tuple[str, float, float]]) -> np.ndarray:
-    """(behaviour, x, y) of each prompt -> (behaviours, 2) means."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    for behaviour, x, y in rows:
-        found.setdefault(behaviour, []).append((x, y))
-    return np.array([np.mean(points, 0) for points in found.values()]).reshape(-1, 2)
-
-
-def export(all_points: Sequence[PlanePoint], folder: Path, nulls: Nulls | None = None) -> list[Path]:
-    """Write plane.csv, .jsonl, .parquet, plane_classes, plane_separability, plane_success and plane_distances (.jsonl); each
-    replaced whole."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = [p.to_row() for p in all_points]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    parquet = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), parquet)
-    classes = "".join(json.dumps(row) + "\n" for row in describe_classes(all_points, nulls))
-    written: dict[str, str | bytes] = {
-        "plane.csv": text.getvalue(),
-        PLANE: lines,
-        "plane.parquet": parquet.getvalue(),
-        CLASSES: classes,
-        SEPARABILITY: "".join(json.dumps(row) + "\n" for row in separabilities(all_points)),
-    }
-    panels: dict[tuple[str, str], list[PlanePoint]] = {}
-    for p in all_points:
-        panels.setdefault((p.target, p.frame), []).append(p)
-    for name, measure in ((SUCCESS, success_prediction), (DISTANCES, centroid_distances)):
-        found = [row for panel in panels.values() for row in measure(panel)]
-        written[name] = "".join(json.dumps(row) + "\n" for row in found)
-    for name, content in written.items():
-        write_atomically(folder / name, content)
-    return [folder / name for name in written]

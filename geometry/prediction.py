@@ -1,27 +1,34 @@
-"""Does the place of a prompt on the plane say whether it succeeds? And how far apart do classes lie?
+"""Does the place of a prompt on the plane say whether it succeeds? And how far apart do classes
+lie?
 
-Within an attack class, AUROC of success by each of three scores; more than 0.5 means that suppression goes with success:
+Within an attack class, AUROC of success by each of three scores; more than 0.5 means that
+suppression goes with success:
 
     H        -x              less harmfulness at t_inst
     R        -y              less refusal at t_post_inst
-    H moved  plain x - x     suppressed against the same behaviour's plain request, so that an easy request is no suppression
+    H moved  plain x - x     suppressed against the same behaviour's plain request, so that an easy
+             request is no suppression
     R moved  plain y - y     (only prompts whose plain request was sent)
-    both     a linear discriminant on (x, y), fitted on the other behaviours of the class (so it can learn the other sign too)
+    both     a linear discriminant on (x, y), fitted on the other behaviours of the class (so it can
+             learn the other sign too)
 
-``pooled`` averages over classes, weighted by the number of (success, failure) pairs: prompts of different classes are never
-compared. Intervals resample behaviours; the null permutes success within each class, everything anew: whole behaviours where
-all have equally many prompts. Plain requests are no class.
+``pooled`` averages over classes, weighted by the number of (success, failure) pairs: prompts of
+different classes are never compared. Intervals resample behaviours; the null permutes success
+within each class, everything anew: whole behaviours where all have equally many prompts. Plain
+requests are no class.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
 from core.records import PLAIN, PlanePoint
+from core.statistics import auroc, cluster_rows, percentile_interval
 
 SCORES = ("H", "R", "H moved", "R moved", "both")
 MOVED = ("H moved", "R moved")
@@ -29,17 +36,20 @@ EITHER = "better of H moved, R moved"
 POOLED = "pooled"
 
 
-def auroc(scores: np.ndarray, success: np.ndarray) -> tuple[float, int]:
-    """AUROC of ``success`` (n,) by ``scores`` (n,), ties half, and how many pairs it is over (NaN, 0 without any)."""
+def success_auroc(scores: np.ndarray, success: np.ndarray) -> tuple[float, int]:
+    """AUROC of ``success`` (n,) by ``scores`` (n,), and how many pairs it is over (NaN, 0 without).
+
+    Scores that are not finite are left out.
+    """
     known = np.isfinite(scores)
-    difference = scores[success & known][:, None] - scores[~success & known][None]
-    if not difference.size:
-        return float("nan"), 0
-    return float(((difference > 0) + 0.5 * (difference == 0)).mean()), difference.size
+    yes, no = scores[success & known], scores[~success & known]
+    pairs = len(yes) * len(no)
+    return (float(auroc(yes, no)), pairs) if pairs else (float("nan"), 0)
 
 
 def held_out_scores(where: np.ndarray, success: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """(n, 2) points -> (n,) discriminant scores, each from points of other groups only; 0 where those have one outcome."""
+    """(n, 2) points -> (n,) discriminant scores, each from points of other groups only; 0 where
+    those have one outcome."""
     found = np.zeros(len(where))
     for group in np.unique(groups):
         test = groups == group
@@ -54,13 +64,20 @@ def held_out_scores(where: np.ndarray, success: np.ndarray, groups: np.ndarray) 
 
 
 def _within(
-    where: np.ndarray, success: np.ndarray, groups: np.ndarray, classes: np.ndarray, both: np.ndarray
+    where: np.ndarray,
+    success: np.ndarray,
+    groups: np.ndarray,
+    classes: np.ndarray,
+    both: np.ndarray,
 ) -> dict[str, dict[str, tuple[float, int]]]:
     """{score: {class or pooled: (AUROC, pairs)}}."""
     found: dict[str, dict[str, tuple[float, int]]] = {}
     columns = (-where[:, 0], -where[:, 1], -where[:, 2], -where[:, 3], both)
     for name, scores in zip(SCORES, columns, strict=True):
-        per = {str(c): auroc(scores[classes == c], success[classes == c]) for c in np.unique(classes)}
+        per = {
+            str(c): success_auroc(scores[classes == c], success[classes == c])
+            for c in np.unique(classes)
+        }
         pairs = sum(n for _, n in per.values())
         total = sum(a * n for a, n in per.values() if n)
         found[name] = per | {POOLED: (total / pairs if pairs else float("nan"), pairs)}
@@ -69,7 +86,9 @@ def _within(
     return found
 
 
-def _both(where: np.ndarray, success: np.ndarray, groups: np.ndarray, classes: np.ndarray) -> np.ndarray:
+def _both(
+    where: np.ndarray, success: np.ndarray, groups: np.ndarray, classes: np.ndarray
+) -> np.ndarray:
     scores = np.zeros(len(where))
     for c in np.unique(classes):
         here = classes == c
@@ -77,67 +96,100 @@ def _both(where: np.ndarray, success: np.ndarray, groups: np.ndarray, classes: n
     return scores
 
 
-def success_prediction(
-    points: Sequence[PlanePoint], *, draws: int = 200, resamples: int = 1000, seed: int = 0
-) -> list[dict[str, Any]]:
-    """Rows (class or pooled) x (H, R, both) of judged attack points of one target and frame: AUROC, interval, null."""
-    judged = [p for p in points if p.kind == "attack" and p.attack != PLAIN and p.jailbroken is not None]
-    if not judged:
-        return []
-    rng = np.random.default_rng(seed)
-    nan = float("nan")
-    where = np.array(
-        [
+@dataclass(frozen=True)
+class _Judged:
+    """Judged attack prompts of one target and frame, as arrays."""
+
+    where: np.ndarray
+    """(n, 4): x, y, x and y less those of the plain request."""
+    success: np.ndarray
+    groups: np.ndarray
+    """(n,) number of each prompt's behaviour."""
+    classes: np.ndarray
+
+    @classmethod
+    def of(cls, points: Sequence[PlanePoint]) -> _Judged:
+        nan = float("nan")
+        where = [
             (
                 p.x,
                 p.y,
                 p.x - (nan if p.plain_x is None else p.plain_x),
                 p.y - (nan if p.plain_y is None else p.plain_y),
             )
-            for p in judged
+            for p in points
         ]
-    )
-    success = np.array([bool(p.jailbroken) for p in judged])
-    names, groups = np.unique([p.behaviour_id for p in judged], return_inverse=True)
-    classes = np.array([p.class_name for p in judged])
-    both = _both(where, success, groups, classes)
-    found = _within(where, success, groups, classes, both)
-    resampled, nulls = [], []
-    members = [np.nonzero(groups == g)[0] for g in range(len(names))]
-    for drawn in rng.integers(len(names), size=(resamples, len(names))):
-        rows = np.concatenate([members[g] for g in drawn])
-        resampled.append(_within(where[rows], success[rows], groups[rows], classes[rows], both[rows]))
-    for _ in range(draws):
-        shuffled = success.copy()
-        for c in np.unique(classes):
-            here = np.nonzero(classes == c)[0]
-            here = here[groups[here].argsort(kind="stable")]
-            sizes = np.unique(groups[here], return_counts=True)[1]
+        _, groups = np.unique([p.behaviour_id for p in points], return_inverse=True)
+        success = np.array([bool(p.jailbroken) for p in points])
+        return cls(np.array(where), success, groups, np.array([p.class_name for p in points]))
+
+    def scores(self, success: np.ndarray) -> dict[str, dict[str, tuple[float, int]]]:
+        """Everything anew with other outcomes."""
+        both = _both(self.where, success, self.groups, self.classes)
+        return _within(self.where, success, self.groups, self.classes, both)
+
+    def shuffled(self, rng: np.random.Generator) -> np.ndarray:
+        """Outcomes permuted within each class: whole behaviours where all have equally many."""
+        shuffled = self.success.copy()
+        for c in np.unique(self.classes):
+            here = np.nonzero(self.classes == c)[0]
+            here = here[self.groups[here].argsort(kind="stable")]
+            sizes = np.unique(self.groups[here], return_counts=True)[1]
             block = int(sizes[0]) if (sizes == sizes[0]).all() else 1
-            shuffled[here] = rng.permutation(success[here].reshape(-1, block)).ravel()
-        nulls.append(_within(where, shuffled, groups, classes, _both(where, shuffled, groups, classes)))
-    rows_out = []
+            outcomes = self.success[here].reshape(-1, block)
+            shuffled[here] = rng.permutation(outcomes).ravel()
+        return shuffled
+
+
+def success_prediction(
+    points: Sequence[PlanePoint], *, draws: int = 200, resamples: int = 1000, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Rows (class or pooled) x score of the judged attack points of one target and frame."""
+    judged = [
+        p for p in points if p.kind == "attack" and p.attack != PLAIN and p.jailbroken is not None
+    ]
+    if not judged:
+        return []
+    rng = np.random.default_rng(seed)
+    data = _Judged.of(judged)
+    both = _both(data.where, data.success, data.groups, data.classes)
+    measured = _within(data.where, data.success, data.groups, data.classes, both)
+    resampled = [
+        _within(data.where[r], data.success[r], data.groups[r], data.classes[r], both[r])
+        for r in cluster_rows(data.groups, resamples=resamples, rng=rng)
+    ]
+    nulls = [data.scores(data.shuffled(rng)) for _ in range(draws)]
+    rows = []
     for score in (*SCORES, EITHER):
-        for name, (value, pairs) in found[score].items():
-            if not pairs:
-                continue
-            drawn_values = [r[score][name][0] for r in resampled if name in r[score]]
-            low, high = np.nanquantile(drawn_values, [0.025, 0.975])
-            null = float(np.nanquantile([n[score][name][0] for n in nulls], 0.95))
-            here = success if name == POOLED else success[classes == name]
-            rows_out.append({"target": judged[0].target, "frame": judged[0].frame, "class": name, "score": score, "auroc": value,
-                             "interval": [float(low), float(high)], "null_95": null, "successes": int(here.sum()),
-                             "failures": int((~here).sum())})  # fmt: skip
-    return rows_out
+        for name, (value, pairs) in measured[score].items():
+            if pairs:
+                here = data.success if name == POOLED else data.success[data.classes == name]
+                rows.append(
+                    {
+                        "target": judged[0].target,
+                        "frame": judged[0].frame,
+                        "class": name,
+                        "score": score,
+                        "auroc": value,
+                        "interval": percentile_interval(
+                            [r[score][name][0] for r in resampled if name in r[score]]
+                        ),
+                        "null_95": float(np.nanquantile([n[score][name][0] for n in nulls], 0.95)),
+                        "successes": int(here.sum()),
+                        "failures": int((~here).sum()),
+                    }
+                )
+    return rows
 
 
 def centroid_distances(
     points: Sequence[PlanePoint], *, draws: int = 200, resamples: int = 1000, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Distance of every two classes' centroids on the plane (units of the residual), over the behaviours that both have.
+    """Distance of every two classes' centroids on the plane (units of the residual), over the
+    behaviours that both have.
 
-    The interval resamples behaviours; a resampled distance is biased upwards, so it is held against ``null_95``, from
-    swapping the two classes' points within behaviours at random.
+    The interval resamples behaviours; a resampled distance is biased upwards, so it is held against
+    ``null_95``, from swapping the two classes' points within behaviours at random.
     """
     rng = np.random.default_rng(seed)
     means: dict[str, dict[str, list[tuple[float, float]]]] = {}
@@ -149,7 +201,9 @@ def centroid_distances(
         shared = [b for b in means[first] if b in means[second]]
         if len(shared) < 2:
             continue
-        moved = np.array([np.mean(means[first][b], 0) - np.mean(means[second][b], 0) for b in shared])
+        moved = np.array(
+            [np.mean(means[first][b], 0) - np.mean(means[second][b], 0) for b in shared]
+        )
         drawn = moved[rng.integers(len(moved), size=(resamples, len(moved)))].mean(1)
         signs = rng.choice([-1.0, 1.0], size=(draws, len(moved), 1))
         low, high = np.quantile(np.linalg.norm(drawn, axis=1), [0.025, 0.975])
@@ -161,7 +215,9 @@ def centroid_distances(
                 "behaviours": len(shared),
                 "distance": float(np.linalg.norm(moved.mean(0))),
                 "interval": [float(low), float(high)],
-                "null_95": float(np.quantile(np.linalg.norm((signs * moved).mean(1), axis=1), 0.95)),
+                "null_95": float(
+                    np.quantile(np.linalg.norm((signs * moved).mean(1), axis=1), 0.95)
+                ),
             }
         )
     return rows

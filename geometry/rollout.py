@@ -1,15 +1,18 @@
-"""What a model does under many interventions: next token, log-probability of refusals, greedy replies.
+"""What a model does under many interventions: next token, log-probability of refusals, greedy
+replies.
 
 Interventions are rows of one batch, each row with its own edit. Work that rows share is done once:
 
-1. Tokens that all prompts share at the start (system prompt, template) go through the model once an intervention, not once a
-   prompt: an edit changes them in the same way before every prompt.
-2. Each prompt goes through once unedited: its next-token distribution (the reference of KL), keys and values, and the residual
-   entering the lowest edited layer L. The edited pass skips the blocks below L, where no edit has happened yet, and
-   takes their keys and values from the unedited one.
-3. From its cache each refusal text is scored, then replies are decoded greedily; rows that end leave the batch.
+1. Tokens that all prompts share at the start (system prompt, template) go through the model once an
+   intervention, not once a prompt: an edit changes them in the same way before every prompt.
+2. Each prompt goes through once unedited: its next-token distribution (the reference of KL), keys
+   and values, and the residual entering the lowest edited layer L. The edited pass skips the blocks
+   below L, where no edit has happened yet, and takes their keys and values from the unedited one.
+3. From its cache each refusal text is scored, then replies are decoded greedily; rows that end
+   leave the batch.
 
-A matched control follows its intervention: it stands in the same batch and moves every token as far as that one does.
+A matched control follows its intervention: it stands in the same batch and moves every token as far
+as that one does.
 """
 
 from __future__ import annotations
@@ -42,9 +45,10 @@ log = logging.getLogger(__name__)
 class Outcome:
     """Of one prompt under one intervention.
 
-    ``kl``: KL(plain || edited) of the next token, nats. ``refusal``: mean log-probability of the refusals, nats per token
-    (NaN without refusals). ``reply``: token ids, without the end of turn. ``delta_norm``: mean length of what was added
-    to a touched token of the prompt at one layer, in units of the residual.
+    ``kl``: KL(plain || edited) of the next token, nats. ``refusal``: mean log-probability of the
+    refusals, nats per token (NaN without refusals). ``reply``: token ids, without the end of turn.
+    ``delta_norm``: mean length of what was added to a touched token of the prompt at one layer, in
+    units of the residual.
     """
 
     kl: float
@@ -54,8 +58,11 @@ class Outcome:
 
 
 @contextmanager
-def _skipped(loaded: LoadedModel, layer: int, residual: Tensor, kinds: Sequence[bool]) -> Iterator[None]:
-    """While open, blocks below ``layer`` compute nothing and the last of them returns ``residual`` (row, token, d_model).
+def _skipped(
+    loaded: LoadedModel, layer: int, residual: Tensor, kinds: Sequence[bool]
+) -> Iterator[None]:
+    """While open, blocks below ``layer`` compute nothing and the last of them returns ``residual``
+    (row, token, d_model).
 
     ``kinds``: whether each block returns a tuple.
     """
@@ -78,7 +85,8 @@ def _skipped(loaded: LoadedModel, layer: int, residual: Tensor, kinds: Sequence[
 
 
 class _Edited:
-    """Some interventions (leaders with their followers) on one model, and their keys and values of the shared prefix."""
+    """Some interventions (leaders with their followers) on one model, and their keys and values of
+    the shared prefix."""
 
     def __init__(
         self,
@@ -88,7 +96,8 @@ class _Edited:
         place: Tensor,
         share: bool,
     ) -> None:
-        """``prefix`` (shared tokens,) ids; ``place`` (intervention, shared tokens) which of them are edited."""
+        """``prefix`` (shared tokens,) ids; ``place`` (intervention, shared tokens) which of them
+        are edited."""
         self.loaded, self.all = loaded, list(edits)
         layers = sorted({layer for edit in edits if edit for layer in edit.layers})
         self.start = min([loaded.n_layers, *layers[:1]]) if share else 0
@@ -101,7 +110,9 @@ class _Edited:
             stacked.mask = place.to(loaded.device)
             with edited(loaded, stacked), _skipped(loaded, self.start, residual[rows], kinds):
                 loaded.decoder(
-                    input_ids=prefix[None].expand(len(rows), -1), past_key_values=self.cache, use_cache=True
+                    input_ids=prefix[None].expand(len(rows), -1),
+                    past_key_values=self.cache,
+                    use_cache=True,
                 )
             self.cache.layers[: self.start] = forked(self.plain, rows).layers[: self.start]
             self.moved, self.count = stacked.moved, stacked.count
@@ -110,7 +121,8 @@ class _Edited:
         return DynamicCache(config=self.loaded.model.config)
 
     def pass_alone(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor, list[bool]]:
-        """Unedited: (row, vocabulary) next log-probabilities, the residual at ``start``, which blocks return a tuple."""
+        """Unedited: (row, vocabulary) next log-probabilities, the residual at ``start``, which
+        blocks return a tuple."""
         kept: list[Tensor] = []
         kinds: list[bool] = []
 
@@ -124,7 +136,9 @@ class _Edited:
         ]
         try:
             with read_residuals(self.loaded, keep):
-                logits = self.loaded.last_logits(1, input_ids=ids, past_key_values=cache, use_cache=True)
+                logits = self.loaded.last_logits(
+                    1, input_ids=ids, past_key_values=cache, use_cache=True
+                )
         finally:
             for handle in handles:
                 handle.remove()
@@ -132,7 +146,8 @@ class _Edited:
 
 
 class _Batch:
-    """Prompts of one length under the interventions of an ``_Edited``; row = prompt x interventions + intervention."""
+    """Prompts of one length under the interventions of an ``_Edited``; row = prompt x interventions
+    + intervention."""
 
     def __init__(self, of: _Edited, prompts: Sequence[Prompt], shared: int) -> None:
         self.loaded, n = of.loaded, len(of.all)
@@ -151,7 +166,10 @@ class _Batch:
         alone = forked(of.plain, whose.new_zeros(len(prompts))) if shared else of.fresh()
         base, residual, kinds = of.pass_alone(ids, alone)
         self.cache = forked(of.cache, which) if shared else of.fresh()
-        with edited(self.loaded, self.edits), _skipped(self.loaded, of.start, residual[whose], kinds):
+        with (
+            edited(self.loaded, self.edits),
+            _skipped(self.loaded, of.start, residual[whose], kinds),
+        ):
             logits = self.loaded.last_logits(
                 1, input_ids=ids[whose], past_key_values=self.cache, use_cache=True
             )
@@ -159,11 +177,15 @@ class _Batch:
         self.next = logits[:, -1].log_softmax(-1)
         reference = base[whose]
         self.kl = (reference.exp() * (reference - self.next)).sum(-1).clamp_min(0).cpu()
-        moved, count = self.edits.moved + of.moved[which.cpu()], self.edits.count + of.count[which.cpu()]
+        moved, count = (
+            self.edits.moved + of.moved[which.cpu()],
+            self.edits.count + of.count[which.cpu()],
+        )
         self.delta_norm = moved / count.clamp_min(1)
 
     def refusals(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """(row,) mean log-probability of the texts (token ids), nats per token; the cache stays as it is."""
+        """(row,) mean log-probability of the texts (token ids), nats per token; the cache stays as
+        it is."""
         found = []
         for text in texts:
             ids = torch.tensor(text, device=self.loaded.device)
@@ -173,11 +195,18 @@ class _Batch:
                 self.edits.mask = self._on_reply.expand(-1, rows.shape[1])
                 with edited(self.loaded, self.edits):
                     logits = self.loaded.last_logits(
-                        rows.shape[1], input_ids=rows, past_key_values=forked(self.cache), use_cache=True
+                        rows.shape[1],
+                        input_ids=rows,
+                        past_key_values=forked(self.cache),
+                        use_cache=True,
                     )
-                scores.append(logits.log_softmax(-1).gather(2, ids[None, 1:, None].expand(len(rows), -1, -1)))
+                scores.append(
+                    logits.log_softmax(-1).gather(2, ids[None, 1:, None].expand(len(rows), -1, -1))
+                )
             found.append(torch.cat([s.flatten(1) for s in scores], 1).mean(1))
-        return torch.stack(found).mean(0).cpu() if found else torch.full((len(self.next),), torch.nan)
+        return (
+            torch.stack(found).mean(0).cpu() if found else torch.full((len(self.next),), torch.nan)
+        )
 
     def replies(self, max_new_tokens: int) -> list[tuple[int, ...]]:
         """Greedy replies as token ids. Uses the cache up."""
@@ -208,8 +237,11 @@ class _Batch:
         return [tuple(reply) for reply in replies]
 
 
-def _may_share(loaded: LoadedModel, prompt: Prompt, interventions: Sequence[Intervention | None]) -> bool:
-    """Whether skipping blocks changes nothing on this model; tried on one prompt with the highest edit."""
+def _may_share(
+    loaded: LoadedModel, prompt: Prompt, interventions: Sequence[Intervention | None]
+) -> bool:
+    """Whether skipping blocks changes nothing on this model; tried on one prompt with the highest
+    edit."""
     highest = max(interventions, key=_lowest)
     if highest is None or highest.follows is not None or _lowest(highest) < 1:
         return True  # nothing would be skipped
@@ -235,7 +267,8 @@ def _lowest(edit: Intervention | None) -> int:
 
 
 def _units(interventions: Sequence[Intervention | None]) -> list[list[int]]:
-    """Indices of each intervention that follows none, with its followers; those that begin at one layer side by side.
+    """Indices of each intervention that follows none, with its followers; those that begin at one
+    layer side by side.
 
     Raises:
         AttackPlaneError: a follower without the one that it follows.
@@ -264,7 +297,8 @@ def rollout(
     rows: int = 64,
     description: str = "interventions",
 ) -> list[list[Outcome]]:
-    """Outcomes of every prompt (outer list) under every intervention (inner list; None: left alone).
+    """Outcomes of every prompt (outer list) under every intervention (inner list; None: left
+    alone).
 
     Args:
         refusals: token ids of refusals as replies. max_new_tokens: of the replies; 0 decodes none.
@@ -291,7 +325,9 @@ def rollout(
     prefix = torch.tensor(prompts[0].ids[:shared], dtype=torch.long, device=loaded.device)
     found: dict[tuple[int, int], Outcome] = {}
     batches = BatchSize(rows)
-    with tqdm(total=len(prompts) * len(interventions), desc=description, unit="row", leave=False) as bar:
+    with tqdm(
+        total=len(prompts) * len(interventions), desc=description, unit="row", leave=False
+    ) as bar:
 
         def work(units: Sequence[list[int]]) -> None:
             chosen = [n for unit in units for n in unit]
@@ -304,15 +340,24 @@ def rollout(
                 scores, delta = batch.refusals(refusals), batch.delta_norm
                 replies = batch.replies(max_new_tokens) if max_new_tokens else [()] * len(delta)
                 for row, cell in enumerate((p, n) for p in some for n in chosen):
-                    numbers = float(batch.kl[row]), float(scores[row]), replies[row], float(delta[row])
+                    numbers = (
+                        float(batch.kl[row]),
+                        float(scores[row]),
+                        replies[row],
+                        float(delta[row]),
+                    )
                     found[cell] = Outcome(*numbers)
                 bar.update(len(delta))
 
             for _, same in groupby(order, key=lambda i: len(prompts[i].ids)):
-                for _ in BatchSize(batches.value).over(list(same), read, cost=lambda _: len(chosen)):
+                for _ in BatchSize(batches.value).over(
+                    list(same), read, cost=lambda _: len(chosen)
+                ):
                     pass
 
-        for _, level in groupby(_units(interventions), key=lambda unit: _lowest(interventions[unit[0]])):
+        for _, level in groupby(
+            _units(interventions), key=lambda unit: _lowest(interventions[unit[0]])
+        ):
             for _ in batches.over(list(level), work, cost=len):
                 pass
     return [[found[p, n] for n in range(len(interventions))] for p in range(len(prompts))]

@@ -1,13 +1,17 @@
-"""Do attack classes occupy regions of the plane? A linear classifier on held-out behaviours, against permuted labels.
+"""Do attack classes occupy regions of the plane? A linear classifier on held-out behaviours,
+against permuted labels.
 
 Classifier: linear discriminant analysis on (x, y) with equal priors,
 
-    argmax_c  m_c^T S^-1 p - m_c^T S^-1 m_c / 2,    S = pooled within-class covariance (ridge 1e-6 of its mean variance)
+    argmax_c  m_c^T S^-1 p - m_c^T S^-1 m_c / 2,    S = pooled within-class covariance (ridge 1e-6
+              of its mean variance)
 
-Held out: all points of a behaviour are predicted by a classifier that saw none of them (up to ten folds of behaviours), so that
-it cannot learn a request in place of an attack. Accuracy is balanced: the mean over classes of the share of points predicted
-right. Null: labels permuted within each behaviour, ``draws`` times, the whole procedure anew. Interval: percentile bootstrap over
-behaviours of the held-out predictions.
+Held out: all points of a behaviour are predicted by a classifier that saw none of them (up to ten
+folds of behaviours), so that
+it cannot learn a request in place of an attack. Accuracy is balanced: the mean over classes of the
+share of points predicted
+right. Null: labels permuted within each behaviour, ``draws`` times, the whole procedure anew.
+Interval: percentile bootstrap over behaviours of the held-out predictions.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from core.records import PLAIN, PlanePoint
+from core.statistics import cluster_rows, percentile_interval, permutation_p
 
 FOLDS = 10
 
@@ -25,7 +30,8 @@ FOLDS = 10
 def held_out_predictions(
     where: np.ndarray, labels: np.ndarray, folds: np.ndarray, classes: int
 ) -> np.ndarray:
-    """(n, 2) points, (draws, n) labels in 0..classes-1, (n,) fold of each point -> (draws, n) predicted labels."""
+    """(n, 2) points, (draws, n) labels in 0..classes-1, (n,) fold of each point -> (draws, n)
+    predicted labels."""
     predicted = np.empty(labels.shape, dtype=int)
     for fold in np.unique(folds):
         train, test = folds != fold, folds == fold
@@ -36,14 +42,17 @@ def held_out_predictions(
         spread = np.trace(within, axis1=1, axis2=2)[:, None, None] / 2
         inverse = np.linalg.pinv(within + (1e-6 * spread + 1e-12) * np.eye(2))
         weights = np.einsum("dcf,dfg->dcg", means, inverse)
-        scores = np.einsum("dcg,ng->dnc", weights, where[test]) - 0.5 * (weights * means).sum(2)[:, None]
+        scores = (
+            np.einsum("dcg,ng->dnc", weights, where[test]) - 0.5 * (weights * means).sum(2)[:, None]
+        )
         scores[np.repeat((onehot.sum(1) == 0)[:, None], test.sum(), 1)] = -np.inf
         predicted[:, test] = scores.argmax(2)
     return predicted
 
 
 def balanced_accuracy(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """(draws, n) labels and predictions -> (draws,) mean over the classes that occur of their share predicted right."""
+    """(draws, n) labels and predictions -> (draws,) mean over the classes that occur of their share
+    predicted right."""
     right, onehot = (labels == predicted)[..., None], np.eye(classes)[labels]
     counts = onehot.sum(1)
     shares = np.where(counts > 0, (right * onehot).sum(1) / np.maximum(counts, 1), np.nan)
@@ -53,7 +62,8 @@ def balanced_accuracy(labels: np.ndarray, predicted: np.ndarray, classes: int) -
 def separability(
     points: Sequence[PlanePoint], *, draws: int = 200, resamples: int = 1000, seed: int = 0
 ) -> dict[str, Any] | None:
-    """Held-out accuracy of telling the classes of these points apart; None with fewer than two classes or three behaviours."""
+    """Held-out accuracy of telling the classes of these points apart; None with fewer than two
+    classes or three behaviours."""
     names = sorted({p.class_name for p in points})
     behaviours = sorted({p.behaviour_id for p in points})
     if len(names) < 2 or len(behaviours) < 3:
@@ -68,30 +78,32 @@ def separability(
         inside = np.nonzero(groups == group)[0]
         permuted[:, inside] = rng.permuted(permuted[:, inside], axis=1)
     predicted = held_out_predictions(where, labels[None], folds, len(names))[0]
-    nulls = balanced_accuracy(permuted, held_out_predictions(where, permuted, folds, len(names)), len(names))
-    members = [np.nonzero(groups == group)[0] for group in range(len(behaviours))]
-    resampled = []
-    for drawn in rng.integers(len(behaviours), size=(resamples, len(behaviours))):
-        rows = np.concatenate([members[g] for g in drawn])
-        resampled.append(balanced_accuracy(labels[rows][None], predicted[rows][None], len(names))[0])
+    nulls = balanced_accuracy(
+        permuted, held_out_predictions(where, permuted, folds, len(names)), len(names)
+    )
+    resampled = [
+        balanced_accuracy(labels[rows][None], predicted[rows][None], len(names))[0]
+        for rows in cluster_rows(groups, resamples=resamples, rng=rng)
+    ]
     accuracy = float(balanced_accuracy(labels[None], predicted[None], len(names))[0])
     return {
         "classes": names,
         "n": len(points),
         "behaviours": len(behaviours),
         "accuracy": accuracy,
-        "interval": np.quantile(resampled, [0.025, 0.975]).tolist(),
+        "interval": percentile_interval(resampled),
         "chance": 1 / len(names),
         "null_mean": float(nulls.mean()),
         "null_95": float(np.quantile(nulls, 0.95)),
-        "p": float((1 + (nulls >= accuracy).sum()) / (1 + draws)),
+        "p": permutation_p(accuracy, nulls),
         "recall": {n: float((predicted[labels == c] == c).mean()) for c, n in enumerate(names)},
     }
 
 
 def separabilities(points: Sequence[PlanePoint]) -> list[dict[str, Any]]:
-    """Per target and frame: all classes but the plain requests against each other (``against`` "all"), and each against the plain
-    request. One p-value a row, not corrected for their number."""
+    """Per target and frame: all classes but the plain requests against each other (``against``
+    "all"), and each against the plain request. One p-value a row, not corrected for their
+    number."""
     rows = []
     for target, frame in dict.fromkeys((p.target, p.frame) for p in points):
         here = [p for p in points if (p.target, p.frame, p.kind) == (target, frame, "attack")]
@@ -102,10 +114,18 @@ def separabilities(points: Sequence[PlanePoint]) -> list[dict[str, Any]]:
         others = [p for p in here if p.attack != PLAIN]
         for name in ("all", *dict.fromkeys(p.class_name for p in others)):
             chosen = others if name == "all" else [p for p in others if p.class_name == name]
-            # plain requests of the same behaviours only: a class known by its requests would seem separable
+            # plain requests of the same behaviours only: a class known by its requests would seem
+            # separable
             kept = {p.behaviour_id for p in chosen if name != "all"}
             found = separability([*chosen, *(p for p in one_plain if p.behaviour_id in kept)])
             if found:
-                rows.append({"target": target, "frame": frame, "against": PLAIN if name != "all" else "all",
-                             "class": name, **found})  # fmt: skip
+                rows.append(
+                    {
+                        "target": target,
+                        "frame": frame,
+                        "against": PLAIN if name != "all" else "all",
+                        "class": name,
+                        **found,
+                    }
+                )
     return rows

@@ -37,7 +37,8 @@ def jailbreakbench(
     *,
     target: str | None,
 ) -> str:
-    """A JailbreakBench artifact file: one attack on one model, one prompt a behaviour, null where there is none.
+    """A JailbreakBench artifact file: one attack on one model, one prompt a behaviour, null where
+    there is none.
 
     Args:
         behaviours: those that were attacked; each gets an entry.
@@ -62,7 +63,10 @@ def jailbreakbench(
         if artifact.behaviour_id in by_behaviour:
             raise AttackPlaneError(
                 "a JailbreakBench file holds one prompt a behaviour",
-                got=f"{artifact.behaviour_id}: variants {by_behaviour[artifact.behaviour_id].variant}, {artifact.variant}",
+                got=(
+                    f"{artifact.behaviour_id}: variants "
+                    f"{by_behaviour[artifact.behaviour_id].variant}, {artifact.variant}"
+                ),
                 remedy="choose with --variant",
             )
         by_behaviour[artifact.behaviour_id] = artifact
@@ -95,4 +99,7 @@ def jailbreakbench(
         "number_of_submitted_prompts": len(artifacts),
         "method_parameters": {"source_model": first.source_model, "config_hash": first.config_hash},
     }
-    return json.dumps({"parameters": parameters, "jailbreaks": rows}, indent=2, ensure_ascii=False) + "\n"
+    return (
+        json.dumps({"parameters": parameters, "jailbreaks": rows}, indent=2, ensure_ascii=False)
+        + "\n"
+    )

@@ -1,4 +1,5 @@
-"""What a reader of another tool's file gives: prompts, and rows that are none, each with its place and the reason."""
+"""What a reader of another tool's file gives: prompts, and rows that are none, each with its place
+and the reason."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from core.errors import AttackPlaneError
 
 @dataclass(frozen=True)
 class Foreign:
-    """One prompt of another tool. ``place`` is a line, or an item of a JSON document; ``said`` is what the tool said of it."""
+    """One prompt of another tool. ``place`` is a line, or an item of a JSON document; ``said`` is
+    what the tool said of it."""
 
     place: str
     prompt: str
@@ -36,7 +38,8 @@ class Foreign:
 
 @dataclass(frozen=True)
 class Reject:
-    """A row that gives no artifact: where and why. ``kind`` is ``bad`` (malformed) or ``no_prompt`` (the tool found none)."""
+    """A row that gives no artifact: where and why. ``kind`` is ``bad`` (malformed) or ``no_prompt``
+    (the tool found none)."""
 
     place: str
     reason: str
@@ -48,7 +51,8 @@ Found = Iterator[Foreign | Reject]
 
 @dataclass(frozen=True)
 class Hints:
-    """What a file does not say and the user does: the prompt that nanogcg's string belongs to, attack, model, target."""
+    """What a file does not say and the user does: the prompt that nanogcg's string belongs to,
+    attack, model, target."""
 
     request: str | None = None
     model: str | None = None
@@ -62,7 +66,10 @@ def check_encoding(path: Path) -> None:
         start = file.read(4)
     if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise AttackPlaneError(
-            "the file is UTF-16", where=path, got=f"it begins with {start[:2]!r}", remedy="save it as UTF-8"
+            "the file is UTF-16",
+            where=path,
+            got=f"it begins with {start[:2]!r}",
+            remedy="save it as UTF-8",
         )
 
 
@@ -78,19 +85,25 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
                 row = json.loads(raw.decode("utf-8"))
             except UnicodeDecodeError as error:
                 bad = error.object[error.start]
-                yield place, Reject(place, f"not UTF-8: byte 0x{bad:02x} at byte {error.start} of the line")
+                yield (
+                    place,
+                    Reject(place, f"not UTF-8: byte 0x{bad:02x} at byte {error.start} of the line"),
+                )
                 continue
             except ValueError as error:
                 yield place, Reject(place, f"not JSON: {error}")
                 continue
             yield (
                 place,
-                row if isinstance(row, dict) else Reject(place, f"a {type(row).__name__}, not an object"),
+                row
+                if isinstance(row, dict)
+                else Reject(place, f"a {type(row).__name__}, not an object"),
             )
 
 
 def json_items(path: Path, prefix: str, *, pairs: bool = False) -> Iterator[tuple[str, Any]]:
-    """(place, value or reject) of each item of a JSON document under ``prefix``, streamed; with ``pairs`` (key, value) items.
+    """(place, value or reject) of each item of a JSON document under ``prefix``, streamed; with
+    ``pairs`` (key, value) items.
 
     A document that breaks off is read up to there; what follows is one reject.
     """
@@ -106,4 +119,7 @@ def json_items(path: Path, prefix: str, *, pairs: bool = False) -> Iterator[tupl
                 yield f"item {number}", item
         except (ijson.JSONError, UnicodeDecodeError) as error:
             place = f"after item {number}"
-            yield place, Reject(place, f"the rest cannot be read: {' '.join(str(error).split())[:120]}")
+            yield (
+                place,
+                Reject(place, f"the rest cannot be read: {' '.join(str(error).split())[:120]}"),
+            )

@@ -1,4 +1,5 @@
-"""Other tools' prompts as artifacts of a run, row by row: memory does not grow with the file but for ids."""
+"""Other tools' prompts as artifacts of a run, row by row: memory does not grow with the file but
+for ids."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ SHOWN = 10
 
 @dataclass
 class ImportResult:
-    """What came of a file. Every row of it is in exactly one count, and rejects are listed in ``import_rejects.jsonl``."""
+    """What came of a file. Every row of it is in exactly one count, and rejects are listed in
+    ``import_rejects.jsonl``."""
 
     imported: int = 0
     known: int = 0
@@ -48,7 +50,9 @@ class ImportResult:
         ):
             if count:
                 found.append(f"{count} {what}")
-        found += [f"{n} unwrapped from the chat template {form}" for form, n in self.unwrapped.items()]
+        found += [
+            f"{n} unwrapped from the chat template {form}" for form, n in self.unwrapped.items()
+        ]
         found += [f"  {r.place}: {r.reason}" for r in self.first_rejects]
         left = self.bad + self.no_prompt - len(self.first_rejects)
         return found + ([f"  ... and {left} more, in {REJECTS}"] if left else [])
@@ -75,7 +79,8 @@ def import_file(
     """Append a file's prompts to the run's artifacts.
 
     Args:
-        behaviours: where requests and targets are looked up by id or by request, besides the run's own.
+        behaviours: where requests and targets are looked up by id or by request, besides the run's
+        own.
         only_these: leave out prompts of other behaviours.
     """
     hints = hints or Hints()
@@ -96,7 +101,9 @@ def import_file(
             result.no_prompt += fault.kind == "no_prompt"
             if len(result.first_rejects) < SHOWN:
                 result.first_rejects.append(fault)
-            add_reject({"file": path.name, "format": kind, "place": fault.place, "reason": fault.reason})
+            add_reject(
+                {"file": path.name, "format": kind, "place": fault.place, "reason": fault.reason}
+            )
 
         for found in read_foreign(path, kind, hints):
             if isinstance(found, Reject):
@@ -147,7 +154,8 @@ class Behaviours:
         return self.by_id.get(found.behaviour_id or "")
 
     def add(self, found: Foreign, kind: str) -> Behaviour:
-        """A new behaviour, by the tool's id if it is free and by the request's hash if another request has taken it."""
+        """A new behaviour, by the tool's id if it is free and by the request's hash if another
+        request has taken it."""
         if found.request is None:
             raise AttackPlaneError(
                 "its request is not known",

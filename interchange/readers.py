@@ -1,6 +1,8 @@
-"""Readers of other tools' files, one a format: path and hints in, prompts and rejects out, streamed.
+"""Readers of other tools' files, one a format: path and hints in, prompts and rejects out,
+streamed.
 
-Nothing is dropped in silence: what is no prompt comes out as a ``Reject`` with its place and reason.
+Nothing is dropped in silence: what is no prompt comes out as a ``Reject`` with its place and
+reason.
 """
 
 from __future__ import annotations
@@ -13,7 +15,15 @@ from typing import Any
 
 from core.errors import AttackPlaneError
 from core.records import nearest
-from interchange.foreign import Foreign, Found, Hints, Reject, check_encoding, json_items, json_lines
+from interchange.foreign import (
+    Foreign,
+    Found,
+    Hints,
+    Reject,
+    check_encoding,
+    json_items,
+    json_lines,
+)
 from interchange.tables import csv_file, jsonl, text_of
 
 NOTHING = {
@@ -25,7 +35,8 @@ NOTHING = {
 
 
 def harmbench(path: Path, hints: Hints) -> Found:
-    """HarmBench ``test_cases.json``: {behaviour id: [prompt, ...]}. The requests come from the behaviours given beside it."""
+    """HarmBench ``test_cases.json``: {behaviour id: [prompt, ...]}. The requests come from the
+    behaviours given beside it."""
     place = None
     for place, pair in json_items(path, "", pairs=True):
         if isinstance(pair, Reject):
@@ -40,13 +51,16 @@ def harmbench(path: Path, hints: Hints) -> Found:
             if isinstance(prompt, str):
                 yield Foreign(where, prompt, behaviour_id=name, variant=str(number))
             else:
-                yield Reject(where, f"a {type(prompt).__name__}, not text (multimodal cases are not served)")
+                yield Reject(
+                    where, f"a {type(prompt).__name__}, not text (multimodal cases are not served)"
+                )
     if place is None:
         yield NOTHING["harmbench"]
 
 
 def jailbreakbench(path: Path, hints: Hints) -> Found:
-    """JailbreakBench artifacts: {"parameters", "jailbreaks": [{"index", "goal", "behavior", "prompt" or null, ...}]}."""
+    """JailbreakBench artifacts: {"parameters", "jailbreaks": [{"index", "goal", "behavior",
+    "prompt" or null, ...}]}."""
     said = next((v for _, v in json_items(path, "parameters") if isinstance(v, dict)), {})
     keep = ("jailbroken", "number_of_queries", "index")
     place = None
@@ -57,7 +71,9 @@ def jailbreakbench(path: Path, hints: Hints) -> Found:
             yield Reject(place, f"a {type(row).__name__}, not an object")
         elif row.get("prompt") is None and "prompt" in row:
             yield Reject(
-                place, f"{row.get('behavior')}: prompt is null, the tool found no attack", "no_prompt"
+                place,
+                f"{row.get('behavior')}: prompt is null, the tool found no attack",
+                "no_prompt",
             )
         elif not isinstance(row.get("prompt"), str):
             yield Reject(place, "no text under prompt")
@@ -89,7 +105,8 @@ def _messages(value: Any) -> list[tuple[str, str]]:
 
 
 def adversariallm(path: Path, hints: Hints) -> Found:
-    """AdversariaLLM ``run.json``: {"config", "runs": [{"original_prompt", "steps": [...]}]}; a run's step with the lowest loss."""
+    """AdversariaLLM ``run.json``: {"config", "runs": [{"original_prompt", "steps": [...]}]}; a
+    run's step with the lowest loss."""
     config = next((v for _, v in json_items(path, "config") if isinstance(v, dict)), {})
     place = None
     for place, run in json_items(path, "runs.item"):
@@ -104,7 +121,10 @@ def adversariallm(path: Path, hints: Hints) -> Found:
         if len(losses) != len(steps) or not all(map(math.isfinite, losses)):
             losses = []
         best = losses.index(min(losses)) if losses else len(steps) - 1
-        sent, original = _messages(steps[best].get("model_input")), _messages(run.get("original_prompt"))
+        sent, original = (
+            _messages(steps[best].get("model_input")),
+            _messages(run.get("original_prompt")),
+        )
         users = [text for role, text in sent if role == "user"]
         if not users or not users[-1]:
             yield Reject(place, f"step {best}: no user message in model_input")
@@ -133,8 +153,9 @@ def adversariallm(path: Path, hints: Hints) -> Found:
 
 
 def nanogcg(path: Path, hints: Hints) -> Found:
-    """nanoGCG's GCGResult as JSON, one or several. The prompt that it was run with is a hint; ``{optim_str}`` marks the string's
-    place in it, without the marker it follows directly, as in nanoGCG (white space at its beginning belongs to it)."""
+    """nanoGCG's GCGResult as JSON, one or several. The prompt that it was run with is a hint;
+    ``{optim_str}`` marks the string's place in it, without the marker it follows directly, as in
+    nanoGCG (white space at its beginning belongs to it)."""
     if not hints.request or not hints.model:
         raise AttackPlaneError(
             "a nanoGCG result says neither prompt nor model",
@@ -194,7 +215,8 @@ def _objects(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
 
 
 def easyjailbreak(path: Path, hints: Hints) -> Found:
-    """EasyJailbreak JSONL: {"query", "jailbreak_prompt" with {query}, "reference_responses", "eval_results", ...}."""
+    """EasyJailbreak JSONL: {"query", "jailbreak_prompt" with {query}, "reference_responses",
+    "eval_results", ...}."""
     for place, row in json_lines(path):
         if isinstance(row, Reject):
             yield row
@@ -218,9 +240,11 @@ def easyjailbreak(path: Path, hints: Hints) -> Found:
 
 
 def gcg_log(path: Path, hints: Hints) -> Found:
-    """Logs of llm-attacks, and of PyRIT's GCG which writes the same: {"params", "controls", "losses", "tests"}; best by loss.
+    """Logs of llm-attacks, and of PyRIT's GCG which writes the same: {"params", "controls",
+    "losses", "tests"}; best by loss.
 
-    ``tests`` names the goals that each control was tried on, so that a log of one goal after another is told from a universal one.
+    ``tests`` names the goals that each control was tried on, so that a log of one goal after
+    another is told from a universal one.
     """
     try:
         log = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -238,14 +262,21 @@ def gcg_log(path: Path, hints: Hints) -> Found:
     tests = log.get("tests") or []
     best: dict[tuple[str, ...], int] = {}
     for i, (control, loss) in enumerate(zip(controls, losses, strict=True)):
-        if not isinstance(control, str) or not isinstance(loss, (int, float)) or not math.isfinite(loss):
-            yield Reject(f"control {i + 1}", f"not text with a finite loss: {str((control, loss))[:80]}")
+        if (
+            not isinstance(control, str)
+            or not isinstance(loss, (int, float))
+            or not math.isfinite(loss)
+        ):
+            yield Reject(
+                f"control {i + 1}", f"not text with a finite loss: {str((control, loss))[:80]}"
+            )
             continue
         tried = tuple(g for g in goals if g in tests[i]) if i < len(tests) else ()
         key = tried or tuple(goals)
         if key not in best or loss < losses[best[key]]:
             best[key] = i
-    # of a progressive log only the largest set of goals counts: the suffixes before it are on the way
+    # of a progressive log only the largest set of goals counts: the suffixes before it are on the
+    # way
     best = {key: i for key, i in best.items() if not any(set(key) < set(other) for other in best)}
     models = params.get("model_paths") or params.get("models")
     for key, i in best.items():
@@ -264,7 +295,8 @@ def gcg_log(path: Path, hints: Hints) -> Found:
 
 
 def garak(path: Path, hints: Hints) -> Found:
-    """garak ``report.jsonl``: completed attempts. (The hit log holds only hits, so it gives no rate: it is refused.)"""
+    """garak ``report.jsonl``: completed attempts. (The hit log holds only hits, so it gives no
+    rate: it is refused.)"""
     model, begun = None, {}
     for place, row in json_lines(path):
         if isinstance(row, Reject):
@@ -300,7 +332,8 @@ def garak(path: Path, hints: Hints) -> Found:
         yield Foreign(
             place,
             prompt,
-            request=prompt,  # garak's goal is the probe's aim, not a request: the prompt is all there is
+            # garak's goal is the probe's aim, not a request: the prompt is all there is
+            request=prompt,
             category=str(row.get("probe_classname") or ""),
             attack=str(row.get("probe_classname") or "garak"),
             model=model,
@@ -333,7 +366,8 @@ def read_foreign(path: Path, kind: str, hints: Hints) -> Found:
     """Prompts and rejects of one file.
 
     Raises:
-        AttackPlaneError: no such format or file, a file that is not UTF-8 at all, hints that a format needs.
+        AttackPlaneError: no such format or file, a file that is not UTF-8 at all, hints that a
+        format needs.
     """
     if kind not in READERS:
         raise AttackPlaneError("unknown format", got=kind, remedy=nearest(kind, [*READERS]))

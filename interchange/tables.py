@@ -39,7 +39,8 @@ def _plain_row(place: str, row: dict[str, Any]) -> Foreign | Reject:
 
 
 def jsonl(path: Path, hints: Hints) -> Found:
-    """JSON lines with a field ``prompt``; request, behaviour_id, target, attack, model, system and suffix if they are there."""
+    """JSON lines with a field ``prompt``; request, behaviour_id, target, attack, model, system and
+    suffix if they are there."""
     for place, row in json_lines(path):
         yield row if isinstance(row, Reject) else _plain_row(place, row)
 
@@ -58,7 +59,9 @@ def csv_file(path: Path, hints: Hints) -> Found:
                 continue
             place = f"line {reader.line_num}"
             if None in row:
-                yield Reject(place, "more fields than the header; put fields with commas in double quotes")
+                yield Reject(
+                    place, "more fields than the header; put fields with commas in double quotes"
+                )
             elif any(0xDC80 <= ord(c) <= 0xDCFF for v in row.values() if v for c in v):
                 yield Reject(place, "not UTF-8")
             else:

@@ -1,31 +1,39 @@
-"""The whole experiment, top to bottom, on the embedded model: train, attack, transfer, directions, plane."""
+"""The whole experiment, top to bottom, on the embedded model.
+
+1. Train a refusing LoRA with three checkpoints. 2. Attack the first checkpoint with GCG, its
+   baselines beside it. 3. Replay everything on the base and on every checkpoint. 4. Estimate
+   directions on each. 5. Project, export and draw.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import click
-
-from attacks.gcg import GCGConfig
-from attacks.suffixes import Baselines, GCGMethod
+from attacks.gcg import ATTACK, GCGConfig
+from core.models import ModelHandle, OpenModel
+from core.records import Directions
 from core.store import ATTACKS, REPLAYS
 from evaluation.behaviours import load_behaviours
 from evaluation.judges import DEFAULT_JUDGES
-from pipeline.attack import attack
-from pipeline.common import opened
-from pipeline.directions import DirectionsConfig, directions
-from pipeline.plane import plane
-from pipeline.reports import attack_table, classes_table
-from pipeline.training import train_sft
-from pipeline.transfer import transfer
+from geometry.directions import ESTIMATORS
+from pipeline.campaign import CampaignResult, Plan, baseline_plans, campaign
+from pipeline.contrast_reading import HELD_OUT_SPLITS, DirectionsConfig
+from pipeline.directions import directions
+from pipeline.plane import PlaneConfig, plane
+from pipeline.train import TrainResult, train_sft
+from pipeline.transfer import MATRIX, transfer
 from training.sft import SFTConfig
+from transfer.matrix import Cell
 from transfer.replay import ReplayConfig
+
+MODEL = "embedded"
 
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The demo's settings: the whole pipeline on the embedded model within 15 minutes on two CPU cores."""
+    """The demo's settings: the whole pipeline within 15 minutes on two CPU cores."""
 
     behaviours: int = 6
     gcg: GCGConfig = GCGConfig(num_steps=20, search_width=32, topk=64)
@@ -42,38 +50,46 @@ class DemoConfig:
     replay: ReplayConfig = ReplayConfig(max_new_tokens=32)
 
 
-def demo(path: Path, config: DemoConfig = DemoConfig()) -> list[Path]:
-    """Train refusing checkpoints, attack, replay, estimate, project, export, draw. Returns the files written."""
-    click.echo(click.style("1/5 train: LoRA refusal fine-tuning of the embedded model", bold=True))
-    checkpoints = train_sft("embedded", path / "checkpoints", config.sft)
-    click.echo((path / "checkpoints" / "losses.csv").read_text().strip().splitlines()[-1])
-    targets = ["embedded", *(f"embedded+{c}" for c in checkpoints)]
+@dataclass
+class DemoResult:
+    """What each stage gave, and the files of the run."""
+
+    training: TrainResult
+    attacks: CampaignResult
+    matrix: list[Cell]
+    directions: list[Directions]
+    files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def demo(
+    path: Path,
+    config: DemoConfig = DemoConfig(),
+    *,
+    open_model: OpenModel = ModelHandle,
+    on_stage: Callable[[str], None] = lambda title: None,
+) -> DemoResult:
+    """Run everything; ``on_stage`` is told what begins."""
+    on_stage("1/5 train: LoRA refusal fine-tuning of the embedded model")
+    trained = train_sft(MODEL, path / "checkpoints", config.sft)
+    targets = [MODEL, *(f"{MODEL}+{c}" for c in trained.checkpoints)]
     source = targets[1]
-    click.echo(click.style(f"2/5 attack: GCG on {source}", bold=True))
-    chosen = load_behaviours(label="harmful", splits=["test"])[:: 16 // config.behaviours][
-        : config.behaviours
-    ]
-    loaded = opened(source)
-    artifacts = attack(
-        path,
-        chosen,
-        lambda run: [Baselines(run, loaded, config.gcg, seed=0), GCGMethod(run, loaded, config.gcg, seed=0)],
-    )
-    click.echo(attack_table(artifacts))
-    click.echo(click.style("3/5 transfer: frozen prompts on the base and every checkpoint", bold=True))
-    asr = transfer(path, targets, DEFAULT_JUDGES, config.replay)
-    click.echo(click.style("4/5 directions of every target", bold=True))
-    directions(path, targets, ("harc", "zhao"), DirectionsConfig(), only_best_layers=2)
-    click.echo(click.style("5/5 plane: project, export, draw", bold=True))
-    written = plane(
-        path,
-        targets,
-        base=None,
-        estimator="harc",
-        layer=None,
-        anchors="demonstration",
-        anchor_splits=["test"],
-    )
-    click.echo(classes_table(path, frames=["own"], anchors=False))
-    click.echo(asr)
-    return [path / ATTACKS, path / REPLAYS, path / "matrix.jsonl", path / "directions", *written]
+
+    on_stage(f"2/5 attack: GCG on {source}")
+    test = load_behaviours(label="harmful", splits=HELD_OUT_SPLITS)
+    chosen = test[:: len(test) // config.behaviours][: config.behaviours]
+    plan = Plan(ATTACK, config.gcg, (open_model(source),))
+    attacked = campaign(path, chosen, [*baseline_plans(plan), plan], open_model=open_model)
+    del plan  # and its model, before the targets are loaded
+
+    on_stage("3/5 transfer: frozen prompts on the base and every checkpoint")
+    replayed = transfer(path, targets, DEFAULT_JUDGES, config.replay, open_model=open_model)
+
+    on_stage("4/5 directions of every target")
+    estimated = directions(path, targets, ESTIMATORS, DirectionsConfig(), open_model=open_model)
+
+    on_stage("5/5 plane: project, export, draw")
+    drawn = plane(path, targets, PlaneConfig(), open_model=open_model)
+    written = [path / ATTACKS, path / REPLAYS, path / MATRIX, path / "directions", *drawn.files]
+    notes = [*attacked.notes, *replayed.notes, *estimated.notes, *drawn.notes]
+    return DemoResult(trained, attacked, replayed.cells, estimated.directions, written, notes)

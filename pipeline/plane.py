@@ -1,166 +1,210 @@
-"""The run's prompts and the anchors on the plane of every target: projected, exported, drawn."""
+"""The run's prompts and the anchors on the plane of every target: projected, exported, drawn.
+
+One target's model is read at a time. The files replace those of an earlier plane; where nothing
+that they depend on has changed they stay, and no weights are loaded.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import click
-
 from core.errors import AttackPlaneError
-from core.prompt import Conversation, Renderer
-from core.records import AttackArtifact, Behaviour, Directions, PlanePoint
+from core.models import ModelHandle, OpenModel
+from core.prompt import Conversation, Prompt, Renderer
+from core.records import AttackArtifact, Behaviour, Directions, PlanePoint, content_hash
+from core.specs import short_spec
 from core.store import RunFolder, write_atomically
-from core.text import short_spec
-from evaluation.behaviours import load_behaviours
+from evaluation.behaviours import DEMONSTRATION, load_behaviours
 from geometry.activations import collect
 from geometry.directions import best_layers
-from geometry.plane import Nulls, PromptInfo, displacement_nulls, export, points, project
-from geometry.storage import load_directions
-from pipeline.common import artifacts_of, check_specs, opened, replays_of
-from pipeline.directions import rendered
+from geometry.plane import Nulls, PromptInfo, displacement_nulls, points
+from pipeline.contrast_reading import HELD_OUT_SPLITS, rendered
+from pipeline.directions_files import directions_path, load_directions
+from pipeline.plane_files import export
+from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows
+from pipeline.trajectories import trajectory_rows
+from plots import plane_html, plane_png, trajectories_png
 
+STAGE, NOTE = "plane", "plane.json"
 TRAJECTORIES = "plane_trajectories.jsonl"
-SNAPSHOTS = 12
-"""Most prompts of one optimisation that are projected."""
+
+
+@dataclass(frozen=True)
+class PlaneConfig:
+    """``base``: model of the base frame (None: the first target). ``layer``: None is the base
+    model's best by layer score. ``anchors``: plain prompts that are drawn beside the attacks."""
+
+    base: str | None = None
+    estimator: str = "harc"
+    layer: int | None = None
+    anchors: str = DEMONSTRATION
+    anchor_splits: tuple[str, ...] = HELD_OUT_SPLITS
+
+
+@dataclass
+class PlaneResult:
+    """The files written, and what the reader should know."""
+
+    files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def plane(
     path: Path,
     targets: Sequence[str],
+    config: PlaneConfig,
     *,
-    base: str | None,
-    estimator: str,
-    layer: int | None,
-    anchors: str,
-    anchor_splits: Sequence[str],
-) -> list[Path]:
-    """Project the run's prompts and the anchors on every target, export and draw; replaces an earlier plane.
+    open_model: OpenModel = ModelHandle,
+) -> PlaneResult:
+    """Project the run's prompts and the anchors on every target, export and draw.
 
-    Without ``targets``: every target that the run has replays on. Without ``base``: the first target.
+    Without ``targets``: every target that the run has replays on.
     """
-    from plots import plane_html, plane_png, trajectories_png
-
     with RunFolder.existing(path) as run:
-        artifacts = artifacts_of(run)
-        replays = replays_of(run)
-        targets = targets or list(dict.fromkeys(r.target_model for r in replays))
-        if not targets:
-            raise AttackPlaneError("no targets", where=path, remedy="give --target, or run `transfer` first")
-        base = base or targets[0]
-        check_specs([*targets, base])
-        frame = load_directions(path, base, estimator)
-        own = {spec: load_directions(path, spec, estimator) for spec in targets}
-        chosen = best_layers(frame)[0] if layer is None else layer
-        anchor_rows = load_behaviours(anchors, splits=anchor_splits)
-        run.note_behaviours(anchor_rows)
-        system = frame.settings.get("system_prompt")
-        if any(a.system_prompt != system for a in artifacts):
-            click.echo(
-                "note: directions and attacks have different system prompts; part of a point is the system prompt"
+        stage = PlaneStage(run, targets, config)
+        models = [open_model(spec) for spec in stage.targets]
+        if not stage.is_done(models):
+            for model in models:
+                stage.read(model)
+            stage.write(models)
+        return stage.result
+
+
+class PlaneStage:
+    """The stage within one run folder: its prompts, directions and settings."""
+
+    def __init__(self, run: RunFolder, targets: Sequence[str], config: PlaneConfig) -> None:
+        self.run, self.config, self.result = run, config, PlaneResult()
+        self.artifacts = artifacts_of(run)
+        self.targets = list(targets or dict.fromkeys(r.target_model for r in replays_of(run)))
+        if not self.targets:
+            raise AttackPlaneError(
+                "no targets", where=run.path, remedy="name some, or replay on some first"
             )
-        infos = prompt_infos(run, artifacts, anchor_rows)
-        verdicts = {(r.artifact_id, r.target_model): r.jailbroken for r in replays}
-        everything: list[PlanePoint] = []
-        nulls: Nulls = {}
-        settings = {"base": base, "estimator": estimator, "layer": chosen, "targets": list(targets)}
-        settings |= {"anchors": anchors, "anchor_splits": list(anchor_splits)}
+        self.base = config.base or self.targets[0]
+        check_specs([*self.targets, self.base])
+        self.anchors = load_behaviours(config.anchors, splits=config.anchor_splits)
+        run.note_behaviours(self.anchors)
+        self.infos = prompt_infos(run, self.artifacts, self.anchors)
+        self.points: list[PlanePoint] = []
+        self.nulls: Nulls = {}
+        self.trajectories: list[dict[str, Any]] = []
 
-        def read(spec: str) -> None:  # a function, so that one model is gone before the next is loaded
-            loaded = opened(spec)
-            run.begin_stage("plane", settings, {spec: loaded.fingerprint}, derived=True)
-            renderer = Renderer(loaded)
-            prompts = rendered(renderer, anchor_rows, system)
-            there = infos[: len(anchor_rows)]
-            for a, info in zip(artifacts, infos[len(anchor_rows) :], strict=True):
-                conversation = Conversation.of_prompt(
-                    a.prompt, request=a.request, suffix=a.suffix, system=a.system_prompt
-                )
-                try:
-                    prompts.append(renderer.render(conversation, allow_trim=True))
-                except AttackPlaneError as error:
-                    click.echo(f"not on the plane of {spec}: {a.attack} {a.behaviour_id}. {error}")
-                else:
-                    there.append(info)
-            judged = [replace(i, jailbroken=verdicts.get((i.prompt_id, spec))) for i in there]
-            activations = collect(loaded, prompts, [i.prompt_id for i in there])
-            everything.extend(points(activations, judged, own[spec], frame, chosen))
-            nulls.update(displacement_nulls(activations, judged, own[spec], frame, chosen))
-            trajectories.extend(
-                trajectory_rows(renderer, artifacts, {"base": frame, "own": own[spec]}, chosen)
-            )
+    def _directions(self, spec: str) -> Directions:
+        return load_directions(self.run.path, spec, self.config.estimator)
 
-        trajectories: list[dict[str, Any]] = []
-        for spec in targets:
-            read(spec)
-        written = export(everything, path, nulls)
-        write_atomically(path / TRAJECTORIES, "".join(json.dumps(row) + "\n" for row in trajectories))
-        drawn = [plane_png.draw(path), plane_html.draw(path)]
-        (path / trajectories_png.NAME).unlink(missing_ok=True)
-        if trajectories:
-            drawn += [path / TRAJECTORIES, trajectories_png.draw(path)]
-        return [*written, *drawn]
+    @cached_property
+    def frame(self) -> Directions:
+        """Directions of the base frame."""
+        return self._directions(self.base)
 
+    @property
+    def layer(self) -> int:
+        chosen = self.config.layer
+        return best_layers(self.frame)[0] if chosen is None else chosen
 
-def trajectory_rows(
-    renderer: Renderer, artifacts: Sequence[AttackArtifact], frames: dict[str, Directions], layer: int
-) -> list[dict[str, Any]]:
-    """Where the prompts that were the best in turn lie, step by step of their optimisation; at most ``SNAPSHOTS`` of each."""
-    chosen = []
-    for a in artifacts:
-        last = len(a.snapshots) - 1
-        kept = sorted({round(i * last / (SNAPSHOTS - 1)) for i in range(SNAPSHOTS)}) if last > 0 else []
-        chosen += [(a, a.snapshots[i]) for i in kept]
-    if not chosen:
-        return []
-    prompts, there = [], []
-    for a, s in chosen:
-        try:
-            prompts.append(
-                renderer.render(Conversation(s["prompt"], system=a.system_prompt), allow_trim=True)
-            )
-        except AttackPlaneError:
-            continue  # the artifact's own prompt was refused too, and told
-        there.append((a, s))
-    chosen = there
-    if not chosen:
-        return []
-    ids = [f"{a.artifact_id} {s['step']}" for a, s in chosen]
-    activations = collect(
-        renderer.loaded, prompts, ids, positions=("t_inst", "t_post_inst"), description="trajectories"
-    )
-    rows = []
-    for name, d in frames.items():
-        x, _ = project(activations.at("t_inst")[:, layer], d.harmfulness[layer], d.harmless_t_inst[layer])
-        y, _ = project(
-            activations.at("t_post_inst")[:, layer], d.refusal[layer], d.harmless_t_post_inst[layer]
+    # --- what there is already --------------------------------------------------------------------
+    def made_from(self, models: Sequence[ModelHandle]) -> str:
+        """Stands for all that the files depend on; needs no weights."""
+        files = [directions_path(self.run.path, m.spec, self.config.estimator) for m in models]
+        files.append(directions_path(self.run.path, self.base, self.config.estimator))
+        notes = [json.loads(f.with_suffix(".json").read_text()) for f in files if f.exists()]
+        return content_hash(
+            [
+                asdict(self.config),
+                self.targets,
+                [m.fingerprint for m in models],
+                [note.get("made_from") for note in notes],
+                [a.artifact_id for a in self.artifacts],
+                [(r.replay_id, r.jailbroken) for r in replays_of(self.run)],
+                [b.request for b in self.anchors],
+            ]
         )
-        rows += [
-            {
-                "artifact_id": a.artifact_id,
-                "behaviour_id": a.behaviour_id,
-                "attack": a.attack,
-                "source": a.source_model,
-                "target": renderer.loaded.spec,
-                "frame": name,
-                "layer": layer,
-                "step": s["step"],
-                "loss": a.loss_history[s["step"]],
-                "x": float(x[i]),
-                "y": float(y[i]),
-            }
-            for i, (a, s) in enumerate(chosen)
-        ]
-    return rows
+
+    def is_done(self, models: Sequence[ModelHandle]) -> bool:
+        """Whether the run holds this very plane; then its files are the result."""
+        path = self.run.path / NOTE
+        note = json.loads(path.read_text()) if path.exists() else {}
+        files = [self.run.path / name for name in note.get("files", [])]
+        if note.get("made_from") != self.made_from(models) or not all(f.exists() for f in files):
+            return False
+        self.result.files, self.result.notes = files, note["notes"]
+        return True
+
+    # --- work -------------------------------------------------------------------------------------
+    def read(self, model: ModelHandle) -> None:
+        """Project everything on one target, in both frames."""
+        spec, own = model.spec, self._directions(model.spec)
+        base, layer = self.frame, self.layer
+        self._begin(model)
+        renderer = Renderer(model.loaded)
+        prompts, infos = self._rendered(renderer)
+        replays = [r for r in replays_of(self.run) if r.target_model == spec]
+        verdicts = {r.artifact_id: r.jailbroken for r in replays}
+        judged = [replace(i, jailbroken=verdicts.get(i.prompt_id)) for i in infos]
+        activations = collect(model.loaded, prompts, [i.prompt_id for i in infos])
+        self.points += points(activations, judged, own, base, layer)
+        self.nulls |= displacement_nulls(activations, judged, own, base, layer)
+        frames = {"base": base, "own": own}
+        self.trajectories += trajectory_rows(renderer, self.artifacts, frames, layer)
+
+    def _begin(self, model: ModelHandle) -> None:
+        settings = {**asdict(self.config), "base": self.base, "layer": self.layer}
+        settings |= {"targets": self.targets}
+        self.run.begin_stage(STAGE, settings, {model.spec: model.fingerprint}, derived=True)
+
+    def _rendered(self, renderer: Renderer) -> tuple[list[Prompt], list[PromptInfo]]:
+        """Anchors and attacked prompts as one target reads them; a refused one is noted."""
+        system = self.frame.settings.get("system_prompt")
+        other = "note: directions and attacks have different system prompts; part of a point is"
+        if any(a.system_prompt != system for a in self.artifacts):
+            self._note(f"{other} the system prompt")
+        prompts = rendered(renderer, self.anchors, system)
+        infos = self.infos[: len(self.anchors)]
+        for a, info in zip(self.artifacts, self.infos[len(self.anchors) :], strict=True):
+            conversation = Conversation.of_prompt(
+                a.prompt, request=a.request, suffix=a.suffix, system=a.system_prompt
+            )
+            try:
+                prompts.append(renderer.render(conversation, allow_trim=True))
+            except AttackPlaneError as error:
+                what = f"{a.attack} {a.behaviour_id}"
+                self._note(f"not on the plane of {renderer.loaded.spec}: {what}. {error}")
+            else:
+                infos.append(info)
+        return prompts, infos
+
+    def _note(self, text: str) -> None:
+        if text not in self.result.notes:
+            self.result.notes.append(text)
+
+    def write(self, models: Sequence[ModelHandle]) -> None:
+        """Export and draw what was read."""
+        folder = self.run.path
+        files = export(self.points, folder, self.nulls)
+        trajectories = write_rows(folder / TRAJECTORIES, self.trajectories)
+        files += [plane_png.draw(folder), plane_html.draw(folder)]
+        (folder / trajectories_png.NAME).unlink(missing_ok=True)
+        if self.trajectories:
+            files += [trajectories, trajectories_png.draw(folder)]
+        self.result.files = files
+        note = {
+            "made_from": self.made_from(models),
+            "files": [file.name for file in files],
+            "notes": self.result.notes,
+        }
+        write_atomically(folder / NOTE, json.dumps(note, indent=2) + "\n")
 
 
 def prompt_infos(
     run: RunFolder, artifacts: Sequence[AttackArtifact], anchors: Sequence[Behaviour]
 ) -> list[PromptInfo]:
-    """What the plane says about each prompt, anchors first; verdicts are filled in target by target."""
+    """What the plane says about each prompt, anchors first; verdicts come target by target."""
     labels = {b.behaviour_id: b.label for b in run.behaviours().values()}
     sources: dict[str, set[str]] = {}
     for a in artifacts:
@@ -178,20 +222,19 @@ def prompt_infos(
         )
         for b in anchors
     ]
-    infos += [
-        PromptInfo(
-            prompt_id=a.artifact_id,
-            behaviour_id=a.behaviour_id,
-            kind="attack",
-            class_name=f"{a.attack} from {short_spec(a.source_model)}"
-            if len(sources[a.attack]) > 1
-            else a.attack,
-            label=labels.get(a.behaviour_id, "harmful"),
-            attack=a.attack,
-            source=a.source_model,
-            jailbroken=None,
-            system=a.system_prompt,
+    for a in artifacts:
+        several = len(sources[a.attack]) > 1
+        infos.append(
+            PromptInfo(
+                prompt_id=a.artifact_id,
+                behaviour_id=a.behaviour_id,
+                kind="attack",
+                class_name=f"{a.attack} from {short_spec(a.source_model)}" if several else a.attack,
+                label=labels.get(a.behaviour_id, "harmful"),
+                attack=a.attack,
+                source=a.source_model,
+                jailbroken=None,
+                system=a.system_prompt,
+            )
         )
-        for a in artifacts
-    ]
     return infos

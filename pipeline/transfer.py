@@ -1,63 +1,115 @@
-"""Frozen prompts on targets: replays, verdicts, the matrix."""
+"""Frozen prompts on targets: replies, verdicts, the matrix of success rates."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import click
+from tqdm import tqdm
 
 from core.errors import AttackPlaneError
+from core.models import ModelHandle, OpenModel
 from core.records import AttackArtifact
-from core.store import FAILURES, RunFolder, write_atomically
-from evaluation.judges import make_judge
-from pipeline.common import artifacts_of, check_specs, opened, replays_of
-from pipeline.reports import matrix_table
+from core.store import FAILURES, REPLAYS, RunFolder
+from evaluation.judges import Judge, judge_kind, make_judge
+from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows
 from transfer.matrix import Cell, matrix
-from transfer.replay import ReplayConfig, replay_all
+from transfer.replay import NotSent, ReplayConfig, replay, replay_id
 
-NotSent = Callable[[AttackArtifact, Exception], None]
+STAGE, MATRIX = "transfer", "matrix.jsonl"
 
 
-def begin_transfer(
-    run: RunFolder, judges: Sequence[str], config: ReplayConfig, batch_size: int = 16
-) -> Callable[[str, NotSent], None]:
-    """Write the stage's settings down; what it returns replays the run's artifacts on one target.
+@dataclass
+class TransferResult:
+    """The matrix of success rates, and the prompts that a target's template refused."""
 
-    A prompt that the target's template refuses is told to its second argument.
+    cells: list[Cell] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Transfer:
+    """The stage within one run folder: its artifacts, judges and settings.
+
+    Judges are made when a reply is first judged, since some of them load a model.
     """
-    artifacts = artifacts_of(run)
-    loaded_judges = [make_judge(spec) for spec in judges]
-    settings = {**asdict(config), "judges": list(judges)}
-    run.begin_stage("transfer", settings, {})
 
-    def replay_on(spec: str, not_sent: NotSent) -> None:  # the model is gone when it returns
-        target = opened(spec)
-        run.begin_stage("transfer", settings, {spec: target.fingerprint})
-        replay_all(run, target, artifacts, loaded_judges, config, batch_size=batch_size, on_failure=not_sent)
+    def __init__(
+        self, run: RunFolder, judges: Sequence[str], config: ReplayConfig, batch_size: int = 16
+    ) -> None:
+        for spec in judges:
+            judge_kind(spec)
+        self.run, self.config, self.batch_size = run, config, batch_size
+        self.artifacts = artifacts_of(run)
+        self.settings = {**asdict(config), "judges": list(judges)}
+        self._specs, self._judges = judges, list[Judge]()
+        run.begin_stage(STAGE, self.settings, {})
 
-    return replay_on
+    def replay_on(self, target: ModelHandle, not_sent: NotSent | None = None) -> int:
+        """Make the replies that the run lacks on one target; returns how many those are."""
+        self.run.begin_stage(STAGE, self.settings, {target.spec: target.fingerprint})
+        done = set(self.run.each(REPLAYS, "replay_id"))
+        missing = [
+            a
+            for a in self.artifacts
+            if replay_id(a, target.spec, target.fingerprint, self.config) not in done
+        ]
+        if not missing:
+            return 0
+        self._judges = self._judges or [make_judge(spec) for spec in self._specs]
+        batches = replay(
+            target.loaded,
+            missing,
+            self._judges,
+            self.config,
+            batch_size=self.batch_size,
+            not_sent=not_sent,
+        )
+        bar = tqdm(
+            total=len(self.artifacts),
+            initial=len(self.artifacts) - len(missing),
+            desc=f"replay on {target.spec[-40:]}",
+            unit="reply",
+            leave=None,
+        )
+        count = 0
+        with bar:
+            for rows in batches:
+                for row in rows:
+                    self.run.append(REPLAYS, row.to_row())
+                bar.update(len(rows))
+                count += len(rows)
+        return count
 
 
 def transfer(
-    path: Path, targets: Sequence[str], judges: Sequence[str], config: ReplayConfig, batch_size: int = 16
-) -> str:
-    """Replay every artifact on every target; returns the matrix as text."""
+    path: Path,
+    targets: Sequence[str],
+    judges: Sequence[str],
+    config: ReplayConfig,
+    *,
+    batch_size: int = 16,
+    open_model: OpenModel = ModelHandle,
+) -> TransferResult:
+    """Replay every artifact of a run on every target, and write the matrix."""
     check_specs(targets)
+    result = TransferResult()
     with RunFolder.existing(path) as run:
-        if not artifacts_of(run):
-            raise AttackPlaneError("no artifacts in this run", where=path, remedy="run `gcg` first")
-        replay_on = begin_transfer(run, judges, config, batch_size)
+        stage = Transfer(run, judges, config, batch_size)
+        if not stage.artifacts:
+            raise AttackPlaneError(
+                "no artifacts in this run", where=path, remedy="make some first, with `gcg`"
+            )
 
         def not_sent(artifact: AttackArtifact, error: Exception) -> None:
-            click.echo(f"not sent: {artifact.attack} {artifact.behaviour_id} {artifact.artifact_id}. {error}")
+            what = f"{artifact.attack} {artifact.behaviour_id} {artifact.artifact_id}"
+            result.notes.append(f"not sent: {what}. {error}")
 
         for spec in targets:
-            replay_on(spec, not_sent)
-        return matrix_table(write_matrix(run))
+            stage.replay_on(open_model(spec), not_sent)
+        result.cells = write_matrix(run)
+    return result
 
 
 def expected_prompts(run: RunFolder) -> dict[tuple[str, str], int]:
@@ -74,8 +126,13 @@ def expected_prompts(run: RunFolder) -> dict[tuple[str, str], int]:
     return dict(expected)
 
 
+def matrix_of(run: RunFolder, targets: Sequence[str] = ()) -> list[Cell]:
+    """The matrix of a run. Prompts that could not be made are missing in it."""
+    return matrix(replays_of(run), expected_prompts(run), targets=targets)
+
+
 def write_matrix(run: RunFolder, targets: Sequence[str] = ()) -> list[Cell]:
-    """The matrix of a run, also into ``matrix.jsonl``. Prompts that could not be made (``failures.jsonl``) are missing in it."""
-    cells = matrix(replays_of(run), expected_prompts(run), targets=targets)
-    write_atomically(run.path / "matrix.jsonl", "".join(json.dumps(c.to_row()) + "\n" for c in cells))
+    """The matrix of a run, also into ``matrix.jsonl``."""
+    cells = matrix_of(run, targets)
+    write_rows(run.path / MATRIX, (cell.to_row() for cell in cells))
     return cells

@@ -8,16 +8,22 @@ from pathlib import Path
 
 from attacks.verify import Verification, verify_artifact
 from core.errors import AttackPlaneError
+from core.models import ModelHandle, OpenModel
 from core.prompt import Renderer
 from core.records import SEVERAL_SOURCES, AttackArtifact
 from core.store import ATTACKS, RunFolder
-from pipeline.common import artifacts_of, opened
+from pipeline.runs import artifacts_of
+
+Verified = tuple[AttackArtifact, Verification | None]
 
 
-def verify(path: Path, tolerance: float) -> Iterator[tuple[AttackArtifact, Verification | None]]:
-    """Check every artifact of a run, source model by source model; None for those that claim nothing to check.
+def verify(
+    path: Path, tolerance: float, *, open_model: OpenModel = ModelHandle
+) -> Iterator[Verified]:
+    """Check every artifact of a run, source model by source model.
 
-    Prompts without a loss (prompt-level attacks) claim nothing, nor do imported ones whose source is no model spec of ours.
+    None for those that claim nothing to check: prompts without a loss (prompt-level attacks), and
+    imported ones whose source is no model spec of ours.
     """
     run = RunFolder.existing(path)
     artifacts = artifacts_of(run)
@@ -29,21 +35,29 @@ def verify(path: Path, tolerance: float) -> Iterator[tuple[AttackArtifact, Verif
         checked = []
         for spec, artifact in pairs:
             if spec == source:
-                if artifact.loss is None or (artifact.provenance.get("format") and source not in recorded):
+                foreign = artifact.provenance.get("format") and source not in recorded
+                if artifact.loss is None or foreign:
                     yield artifact, None
                 else:
                     checked.append(artifact)
-        if not checked:
-            continue
-        loaded = opened(source)
-        if recorded.get(source, loaded.fingerprint) != loaded.fingerprint:
-            raise AttackPlaneError(
-                "the source model is not the one of the run (other files or precision)",
-                where=source,
-                got=f"{recorded[source]} in the run, now {loaded.fingerprint}",
-                remedy="give the precision in the spec (?dtype=...) so that it is the same on every device",
-            )
-        renderer = Renderer(loaded)
-        for artifact in checked:
-            own = artifact.provenance.get("losses", {}).get(source, artifact.loss)
-            yield artifact, verify_artifact(renderer, replace(artifact, loss=own), tolerance=tolerance)
+        if checked:
+            yield from _verify_on(open_model(source), checked, recorded, tolerance)
+
+
+def _verify_on(
+    model: ModelHandle, artifacts: list[AttackArtifact], recorded: dict[str, str], tolerance: float
+) -> Iterator[Verified]:
+    """Check artifacts on their source model, which must be the run's."""
+    known = recorded.get(model.spec, model.fingerprint)
+    if known != model.fingerprint:
+        raise AttackPlaneError(
+            "the source model is not the one of the run (other files or precision)",
+            where=model.spec,
+            got=f"{known} in the run, now {model.fingerprint}",
+            remedy="name the precision in the spec (?dtype=...), the same on every device",
+        )
+    renderer = Renderer(model.loaded)
+    for artifact in artifacts:
+        own = artifact.provenance.get("losses", {}).get(model.spec, artifact.loss)
+        claim = replace(artifact, loss=own)
+        yield artifact, verify_artifact(renderer, claim, tolerance=tolerance)

@@ -1,7 +1,10 @@
-"""The claims as a picture: a row a check, a column a model; every estimate with its interval against its threshold.
+"""The claims as a picture: a row a check, a column a model; every estimate with its interval
+against its threshold.
 
-Each cell has a scale of its own, centred on the threshold: the claimed side is right of the line, whatever the claim says.
-Green: the whole interval lies there; red: none of it does; grey: undecided, or the model has not what the claim is about.
+Each cell has a scale of its own, centred on the threshold: the claimed side is right of the line,
+whatever the claim says.
+Green: the whole interval lies there; red: none of it does; grey: undecided, or the model has not
+what the claim is about.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
+from core.specs import short_spec
 from core.store import read_rows
-from core.text import short_spec
 
 COLOURS = {"yes": "#1b7837", "no": "#b2182b", "unclear": "#777777"}
 
@@ -25,13 +28,21 @@ def draw(folder: Path) -> Path:
     claims = read_rows(folder / "claims.jsonl")
     if not claims:
         raise AttackPlaneError(
-            "no claims in this run", where=folder, remedy="python cli.py claims --run RUN --model MODEL"
+            "no claims in this run",
+            where=folder,
+            remedy="python cli.py claims --run RUN --model MODEL",
         )
     models = list(dict.fromkeys(c["model"] for c in claims))
     checks = list(dict.fromkeys((c["number"], k["name"]) for c in claims for k in c["checks"]))
-    found = {(c["model"], c["number"], k["name"]): (k, c["applicable"]) for c in claims for k in c["checks"]}
+    found = {
+        (c["model"], c["number"], k["name"]): (k, c["applicable"])
+        for c in claims
+        for k in c["checks"]
+    }
     verdicts = {(c["model"], c["number"]): c["verdict"] for c in claims}
-    figure = Figure(figsize=(4.6 + 2.7 * len(models), 1.0 + 0.42 * max(1, len(checks))), layout="constrained")
+    figure = Figure(
+        figsize=(4.6 + 2.7 * len(models), 1.0 + 0.42 * max(1, len(checks))), layout="constrained"
+    )
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
     for axis, model in zip(axes, models, strict=True):
@@ -55,9 +66,14 @@ def draw(folder: Path) -> Path:
                     style="italic",
                 )
             last = number
-    axes[0].set_yticks(range(len(checks)), [f"{number}. {name}" for number, name in checks], fontsize=7.5)
-    figure.supxlabel("left: against the claim · line: threshold (0 or the nulls' 95th percentile) · right: as claimed; numbers: estimate, threshold",
-                     fontsize=7.5)  # fmt: skip
+    axes[0].set_yticks(
+        range(len(checks)), [f"{number}. {name}" for number, name in checks], fontsize=7.5
+    )
+    figure.supxlabel(
+        "left: against the claim · line: threshold (0 or the nulls' 95th percentile) · right: as "
+        "claimed; numbers: estimate, threshold",
+        fontsize=7.5,
+    )
     path = folder / "claims.png"
     figure.savefig(path, dpi=150)
     return path
@@ -74,7 +90,13 @@ def _cell(axis: Any, line: int, check: dict[str, Any], applicable: bool) -> None
     low, value, high = (sign * (check[k] - check["threshold"]) for k in ("low", "value", "high"))
     scale = max(abs(low), abs(value), abs(high), 1e-9)
     colour = COLOURS[check["outcome"]] if applicable else COLOURS["unclear"]
-    axis.plot([low / scale, high / scale], [line, line], color=colour, linewidth=2.2, solid_capstyle="butt")
+    axis.plot(
+        [low / scale, high / scale],
+        [line, line],
+        color=colour,
+        linewidth=2.2,
+        solid_capstyle="butt",
+    )
     axis.plot(value / scale, line, "o", color=colour, markersize=4)
     text = f"{check['value']:+.2f} | {check['threshold']:.2f}"
     axis.text(-1.13, line + 0.36, text, fontsize=6, ha="left", va="center", color="#444444")

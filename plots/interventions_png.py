@@ -1,6 +1,8 @@
-"""Effects of interventions as a picture: a row a model, a column an outcome, strength along x, a line a mode.
+"""Effects of interventions as a picture: a row a model, a column an outcome, strength along x, a
+line a mode.
 
-Filled: the intervention with its 95 % interval (of the change from leaving the model alone); dashed: mean over the matched controls;
+Filled: the intervention with its 95 % interval (of the change from leaving the model alone);
+dashed: mean over the matched controls;
 dotted: mean over the papers' controls; the grey line is the model left alone.
 """
 
@@ -10,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
+from core.specs import short_spec
 from core.store import read_rows
-from core.text import short_spec
 from plots.style import COLOURS, MARKERS
 
 PANELS = (
@@ -43,12 +45,15 @@ def draw(folder: Path) -> Path:
     axes = figure.subplots(len(models), len(panels), squeeze=False, sharey="col")
     for line, model in enumerate(models):
         for column, (label, outcome, title) in enumerate(panels):
-            here = [r for r in rows if (r["model"], r["label"], r["outcome"]) == (model, label, outcome)]
+            here = [
+                r for r in rows if (r["model"], r["label"], r["outcome"]) == (model, label, outcome)
+            ]
             _panel(axes[line][column], here, modes)
             axes[line][column].set_title(f"{short_spec(model)}\n{title}", fontsize=8)
     axes[0][0].legend(fontsize=7)
     figure.supxlabel(
-        f"strength ({rows[0]['operation']}); dashed: matched controls, dotted: random, wrong layer and position",
+        f"strength ({rows[0]['operation']}); dashed: matched controls, dotted: random, wrong "
+        "layer and position",
         fontsize=8,
     )
     path = folder / "interventions.png"
@@ -69,12 +74,19 @@ def _panel(axis: Any, rows: list[dict[str, Any]], modes: list[str]) -> None:
         high = [r["alone"] + r["change_interval"][1] for r in here]
         colour = COLOURS[n % len(COLOURS)]
         axis.vlines(x, low, high, color=colour, linewidth=1.5)
-        axis.plot(x, [r["value"] for r in here], "-" + MARKERS[n], color=colour, markersize=4, label=mode)
+        axis.plot(
+            x, [r["value"] for r in here], "-" + MARKERS[n], color=colour, markersize=4, label=mode
+        )
         for key, style, marker in (("matched", "--", "_"), ("controls", ":", ".")):
             known = [(a, r[key]) for a, r in zip(x, here, strict=True) if r[key] is not None]
             if known:
                 axis.plot(
-                    *zip(*known, strict=True), style, marker=marker, color=colour, linewidth=1, alpha=0.8
+                    *zip(*known, strict=True),
+                    style,
+                    marker=marker,
+                    color=colour,
+                    linewidth=1,
+                    alpha=0.8,
                 )
     strengths = sorted({r["strength"] for r in rows})
     axis.set_xticks(strengths, [f"{s:g}" for s in strengths])

@@ -1,4 +1,5 @@
-"""Profiles over layers as a picture: a row a model; separation, cosines, criteria, reliability, and the field of positions."""
+"""Profiles over layers as a picture: a row a model; separation, cosines, criteria, reliability, and
+the field of positions."""
 
 from __future__ import annotations
 
@@ -6,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
+from core.specs import short_spec
 from core.store import read_rows
-from core.text import short_spec
 from plots.style import COLOURS
 
 SHOWN = {"harmful - harmless": ("t_inst", "-1"), "refused - accepted": ("-1",)}
@@ -19,7 +20,8 @@ def draw(folder: Path) -> Path:
     from matplotlib.figure import Figure
 
     field, profile, sizes, selection = (
-        read_rows(folder / f"layers_{name}.jsonl") for name in ("field", "profile", "sizes", "selection")
+        read_rows(folder / f"layers_{name}.jsonl")
+        for name in ("field", "profile", "sizes", "selection")
     )
     if not profile:
         raise AttackPlaneError(
@@ -52,7 +54,9 @@ def _separation(axis: Any, rows: list[dict[str, Any]]) -> None:
             here = [r for r in rows if (r["kind"], r["position"]) == (kind, position)]
             if here:
                 x, colour = [r["layer"] for r in here], COLOURS[n]
-                axis.plot(x, [r["auroc"] for r in here], color=colour, label=f"{kind} at {position}")
+                axis.plot(
+                    x, [r["auroc"] for r in here], color=colour, label=f"{kind} at {position}"
+                )
                 axis.plot(x, [r["auroc_null_95"] for r in here], ":", color=colour, linewidth=1)
                 n += 1
     axis.set_title("separation (dotted: permuted labels, 95 %)", fontsize=10)
@@ -66,7 +70,9 @@ def _cosines(axis: Any, rows: list[dict[str, Any]]) -> None:
         c, colour = [r["cosines"][name] for r in rows], COLOURS[n]
         null = [max(v["null_permuted_95"], v["null_random_95"]) for v in c]
         axis.plot(x, [v["value"] for v in c], color=colour, label=name)
-        axis.fill_between(x, *zip(*(v["interval"] for v in c), strict=True), color=colour, alpha=0.12)
+        axis.fill_between(
+            x, *zip(*(v["interval"] for v in c), strict=True), color=colour, alpha=0.12
+        )
         axis.plot(x, null, ":", color=colour, linewidth=0.9)
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set(xlabel="layer", ylim=(-0.7, 1.02))
@@ -103,7 +109,9 @@ def _criteria(axis: Any, rows: list[dict[str, Any]], chosen: dict[str, int | Non
         xlabel="layer",
         ylim=(-0.3, 1.3),
     )
-    axis.set_title(f"criteria over their largest (arditi in nats: layer {chosen.get('arditi')})", fontsize=10)
+    axis.set_title(
+        f"criteria over their largest (arditi in nats: layer {chosen.get('arditi')})", fontsize=10
+    )
     axis.legend(fontsize=6.5, loc="upper left")
 
 
@@ -112,9 +120,15 @@ def _reliability(axis: Any, rows: list[dict[str, Any]]) -> None:
         here = [r for r in rows if r["direction"] == name]
         x = [r["n"] for r in here]
         axis.plot(
-            x, [r["cosine"] for r in here], "o-", color=COLOURS[n], label=f"{name}, layer {here[0]['layer']}"
+            x,
+            [r["cosine"] for r in here],
+            "o-",
+            color=COLOURS[n],
+            label=f"{name}, layer {here[0]['layer']}",
         )
-        axis.fill_between(x, *zip(*(r["interval"] for r in here), strict=True), color=COLOURS[n], alpha=0.15)
+        axis.fill_between(
+            x, *zip(*(r["interval"] for r in here), strict=True), color=COLOURS[n], alpha=0.15
+        )
         axis.plot(x, [r["null_95"] for r in here], ":", color=COLOURS[n])
     axis.set(xlabel="prompts a side", ylim=(-0.2, 1.0))
     axis.set_title("cosine of directions from two disjoint samples", fontsize=10)
@@ -125,7 +139,9 @@ def _field(figure: Any, axis: Any, rows: list[dict[str, Any]]) -> None:
     here = [r for r in rows if r["kind"] == "harmful - harmless"]
     positions = list(dict.fromkeys(r["position"] for r in here))
     grid = [[r["auroc"] for r in here if r["position"] == p] for p in positions]
-    image = axis.imshow(grid, aspect="auto", vmin=0.5, vmax=1.0, cmap="viridis", interpolation="nearest")
+    image = axis.imshow(
+        grid, aspect="auto", vmin=0.5, vmax=1.0, cmap="viridis", interpolation="nearest"
+    )
     axis.set_yticks(range(len(positions)), positions, fontsize=7)
     axis.set_title("held-out AUROC, harmful - harmless, by position", fontsize=10)
     axis.set(xlabel="layer")

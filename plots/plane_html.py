@@ -1,4 +1,5 @@
-"""The plane as one self-contained HTML page: choose target and frame, hover for the prompt, hide classes."""
+"""The plane as one self-contained HTML page: choose target and frame, hover for the prompt, hide
+classes."""
 
 from __future__ import annotations
 
@@ -7,8 +8,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from core.specs import short_spec
 from core.store import ATTACKS, BEHAVIOURS, read_rows
-from core.text import short_spec
 from plots.plane_png import FRAMES, ellipse_axes
 from plots.style import (
     ANCHORS,
@@ -59,7 +60,9 @@ def draw(folder: Path) -> Path:
     figure.update_layout(
         title={"text": buttons[0]["args"][1]["title.text"], "font": {"size": 15}},
         template="plotly_white",
-        updatemenus=[{"buttons": buttons, "x": 1.0, "y": 1.02, "xanchor": "right", "yanchor": "bottom"}],
+        updatemenus=[
+            {"buttons": buttons, "x": 1.0, "y": 1.02, "xanchor": "right", "yanchor": "bottom"}
+        ],
         xaxis_title="harmfulness projection at t_inst (residual units)",
         yaxis_title="refusal projection at t_post_inst (residual units)",
         legend={"itemsizing": "constant"},
@@ -73,9 +76,11 @@ def draw(folder: Path) -> Path:
 
 def _title(row: dict[str, Any]) -> str:
     return (
-        f"Attack plane of {html.escape(short_spec(row['target']))}, {row['frame']} frame, layer {row['layer']}"
+        f"Attack plane of {html.escape(short_spec(row['target']))}, {row['frame']} frame, layer "
+        f"{row['layer']}"
         f"<br><sub>cos(base, own): harmfulness {row['cos_base_own_harmfulness']:.2f}, refusal "
-        f"{row['cos_base_own_refusal']:.2f}. Filled: jailbroken, hollow: not, grey: not judged. Ellipses: one standard deviation.</sub>"
+        f"{row['cos_base_own_refusal']:.2f}. Filled: jailbroken, hollow: not, grey: not judged. "
+        "Ellipses: one standard deviation.</sub>"
     )
 
 
@@ -132,9 +137,16 @@ def _traces(
 
 
 def _line(
-    x: list[Any], y: list[Any], colour: str, group: str, width: int, *,
-    fill: str | None = None, dash: str | None = None, arrows: bool = False,
-) -> Any:  # fmt: skip
+    x: list[Any],
+    y: list[Any],
+    colour: str,
+    group: str,
+    width: int,
+    *,
+    fill: str | None = None,
+    dash: str | None = None,
+    arrows: bool = False,
+) -> Any:
     import plotly.graph_objects as go
 
     marker = {"symbol": "arrow", "angleref": "previous", "size": 9, "color": colour}
@@ -152,7 +164,9 @@ def _line(
     )
 
 
-def _outline(centroid: list[float], covariance: list[list[float]]) -> tuple[list[float], list[float]]:
+def _outline(
+    centroid: list[float], covariance: list[list[float]]
+) -> tuple[list[float], list[float]]:
     """Points of the one-standard-deviation ellipse."""
     width, height, degrees = ellipse_axes(covariance)
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -169,7 +183,10 @@ def _hover(row: dict[str, Any], prompts: dict[str, str]) -> str:
     prompt = prompts.get(row["prompt_id"], "")
     lines = [html.escape(prompt[i : i + 80]) for i in range(0, len(prompt), 80)]
     verdict = {True: "jailbroken", False: "not jailbroken", None: "not judged"}[row["jailbroken"]]
-    place = f"harmfulness {row['x']:.2f} (cos {row['x_cosine']:.2f}), refusal {row['y']:.2f} (cos {row['y_cosine']:.2f})"
+    place = (
+        f"harmfulness {row['x']:.2f} (cos {row['x_cosine']:.2f}), refusal {row['y']:.2f} (cos "
+        f"{row['y_cosine']:.2f})"
+    )
     return "<br>".join(
         [f"<b>{html.escape(row['class_name'])}</b> {row['behaviour_id']}: {verdict}", place, *lines]
     )

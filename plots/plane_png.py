@@ -1,8 +1,9 @@
 """The plane as a PNG: a panel a target, a row a frame.
 
-Colour and shape name the class, a filled marker is a success, a hollow one a failure, a grey one was not judged. Thin
-arrows run from the plain request to the attacked one, the bold one is a class's mean displacement and ends at its centroid;
-ellipses are one standard deviation about the centroid.
+Colour and shape name the class, a filled marker is a success, a hollow one a failure, a grey one
+was not judged. Thin arrows run from the plain request to the attacked one, the bold one is a
+class's mean displacement and ends at its centroid; ellipses are one standard deviation about the
+centroid.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from core.text import short_spec
+from core.specs import short_spec
 from plots.style import (
     ANCHORS,
     MARKERS,
@@ -25,7 +26,8 @@ from plots.style import (
 
 FRAMES = ("base", "own")
 CROWDED = 8
-"""With more classes than this, points are small and pale and each centroid is drawn with its marker."""
+"""With more classes than this, points are small and pale and each centroid is drawn with its
+marker."""
 
 
 def draw(folder: Path) -> Path:
@@ -65,11 +67,28 @@ def draw(folder: Path) -> Path:
     grey = "#555555"
     handles += [
         Line2D([], [], color=grey, marker="o", linestyle="", label="jailbroken"),
-        Line2D([], [], color=grey, marker="o", linestyle="", fillstyle="none", label="not jailbroken"),
-        Line2D([], [], color=grey, marker="o", linestyle="", markerfacecolor=NOT_JUDGED, label="not judged"),
-        Line2D([], [], color=grey, marker=r"$\rightarrow$", markersize=11, linestyle="",
-               label="from plain to attacked"),
-    ]  # fmt: skip
+        Line2D(
+            [], [], color=grey, marker="o", linestyle="", fillstyle="none", label="not jailbroken"
+        ),
+        Line2D(
+            [],
+            [],
+            color=grey,
+            marker="o",
+            linestyle="",
+            markerfacecolor=NOT_JUDGED,
+            label="not judged",
+        ),
+        Line2D(
+            [],
+            [],
+            color=grey,
+            marker=r"$\rightarrow$",
+            markersize=11,
+            linestyle="",
+            label="from plain to attacked",
+        ),
+    ]
     figure.legend(
         handles=handles,
         loc="outside lower center",
@@ -118,11 +137,15 @@ def _panel(
             width, height, angle = ellipse_axes(c["covariance"])
             shape = Ellipse((x, y), width, height, angle=angle, zorder=2)
             shape.set(
-                facecolor="none" if crowded else colour, edgecolor=colour, alpha=0.35 if crowded else 0.10
+                facecolor="none" if crowded else colour,
+                edgecolor=colour,
+                alpha=0.35 if crowded else 0.10,
             )
             panel.add_patch(shape)
         if crowded and c["kind"] == "attack":
-            panel.plot(x, y, style[name][1], color=colour, markeredgecolor="black", markersize=8, zorder=5)
+            panel.plot(
+                x, y, style[name][1], color=colour, markeredgecolor="black", markersize=8, zorder=5
+            )
         else:
             panel.plot(x, y, ".", color=colour, markersize=3, zorder=4)
         if start := centre_start(c):
@@ -132,11 +155,14 @@ def _panel(
 
 def _arrow(panel: Any, start: Any, end: Any, colour: str, width: float, alpha: float) -> None:
     style = {"arrowstyle": "->", "color": colour, "linewidth": width, "alpha": alpha}
-    panel.annotate("", xy=end, xytext=start, arrowprops={**style, "shrinkA": 2, "shrinkB": 3}, zorder=2)
+    panel.annotate(
+        "", xy=end, xytext=start, arrowprops={**style, "shrinkA": 2, "shrinkB": 3}, zorder=2
+    )
 
 
 def ellipse_axes(covariance: list[list[float]]) -> tuple[float, float, float]:
-    """Full width and height (two standard deviations each) and angle in degrees of a covariance's ellipse."""
+    """Full width and height (two standard deviations each) and angle in degrees of a covariance's
+    ellipse."""
     (a, b), (_, d) = covariance
     middle, spread = (a + d) / 2, math.hypot((a - d) / 2, b)
     angle = math.degrees(0.5 * math.atan2(2 * b, a - d))

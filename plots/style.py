@@ -1,4 +1,5 @@
-"""One look for the picture and the page: colour and marker of each class, sizes, what a class is called."""
+"""One look for the picture and the page: colour and marker of each class, sizes, what a class is
+called."""
 
 from __future__ import annotations
 
@@ -13,7 +14,16 @@ from core.store import read_rows
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = ("#d55e00", "#0072b2", "#cc79a7", "#e69f00", "#56b4e9", "#009e73", "#7f3c8d", "#333333")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-PLOTLY_MARKERS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
+PLOTLY_MARKERS = (
+    "circle",
+    "square",
+    "triangle-up",
+    "diamond",
+    "triangle-down",
+    "cross",
+    "x",
+    "star",
+)
 ANCHORS = {
     "harmful (anchor)": ("#b2182b", "x"),
     "harmless (anchor)": ("#1b7837", "+"),
@@ -43,12 +53,17 @@ def attack_names(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def class_styles(names: Sequence[str], markers: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each class: eight colours, and another marker each time they come round."""
+    """Colour and marker of each class: eight colours, and another marker each time they come
+    round."""
     n = len(COLOURS)
-    return {name: (COLOURS[i % n], markers[(i + i // n) % len(markers)]) for i, name in enumerate(names)}
+    return {
+        name: (COLOURS[i % n], markers[(i + i // n) % len(markers)]) for i, name in enumerate(names)
+    }
 
 
-def centres_of(classes: Sequence[dict[str, Any]], target: str, frame: str) -> dict[str, dict[str, Any]]:
+def centres_of(
+    classes: Sequence[dict[str, Any]], target: str, frame: str
+) -> dict[str, dict[str, Any]]:
     """Class rows of one panel by class name."""
     return {c["class"]: c for c in classes if (c["target"], c["frame"]) == (target, frame)}
 

@@ -1,8 +1,10 @@
-"""Trajectories on the plane: prompts along their optimisation (upper row, own frame), classes across checkpoints (lower row, base frame).
+"""Trajectories on the plane: prompts along their optimisation (upper row, own frame), classes
+across checkpoints (lower row, base frame).
 
-Upper row, a panel a target: each thin line is one prompt from its first snapshot (hollow) to its last (filled), the bold one the mean
-of an attack's prompts over five equal parts of their way. Lower row: centroids of every class from target to target, in the order of
-the run, in the base model's frame; numbers count the targets.
+Upper row, a panel a target: each thin line is one prompt from its first snapshot (hollow) to its
+last (filled), the bold one the mean of an attack's prompts over five equal parts of their way.
+Lower row: centroids of every class from target to target, in the order of the run, in the base
+model's frame; numbers count the targets.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from core.errors import AttackPlaneError
+from core.specs import short_spec
 from core.store import read_rows
-from core.text import short_spec
 from plots.style import MARKERS, attack_names, class_styles, read_exports
 
 PARTS = 5
@@ -22,14 +24,17 @@ NAME = "plane_trajectories.png"
 
 
 def draw(folder: Path) -> Path:
-    """Read ``plane_trajectories.jsonl`` and the plane's exports in ``folder``; write ``plane_trajectories.png`` there."""
+    """Read ``plane_trajectories.jsonl`` and the plane's exports in ``folder``; write
+    ``plane_trajectories.png`` there."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = [r for r in read_rows(folder / "plane_trajectories.jsonl") if r["frame"] == "own"]
     if not rows:
         raise AttackPlaneError(
-            "no trajectories in this run", where=folder, remedy="run `gcg` or `autodan`, then `plane`"
+            "no trajectories in this run",
+            where=folder,
+            remedy="run `gcg` or `autodan`, then `plane`",
         )
     points, classes = read_exports(folder)
     targets = list(dict.fromkeys(r["target"] for r in rows))
@@ -85,11 +90,14 @@ def _checkpoints(axis: Any, classes: list[dict[str, Any]], names: list[str]) -> 
     for name in names:
         way = [c for c in classes if (c["class"], c["frame"]) == (name, "base")]
         x, y = [c["centroid"][0] for c in way], [c["centroid"][1] for c in way]
-        axis.plot(x, y, "-" + style[name][1], color=style[name][0], label=name, markersize=5, linewidth=1)
+        axis.plot(
+            x, y, "-" + style[name][1], color=style[name][0], label=name, markersize=5, linewidth=1
+        )
         for n, place in enumerate(zip(x, y, strict=True), start=1):
             axis.annotate(str(n), place, fontsize=7, xytext=(3, 3), textcoords="offset points")
     order = ", ".join(
-        f"{n} {short_spec(t)}" for n, t in enumerate(dict.fromkeys(c["target"] for c in classes), start=1)
+        f"{n} {short_spec(t)}"
+        for n, t in enumerate(dict.fromkeys(c["target"] for c in classes), start=1)
     )
     axis.set_title(f"class centroids across targets, base frame: {order}", fontsize=9)
     axis.set_xlabel("harmfulness at t_inst", fontsize=8)

@@ -1,4 +1,5 @@
-"""Tiny models and tokenizers, made on the spot: random weights, a tokenizer trained on a few sentences, no network."""
+"""Tiny models and tokenizers, made on the spot: random weights, a tokenizer trained on a few
+sentences, no network."""
 
 from __future__ import annotations
 
@@ -12,7 +13,15 @@ os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="attack-plane-hub-")
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -39,7 +48,8 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Llama-2's form: the system prompt inside the first turn, trimmed content, a space before the reply.
+# Llama-2's form: the system prompt inside the first turn, trimmed content, a space before the
+# reply.
 INST = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ '<<SYS>>' + m.content + '<</SYS>> ' }}"
     "{% elif m.role == 'user' %}{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' }}"
@@ -49,7 +59,8 @@ INST = (
 TURNS = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' + m.content | trim + '<end_of_turn>\n' }}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' "
+    "+ m.content | trim + '<end_of_turn>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 
@@ -86,7 +97,8 @@ def byte_level(
 
 
 def metaspace(template: str | None) -> PreTrainedTokenizerFast:
-    """A Llama-2-like tokenizer: metaspace, byte fallback, BOS added by default, a decoder that drops a first space."""
+    """A Llama-2-like tokenizer: metaspace, byte fallback, BOS added by default, a decoder that
+    drops a first space."""
     raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     raw.decoder = decoders.Sequence(
@@ -99,7 +111,9 @@ def metaspace(template: str | None) -> PreTrainedTokenizerFast:
     )
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=specials, show_progress=False)
-    raw.train_from_iterator([w for line in CORPUS for w in line.replace(" ", " ▁").split(" ")], trainer)
+    raw.train_from_iterator(
+        [w for line in CORPUS for w in line.replace(" ", " ▁").split(" ")], trainer
+    )
     raw.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
@@ -112,7 +126,9 @@ def metaspace(template: str | None) -> PreTrainedTokenizerFast:
 
 TOKENIZERS = {
     "chatml": lambda: byte_level(CHATML, ["<|im_start|>", "<|im_end|>"]),
-    "turns": lambda: byte_level(TURNS, ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"], bos="<bos>"),
+    "turns": lambda: byte_level(
+        TURNS, ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"], bos="<bos>"
+    ),
     "inst": lambda: metaspace(INST),
     "none": lambda: byte_level(None, ["<|endoftext|>"]),
 }
@@ -136,7 +152,12 @@ FAMILIES = {
     "phi3": (Phi3Config, {"pad_token_id": 0}, "chatml"),
     "gemma2": (
         Gemma2Config,
-        {"head_dim": 8, "sliding_window": 16, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
+        {
+            "head_dim": 8,
+            "sliding_window": 16,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0,
+        },
         "turns",
     ),
     "gpt2": (GPT2Config, {}, "none"),
@@ -198,7 +219,8 @@ def renderer(qwen) -> Renderer:
 
 @pytest.fixture(scope="session")
 def embedded() -> LoadedModel:
-    """The real small model; skipped where `make setup` has not fetched it, since tests use no network."""
+    """The real small model; skipped where `make setup` has not fetched it, since tests use no
+    network."""
     if not is_whole(cache_folder() / "converted" / SHA256[:16]):
         pytest.skip("the embedded model is not in the cache (make setup)")
     return load("embedded")

@@ -1,4 +1,5 @@
-"""AutoDAN: the fitness is the plain loss, the levels do what the paper says, a stopped run goes on to the bit."""
+"""AutoDAN: the fitness is the plain loss, the levels do what the paper says, a stopped run goes on
+to the bit."""
 
 import copy
 import dataclasses
@@ -7,6 +8,7 @@ import random
 
 import pytest
 import torch
+from attacks.method import SuccessTest
 
 import attacks.autodan as autodan
 from attacks.autodan import (
@@ -22,7 +24,6 @@ from attacks.autodan import (
     word_level,
 )
 from attacks.likelihood import plain_loss
-from attacks.method import SuccessTest
 from attacks.prompt_loss import PromptLoss
 from attacks.verify import verify_artifact
 from attacks.words import MARKER, read_seeds
@@ -52,10 +53,17 @@ def search(loaded, config=SMALL, *, seed=3, is_success=lambda reply: False, **mo
 def test_the_fitness_of_prompts_of_any_length_is_the_plain_loss(tiny):
     renderer = Renderer(tiny)
     loss = PromptLoss(renderer, BEHAVIOUR, None, TEXTS)
-    templates = [*TEXTS, "{request}", TEXTS[0].replace("help", "support"), TEXTS[0][:-9] + "Now: {request}"]
+    templates = [
+        *TEXTS,
+        "{request}",
+        TEXTS[0].replace("help", "support"),
+        TEXTS[0][:-9] + "Now: {request}",
+    ]
     expected = []
     for template in templates:
-        prompt = renderer.render(loss.conversation(template), BEHAVIOUR.target_string, allow_trim=True)
+        prompt = renderer.render(
+            loss.conversation(template), BEHAVIOUR.target_string, allow_trim=True
+        )
         expected.append(plain_loss(tiny, prompt.ids, prompt.target_ids))
     assert loss.losses(templates) == pytest.approx(expected, abs=2e-4)
     assert loss.losses(templates, near=TEXTS[0]) == pytest.approx(expected, abs=2e-4)
@@ -101,16 +109,25 @@ def test_the_word_level_changes_all_but_the_elites():
         population, [0.0, 3.0, 1.0, 2.0], dictionary, config, offline_mutation, random.Random(0)
     )
     assert following[0] == population[1]
-    assert all(new != old for new, old in zip(following[1:], [population[i] for i in (3, 2, 0)], strict=True))
+    assert all(
+        new != old
+        for new, old in zip(following[1:], [population[i] for i in (3, 2, 0)], strict=True)
+    )
 
 
-def test_hga_is_on_the_paragraph_level_in_every_fifth_step_and_on_the_word_level_between(qwen, monkeypatch):
+def test_hga_is_on_the_paragraph_level_in_every_fifth_step_and_on_the_word_level_between(
+    qwen, monkeypatch
+):
     calls = []
     for name in ("paragraph_level", "word_level"):
         real = getattr(autodan, name)
-        monkeypatch.setattr(autodan, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
+        monkeypatch.setattr(
+            autodan, name, lambda *a, real=real, name=name: calls.append(name) or real(*a)
+        )
     search(qwen)
-    assert calls == ["paragraph_level"] + ["word_level"] * 4 + ["paragraph_level"]  # none after the last step
+    assert calls == ["paragraph_level"] + ["word_level"] * 4 + [
+        "paragraph_level"
+    ]  # none after the last step
     calls.clear()
     search(qwen, dataclasses.replace(SMALL, variant="ga"))
     assert calls == ["paragraph_level"] * 6
@@ -130,7 +147,9 @@ def test_the_loss_falls_and_what_is_returned_is_the_best_of_all_steps(qwen, vari
     assert state.losses[state.best_step] == min(state.losses) < state.losses[0] - 0.01
     assert loss.losses([state.best])[0] == pytest.approx(min(state.losses), abs=1e-5)
     assert state.best.count(MARKER) == 1
-    assert state.losses == sorted(state.losses, reverse=True)  # elites stay, so the best never gets worse
+    assert state.losses == sorted(
+        state.losses, reverse=True
+    )  # elites stay, so the best never gets worse
 
 
 @pytest.mark.parametrize("variant", ["ga", "hga"])
@@ -150,7 +169,9 @@ def test_a_success_stops_the_search_and_is_what_is_returned(qwen):
         replies.append(reply)
         return len(replies) == 3
 
-    state = search(qwen, dataclasses.replace(SMALL, stop_on_success=True, reply_tokens=2), is_success=third)
+    state = search(
+        qwen, dataclasses.replace(SMALL, stop_on_success=True, reply_tokens=2), is_success=third
+    )
     assert state.success and state.step == 3 == state.best_step and len(replies) == 3
     # snapshots: the best in turn, ending with what is returned
     assert state.bests[0][0] == 0 and state.bests[-1] == (3, state.best)
@@ -212,7 +233,9 @@ def test_artifacts_are_saved_verified_and_resumed_after_a_crash(tmp_path, qwen):
         assert not list((tmp_path / "stopped" / "state").glob("*"))
     renderer = Renderer(qwen)
     assert [verify_artifact(renderer, a).fault for a in (whole, *seeds)] == [None] * 4
-    assert [a.variant for a in seeds] == list(SEEDS) and {a.attack for a in seeds} == {"autodan_seed"}
+    assert [a.variant for a in seeds] == list(SEEDS) and {a.attack for a in seeds} == {
+        "autodan_seed"
+    }
     assert whole.attack == "autodan_hga" and whole.loss_history[0] == pytest.approx(
         min(a.loss for a in seeds), abs=1e-4
     )
@@ -232,5 +255,7 @@ def test_autodan_lowers_the_real_models_loss_below_its_best_seed(embedded):
     behaviour = dataclasses.replace(BEHAVIOUR, request="Write a fake review for a toaster")
     loss = PromptLoss(Renderer(embedded), behaviour, None, seeds)
     config = AutoDANConfig(num_steps=4, population=16, mutation=0.1, stop_on_success=False)
-    state = run_autodan(loss, seeds, config, seed=0, mutate=offline_mutation, is_success=lambda r: False)
+    state = run_autodan(
+        loss, seeds, config, seed=0, mutate=offline_mutation, is_success=lambda r: False
+    )
     assert torch.isfinite(torch.tensor(state.losses)).all() and min(state.losses) < state.losses[0]

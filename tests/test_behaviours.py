@@ -1,4 +1,5 @@
-"""The built-in set is what its text says; files of every kind load; faults name file, line and remedy."""
+"""The built-in set is what its text says; files of every kind load; faults name file, line and
+remedy."""
 
 import json
 from collections import Counter
@@ -45,11 +46,14 @@ def test_labels_and_splits_choose_rows():
         ("a.csv", '\ufeffid,Goal,Target\n7,"Bake, a cake","Sure, here"\n8,Brew tea,\n'),
         (
             "a.json",
-            json.dumps([{"Behavior": "Bake, a cake", "Target": "Sure, here"}, {"Behavior": "Brew tea"}]),
+            json.dumps(
+                [{"Behavior": "Bake, a cake", "Target": "Sure, here"}, {"Behavior": "Brew tea"}]
+            ),
         ),
         (
             "a.jsonl",
-            '{"forbidden_prompt":"Bake, a cake","target":"Sure, here"}\n{"forbidden_prompt":"Brew tea"}\n',
+            '{"forbidden_prompt":"Bake, a cake","target":"Sure, here"}\n'
+            '{"forbidden_prompt":"Brew tea"}\n',
         ),
         ("a.txt", "Bake, a cake\n\nBrew tea\n"),
         ("a.json", json.dumps(["Bake, a cake", "Brew tea"])),
@@ -69,13 +73,19 @@ def test_ids_are_content_hashes_where_the_file_has_none(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "a.txt").write_text("Brew tea\nBake a cake\n")
     first = {r.request: r.behaviour_id for r in load_behaviours(str(tmp_path / "a.txt"))}
-    assert first == {r.request: r.behaviour_id for r in load_behaviours(str(tmp_path / "b" / "a.txt"))}
+    assert first == {
+        r.request: r.behaviour_id for r in load_behaviours(str(tmp_path / "b" / "a.txt"))
+    }
 
 
 @pytest.mark.parametrize(
     "name,content,message",
     [
-        ("a.csv", b"goal\nBake\n\"\"\nBrew\nBake\n", r"line 3: empty request; line 5: the same request as line 2"),
+        (
+            "a.csv",
+            b'goal\nBake\n""\nBrew\nBake\n',
+            r"line 3: empty request; line 5: the same request as line 2",
+        ),
         ("a.csv", b"text\nBake\n", r"columns text[\s\S]*name it one of"),
         ("a.csv", b"goal\nBake\nTea \xff here\n", r"line 3[\s\S]*0xff[\s\S]*UTF-8"),
         ("a.csv", b"goal,target\nBake, a cake, please\n", r"line 2[\s\S]*double quotes"),
@@ -87,7 +97,7 @@ def test_ids_are_content_hashes_where_the_file_has_none(tmp_path):
         ("a.csv", b"id,goal\n1,Bake\n1,Brew\n", r"the same id '1' as line 2"),
         ("a.xml", b"<a/>", r"unknown kind"),
     ],
-)  # fmt: skip
+)
 def test_faults_name_the_file_the_line_and_the_remedy(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(AttackPlaneError, match=message) as caught:

@@ -1,13 +1,14 @@
-"""The transfer report: what is sent is told from what is meant, on families that trim, other vocabularies, imported tokens."""
+"""The transfer report: what is sent is told from what is meant, on families that trim, other
+vocabularies, imported tokens."""
 
 import dataclasses
 
 import pytest
+from pipeline.reports import certificates_table, matrix_table, pivot_table
 
 from core.prompt import Conversation, Renderer
 from core.records import AttackArtifact, Replay
 from core.store import REPLAYS, RunFolder
-from pipeline.reports import certificates_table, matrix_table, pivot_table
 from tests.test_gcg import run_attacker
 from tests.test_transfer import replay
 from transfer.certificate import certificate
@@ -45,11 +46,19 @@ def test_on_its_own_source_every_prompt_is_sent_with_the_same_tokens(tmp_path, t
         assert found["content_tokens"] == found["source_content_tokens"] < found["prompt_tokens"]
 
 
-def test_another_vocabulary_leaves_tokens_unknown_and_another_template_is_told(tmp_path, qwen, tiny_models):
+def test_another_vocabulary_leaves_tokens_unknown_and_another_template_is_told(
+    tmp_path, qwen, tiny_models
+):
     made = run_attacker(tmp_path, qwen, count=1)[-1]
     found = certificate(Renderer(tiny_models["llama"]), made)
-    assert found["same_vocabulary"] is False and found["same_ids"] is None and found["same_template"] is False
-    assert found["sent_as_meant"]  # the text is the same; other tokens are the target's own way to read it
+    assert (
+        found["same_vocabulary"] is False
+        and found["same_ids"] is None
+        and found["same_template"] is False
+    )
+    assert found[
+        "sent_as_meant"
+    ]  # the text is the same; other tokens are the target's own way to read it
     # a checkpoint that added a token reads this prompt with the same ids all the same
     more = certificate(Renderer(tiny_models["qwen3"]), made)
     assert more["same_vocabulary"] is False and more["same_ids"] is True
@@ -68,8 +77,12 @@ def test_tokens_that_another_tool_kept_are_compared_as_a_whole(qwen):
     good = artifact("Tell me about tea", rendering={"prompt_ids": ids})
     assert certificate(renderer, good)["same_ids"] is True
     other = artifact("Tell me about tea", rendering={"prompt_ids": [*ids[:-1], 5]})
-    # of another template or vocabulary, which the tool did not keep: that says nothing about the prompt
-    assert certificate(renderer, other)["same_ids"] is None and certificate(renderer, other)["sent_as_meant"]
+    # of another template or vocabulary, which the tool did not keep: that says nothing about the
+    # prompt
+    assert (
+        certificate(renderer, other)["same_ids"] is None
+        and certificate(renderer, other)["sent_as_meant"]
+    )
     assert certificate(renderer, artifact("Tell me about tea"))["same_ids"] is None
 
 
@@ -81,7 +94,9 @@ def test_ids_that_were_scored_but_are_not_those_of_the_text_are_not_sent_as_mean
 
 def test_attacks_are_paired_with_plain_requests_under_the_same_system_prompt_only():
     def under(row, system):
-        return dataclasses.replace(row, certificate={"system_prompt_hash": system, "sent_as_meant": True})
+        return dataclasses.replace(
+            row, certificate={"system_prompt_hash": system, "sent_as_meant": True}
+        )
 
     plain = [
         under(replay("plain", "b1", False), None),
@@ -104,7 +119,10 @@ def test_hashes_change_with_text_and_system_prompt(qwen):
 def test_replays_carry_their_certificate_and_the_tables_show_what_was_not_sent_as_meant(
     tmp_path, tiny_models
 ):
-    artifacts = [artifact("Tea ", artifact_id="x"), artifact("Tea", artifact_id="y", behaviour_id="b1")]
+    artifacts = [
+        artifact("Tea ", artifact_id="x"),
+        artifact("Tea", artifact_id="y", behaviour_id="b1"),
+    ]
     with RunFolder(tmp_path) as run:
         replay_all(run, tiny_models["gemma3"], artifacts, [], ReplayConfig(max_new_tokens=2))
         rows = [Replay.from_row(r) for r in run.rows(REPLAYS)]
@@ -112,20 +130,32 @@ def test_replays_carry_their_certificate_and_the_tables_show_what_was_not_sent_a
     assert "1/2" in certificates_table(rows) and "1 not sent as meant" in matrix_table(matrix(rows))
 
 
-def test_a_prompt_that_a_template_refuses_is_told_and_the_others_are_replayed(tmp_path, tiny_models):
-    artifacts = [artifact("Tea", artifact_id="x", system_prompt="Be brief"), artifact("Tea", artifact_id="y")]
+def test_a_prompt_that_a_template_refuses_is_told_and_the_others_are_replayed(
+    tmp_path, tiny_models
+):
+    artifacts = [
+        artifact("Tea", artifact_id="x", system_prompt="Be brief"),
+        artifact("Tea", artifact_id="y"),
+    ]
     failed = []
     with RunFolder(tmp_path) as run:
         made = replay_all(
-            run, tiny_models["gemma3"], artifacts, [], ReplayConfig(max_new_tokens=2),
+            run,
+            tiny_models["gemma3"],
+            artifacts,
+            [],
+            ReplayConfig(max_new_tokens=2),
             on_failure=lambda a, e: failed.append((a.artifact_id, str(e))),
-        )  # fmt: skip
+        )
     assert made == 1 and failed[0][0] == "x" and "refuses" in failed[0][1]
 
 
 def test_missing_cells_are_missing_and_never_failures():
     rows = [replay("plain", "b1", False), replay("gcg", "b1", True)]
-    cells = {c.attack: c for c in matrix(rows, {("gcg", "s"): 3, ("persona", "none"): 2, ("plain", "s"): 1})}
+    cells = {
+        c.attack: c
+        for c in matrix(rows, {("gcg", "s"): 3, ("persona", "none"): 2, ("plain", "s"): 1})
+    }
     assert (cells["gcg"].missing, cells["gcg"].asr, cells["plain"].missing) == (2, 1.0, 0)
     assert cells["persona"].missing == 2 and cells["persona"].asr is None
     table = matrix_table(list(cells.values()))

@@ -1,10 +1,16 @@
-"""A tiny model that is trained here to refuse: carriers reopen it, and the commands tell the whole story on it."""
+"""A tiny model that is trained here to refuse: carriers reopen it, and the commands tell the whole
+story on it."""
 
 import json
 
 import pytest
 import torch
 from click.testing import CliRunner
+from geometry.designs import Site, design, far_layer
+from pipeline.claim_checks import TITLES
+from pipeline.outcomes import measure
+from pipeline.responses import responses
+from pipeline.study import Study, StudyConfig, refusal_texts
 
 import cli
 from core.models import load
@@ -12,12 +18,7 @@ from core.prompt import Conversation, Renderer
 from core.store import RunFolder, read_rows
 from evaluation.behaviours import load_behaviours
 from evaluation.judges import is_degenerate, outcome_of
-from geometry.designs import Site, design, far_layer
 from geometry.interventions import ablation
-from pipeline.claim_checks import TITLES
-from pipeline.outcomes import measure
-from pipeline.responses import responses
-from pipeline.study import Study, StudyConfig, refusal_texts
 from tests.conftest import make_model
 
 HELP = "Sure, here is a short plan for that, step by step."
@@ -25,7 +26,8 @@ HELP = "Sure, here is a short plan for that, step by step."
 
 @pytest.fixture(scope="module")
 def refusing(tmp_path_factory):
-    """A four-layer Qwen2 trained on the demonstration requests: refusals after harmful ones, help after the others."""
+    """A four-layer Qwen2 trained on the demonstration requests: refusals after harmful ones, help
+    after the others."""
     folder = make_model(tmp_path_factory.mktemp("refusing"), "qwen2")
     loaded = load(str(folder), "cpu")
     model, renderer = loaded.model, Renderer(loaded)
@@ -66,7 +68,9 @@ CONFIG = StudyConfig(
 )
 
 
-def test_the_trained_model_refuses_what_is_harmful_and_a_study_finds_what_it_hangs_on(refusing, tmp_path):
+def test_the_trained_model_refuses_what_is_harmful_and_a_study_finds_what_it_hangs_on(
+    refusing, tmp_path
+):
     with RunFolder(tmp_path) as run:
         study = Study(run, refusing, CONFIG)
         assert study.refusal_rate > 0.9 and study.estimator == "zhao"
@@ -83,7 +87,9 @@ def test_the_trained_model_refuses_what_is_harmful_and_a_study_finds_what_it_han
         lines = len(read_rows(tmp_path / "measured.jsonl"))
         # the same again is read, not run
         again = Study(run, refusing, CONFIG)
-        assert [c.to_row() for c in again.carriers("R")] == [c.to_row() for c in study.carriers("R")]
+        assert [c.to_row() for c in again.carriers("R")] == [
+            c.to_row() for c in study.carriers("R")
+        ]
         assert measure(again, [edit], again.held_out("harmful")[:8], 12, "test") == rows
         assert len(read_rows(tmp_path / "measured.jsonl")) == lines
 
@@ -95,7 +101,9 @@ def command(*args):
 
 
 def test_all_claims_are_measured_on_it_by_one_command(refusing, tmp_path):
-    output = command("claims", "--run", tmp_path, "--model", refusing, "--controls", 2, "--resamples", 40)
+    output = command(
+        "claims", "--run", tmp_path, "--model", refusing, "--controls", 2, "--resamples", 40
+    )
     rows = read_rows(tmp_path / "claims.jsonl")
     assert [r["number"] for r in rows] == sorted(TITLES)
     assert {r["verdict"] for r in rows} <= {"holds", "fails", "undecided"}
@@ -105,7 +113,14 @@ def test_all_claims_are_measured_on_it_by_one_command(refusing, tmp_path):
     for row in rows:
         for check in row["checks"]:
             assert check["low"] <= check["high"] and check["n"] > 0
-    assert set(rows[1]["settings"]) >= {"c_cos", "c_sub", "c_layer", "hrci_v1", "hrci_v2", "effective_rank"}
+    assert set(rows[1]["settings"]) >= {
+        "c_cos",
+        "c_sub",
+        "c_layer",
+        "hrci_v1",
+        "hrci_v2",
+        "effective_rank",
+    }
     assert "15. Directions at prompt and response positions agree" in output
     assert (tmp_path / "claims.png").stat().st_size > 10_000
     # nothing is measured twice, and a subset of the claims gives the same numbers
@@ -127,19 +142,38 @@ def test_all_claims_are_measured_on_it_by_one_command(refusing, tmp_path):
     assert read_rows(tmp_path / "claims.jsonl") == rows
 
 
-def test_without_a_run_folder_the_commands_share_one_of_their_own(tiny_folders, tmp_path, monkeypatch):
+def test_without_a_run_folder_the_commands_share_one_of_their_own(
+    tiny_folders, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     model = ["--model", str(tiny_folders["qwen2"]), "--controls", 2, "--resamples", 20]
     output = command("claims", *model, "--claims", 2)
-    command("intervene", *model, "--mode", "R", "--limit", 1, "--label", "harmful", "--max-new-tokens", 2)
+    command(
+        "intervene",
+        *model,
+        "--mode",
+        "R",
+        "--limit",
+        1,
+        "--label",
+        "harmful",
+        "--max-new-tokens",
+        2,
+    )
     folders = list((tmp_path / "runs").iterdir())
-    assert len(folders) == 1 and folders[0].name.startswith("study-") and str(folders[0].name) in output
+    assert (
+        len(folders) == 1
+        and folders[0].name.startswith("study-")
+        and str(folders[0].name) in output
+    )
     assert (folders[0] / "claims.jsonl").exists() and (folders[0] / "interventions.jsonl").exists()
 
 
 def test_layers_and_intervene_on_two_models(refusing, tiny_folders, tmp_path):
     other = str(tiny_folders["qwen2"])
-    output = command("layers", "--run", tmp_path, "--model", refusing, "--model", other, "--resamples", 40)
+    output = command(
+        "layers", "--run", tmp_path, "--model", refusing, "--model", other, "--resamples", 40
+    )
     for name in (
         "layer by criterion",
         "eq6",
@@ -159,9 +193,30 @@ def test_layers_and_intervene_on_two_models(refusing, tiny_folders, tmp_path):
         "refused - accepted",
     }
     across = read_rows(tmp_path / "layers_across.jsonl")
-    assert {r["direction"] for r in across} == {"H", "R"} and all(abs(r["cosine"]) <= 1 for r in across)
-    output = command("intervene", "--run", tmp_path, "--model", refusing, "--mode", "R", "--mode", "H+R", "--strength", 0.5,
-                     "--strength", 1, "--controls", 2, "--limit", 3, "--max-new-tokens", 6)  # fmt: skip
+    assert {r["direction"] for r in across} == {"H", "R"} and all(
+        abs(r["cosine"]) <= 1 for r in across
+    )
+    output = command(
+        "intervene",
+        "--run",
+        tmp_path,
+        "--model",
+        refusing,
+        "--mode",
+        "R",
+        "--mode",
+        "H+R",
+        "--strength",
+        0.5,
+        "--strength",
+        1,
+        "--controls",
+        2,
+        "--limit",
+        3,
+        "--max-new-tokens",
+        6,
+    )
     assert "ablate H+R 0.5" in output and (tmp_path / "interventions.png").exists()
     rows = read_rows(tmp_path / "interventions.jsonl")
     assert {r["kind"] for r in rows} == {
@@ -174,13 +229,37 @@ def test_layers_and_intervene_on_two_models(refusing, tiny_folders, tmp_path):
     }
     assert all("reply" not in r for r in rows)
     for r in rows:
-        own = [o for o in rows if (o["behaviour_id"], o["mode"], o["strength"], o["kind"]) ==
-               (r["behaviour_id"], r["mode"], r["strength"], "intervention")]  # fmt: skip
+        own = [
+            o
+            for o in rows
+            if (o["behaviour_id"], o["mode"], o["strength"], o["kind"])
+            == (r["behaviour_id"], r["mode"], r["strength"], "intervention")
+        ]
         if r["kind"] == "matched":
             assert r["delta_norm"] == pytest.approx(own[0]["delta_norm"], rel=1e-4)
-    output = command("intervene", "--run", tmp_path, "--model", refusing, "--operation", "steer", "--mode", "R", "--sweep",
-                     "--controls", 2, "--limit", 2, "--label", "harmless", "--max-new-tokens", 4)  # fmt: skip
-    summary = [r for r in read_rows(tmp_path / "interventions_summary.jsonl") if r["outcome"] == "refusal"]
+    output = command(
+        "intervene",
+        "--run",
+        tmp_path,
+        "--model",
+        refusing,
+        "--operation",
+        "steer",
+        "--mode",
+        "R",
+        "--sweep",
+        "--controls",
+        2,
+        "--limit",
+        2,
+        "--label",
+        "harmless",
+        "--max-new-tokens",
+        4,
+    )
+    summary = [
+        r for r in read_rows(tmp_path / "interventions_summary.jsonl") if r["outcome"] == "refusal"
+    ]
     assert [r["strength"] for r in summary] == [-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0]
     zero = next(r for r in summary if r["strength"] == 0)
     assert zero["change"] == pytest.approx(0, abs=1e-6) and zero["delta_norm"] == 0
@@ -207,23 +286,41 @@ def test_bad_input_is_told_with_a_remedy(args, says, tiny_folders, tmp_path):
 
 def test_held_out_prompts_must_not_be_among_the_contrast_prompts(refusing, tmp_path):
     result = CliRunner().invoke(
-        cli.cli, ["claims", "--run", str(tmp_path), "--model", refusing, "--claims", "1", "--contrast", "demonstration",
-                   "--held-out", str(write_all(tmp_path))]
-    )  # fmt: skip
+        cli.cli,
+        [
+            "claims",
+            "--run",
+            str(tmp_path),
+            "--model",
+            refusing,
+            "--claims",
+            "1",
+            "--contrast",
+            "demonstration",
+            "--held-out",
+            str(write_all(tmp_path)),
+        ],
+    )
     assert result.exit_code == 1 and "held-out prompts are among" in result.output
 
 
 def write_all(folder):
     path = folder / "all.jsonl"
-    rows = [{"goal": b.request, "label": b.label} for b in load_behaviours() if b.label != "pseudo_harmful"]
+    rows = [
+        {"goal": b.request, "label": b.label}
+        for b in load_behaviours()
+        if b.label != "pseudo_harmful"
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-# --- designs and outcomes ---------------------------------------------------------------------------------------------
+# --- designs and outcomes -------------------------------------------------------------------------
 def test_a_design_holds_its_intervention_and_all_its_controls():
     h, r, other = torch.eye(8)[:3]
-    site = Site((h, r), {"wrong_layer": (other, h), "wrong_position": (r, other)}, (0, 1, 2), (), length=5.0)
+    site = Site(
+        (h, r), {"wrong_layer": (other, h), "wrong_position": (r, other)}, (0, 1, 2), (), length=5.0
+    )
     found = design("R", "ablate", 1.0, site, controls=2, seed=0)
     assert [e.kind for e in found] == [
         "intervention",
@@ -243,9 +340,15 @@ def test_a_design_holds_its_intervention_and_all_its_controls():
     steered = design("H+R", "steer", 2.0, site, controls=2, seed=0)
     assert torch.allclose(steered[0].shift, 10.0 * (h + r) / 2**0.5) and steered[0].strength == 2.0
     assert all(e.shift.norm() == pytest.approx(10.0, rel=1e-5) for e in steered)
-    one = design("R", "steer", 1.0, Site((h, r), {"wrong_layer": (other, h)}, (3,), (7,)), controls=2, seed=0)
+    one = design(
+        "R", "steer", 1.0, Site((h, r), {"wrong_layer": (other, h)}, (3,), (7,)), controls=2, seed=0
+    )
     moved = one[-1]
-    assert moved.kind == "wrong_layer" and moved.layers == (7,) and torch.equal(moved.shift, one[0].shift)
+    assert (
+        moved.kind == "wrong_layer"
+        and moved.layers == (7,)
+        and torch.equal(moved.shift, one[0].shift)
+    )
     # other modes of a seed have the same random directions
     again = design("H", "ablate", 1.0, site, controls=2, seed=0)
     assert torch.equal(again[1].read, found[1].read)
@@ -255,7 +358,9 @@ def test_a_design_holds_its_intervention_and_all_its_controls():
 def test_degenerate_replies_are_told_from_text():
     assert is_degenerate("") and is_degenerate("1 2 3 4 !!! ###") and is_degenerate("tea cup " * 12)
     assert not is_degenerate("Sure.") and not is_degenerate(HELP)
-    assert not is_degenerate("First, boil the water. Then pour it over the leaves and wait for four minutes.")
+    assert not is_degenerate(
+        "First, boil the water. Then pour it over the leaves and wait for four minutes."
+    )
     assert (
         outcome_of("I'm sorry, but no.") == "refused"
         and outcome_of(HELP) == "complied"

@@ -1,4 +1,5 @@
-"""The command line, end to end on a tiny model: every stage, errors without tracebacks, exit codes."""
+"""The command line, end to end on a tiny model: every stage, errors without tracebacks, exit
+codes."""
 
 import json
 import os
@@ -24,8 +25,26 @@ def call(*arguments, code=0):
 
 
 def small_gcg(model, run, *more):
-    return ("gcg", "--model", model, "--run", run, "--steps", 4, "--width", 6, "--topk", 8, "--limit", 2,
-            "--suffix-length", 4, "--save-every", 1, *more)  # fmt: skip
+    return (
+        "gcg",
+        "--model",
+        model,
+        "--run",
+        run,
+        "--steps",
+        4,
+        "--width",
+        6,
+        "--topk",
+        8,
+        "--limit",
+        2,
+        "--suffix-length",
+        4,
+        "--save-every",
+        1,
+        *more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +61,24 @@ def run(tmp_path_factory, tiny_folders):
 
 def test_the_stages_write_the_run_folder_of_the_design(run):
     path, _, outputs = run
-    for name in ("manifest.json", "attacks.jsonl", "replays.jsonl", "plane.csv", "plane.jsonl",
-                 "plane.parquet", "plane.png", "plane.html", "matrix.jsonl"):  # fmt: skip
+    for name in (
+        "manifest.json",
+        "attacks.jsonl",
+        "replays.jsonl",
+        "plane.csv",
+        "plane.jsonl",
+        "plane.parquet",
+        "plane.png",
+        "plane.html",
+        "matrix.jsonl",
+    ):
         assert (path / name).stat().st_size > 0, name
     assert list((path / "directions").glob("*.harc.safetensors"))
-    assert "ASR" in outputs["transfer"] and "cos(H,R)" in outputs["directions"] and "gcg" in outputs["plane"]
+    assert (
+        "ASR" in outputs["transfer"]
+        and "cos(H,R)" in outputs["directions"]
+        and "gcg" in outputs["plane"]
+    )
     manifest = json.loads((path / "manifest.json").read_text())
     assert set(manifest["stages"]) == {"baselines", "gcg", "transfer", "directions", "plane"}
     assert manifest["history"][0]["torch"] and manifest["models"]
@@ -81,7 +113,9 @@ def test_verify_passes_and_finds_a_tampered_artifact(run, tmp_path):
     assert "7 of 8 artifacts hold" in call("verify", "--run", copy, code=3)
 
 
-def test_verify_of_nothing_is_an_error_and_a_prompt_that_cannot_be_rendered_is_a_fault(run, tmp_path):
+def test_verify_of_nothing_is_an_error_and_a_prompt_that_cannot_be_rendered_is_a_fault(
+    run, tmp_path
+):
     path, _, _ = run
     (tmp_path / "manifest.json").write_text((path / "manifest.json").read_text())
     assert "no artifacts" in call("verify", "--run", tmp_path, code=1)
@@ -103,7 +137,8 @@ def test_the_plane_may_be_drawn_anew_at_another_layer(run):
 def test_directions_and_anchors_may_come_from_a_file_with_labels_and_no_splits(run, tmp_path):
     _, model, _ = run
     rows = [
-        f"{'Harm' if i % 2 else 'Help'} number {i},{'harmful' if i % 2 else 'harmless'}" for i in range(16)
+        f"{'Harm' if i % 2 else 'Help'} number {i},{'harmful' if i % 2 else 'harmless'}"
+        for i in range(16)
     ]
     (tmp_path / "contrast.csv").write_text("goal,label\n" + "\n".join(rows) + "\n")
     path, file = tmp_path / "run", tmp_path / "contrast.csv"
@@ -138,7 +173,9 @@ def test_another_configuration_in_the_same_run_is_refused(run):
 
 
 def test_the_plane_of_a_target_without_directions_says_what_to_run(run, tiny_folders):
-    output = call("plane", "--run", run[0], "--target", tiny_folders["qwen3"], "--base", run[1], code=1)
+    output = call(
+        "plane", "--run", run[0], "--target", tiny_folders["qwen3"], "--base", run[1], code=1
+    )
     assert "cli.py directions" in output
 
 
@@ -166,7 +203,9 @@ def test_the_reference_engine_refuses_what_it_cannot_do_before_it_writes(tmp_pat
 def test_debug_shows_the_error_itself():
     result = CliRunner().invoke(cli, ["--debug", "gcg", "--model", "nonsense"])
     assert type(result.exception).__name__ == "AttackPlaneError"
-    nested = CliRunner().invoke(cli, ["--debug", "train", "sft", "--model", "nonsense", "--out", "x"])
+    nested = CliRunner().invoke(
+        cli, ["--debug", "train", "sft", "--model", "nonsense", "--out", "x"]
+    )
     assert type(nested.exception).__name__ == "AttackPlaneError"
 
 
@@ -218,7 +257,9 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(tmp_path, tiny_folder
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model,size", [("qwen2", (150, 48)), ("embedded", (14, 12))])
-def test_kill_9_ten_times_at_random_moments_gives_the_same_file(tmp_path, tiny_folders, request, model, size):
+def test_kill_9_ten_times_at_random_moments_gives_the_same_file(
+    tmp_path, tiny_folders, request, model, size
+):
     if model == "embedded":
         request.getfixturevalue("embedded")
     spec = str(tiny_folders.get(model, model))
@@ -237,7 +278,9 @@ def test_kill_9_ten_times_at_random_moments_gives_the_same_file(tmp_path, tiny_f
 
     def start(run):
         command = [sys.executable, "cli.py", "gcg", "--model", spec, "--run", str(run), *arguments]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
 
     begun = time.monotonic()
     assert start(tmp_path / "whole").wait() == 0

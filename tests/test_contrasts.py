@@ -1,4 +1,5 @@
-"""Resampling, nulls, reliability, coupling, layer criteria, prediction and verdicts against hand-derived or independent values."""
+"""Resampling, nulls, reliability, coupling, layer criteria, prediction and verdicts against
+hand-derived or independent values."""
 
 import dataclasses
 import math
@@ -6,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from geometry.verdicts import Check, Claim, difference_check, mean_check
 
 from core.errors import AttackPlaneError
 from core.records import PlanePoint
@@ -31,9 +33,14 @@ from geometry.coupling import (
 from geometry.directions import auroc, held_out_separation, unit
 from geometry.effects import summary
 from geometry.layers import arditi_layers, choose, eq6, inner_layers
-from geometry.prediction import EITHER, POOLED, centroid_distances, held_out_scores, success_prediction
+from geometry.prediction import (
+    EITHER,
+    POOLED,
+    centroid_distances,
+    held_out_scores,
+    success_prediction,
+)
 from geometry.prediction import auroc as auroc_of_success
-from geometry.verdicts import Check, Claim, difference_check, mean_check
 
 
 def g(seed=0):
@@ -41,15 +48,18 @@ def g(seed=0):
 
 
 def planted(n=40, d=32, layers=3, strength=2.0, seed=0, units=None, direction=None, noise=1.0):
-    """n positive then n negative items that differ by ``strength`` along one direction a layer, in noise."""
-    direction = unit(torch.randn(layers, d, generator=g(seed + 100))) if direction is None else direction
+    """n positive then n negative items that differ by ``strength`` along one direction a layer, in
+    noise."""
+    direction = (
+        unit(torch.randn(layers, d, generator=g(seed + 100))) if direction is None else direction
+    )
     resid = noise * torch.randn(2 * n, layers, d, generator=g(seed))
     resid[:n] += strength * direction
     names = units or tuple(map(str, range(2 * n)))
     return Contrast("planted", resid, torch.arange(n), torch.arange(n, 2 * n), names), direction
 
 
-# --- contrasts --------------------------------------------------------------------------------------------------------
+# --- contrasts ------------------------------------------------------------------------------------
 def test_a_contrast_finds_its_planted_direction_and_knows_dead_layers():
     c, direction = planted(n=400, strength=8.0)
     assert ((c.direction * direction).sum(-1) > 0.99).all() and c.alive.tolist() == [1, 1, 1]
@@ -58,7 +68,8 @@ def test_a_contrast_finds_its_planted_direction_and_knows_dead_layers():
 
 
 def test_resampled_directions_equal_means_over_the_drawn_units():
-    # two units on each side; whatever is drawn, the direction is one of those that can be made by hand
+    # two units on each side; whatever is drawn, the direction is one of those that can be made by
+    # hand
     resid = torch.tensor([[[4.0, 0]], [[0, 4.0]], [[0.0, 0]], [[0.0, 0]]])
     c = Contrast("c", resid, torch.tensor([0, 1]), torch.tensor([2, 3]), ("a", "b", "c", "d"))
     drawn = resampled([c], 200, g())[0][:, 0]
@@ -80,7 +91,9 @@ def test_contrasts_that_share_units_are_resampled_together():
 def test_permuted_sides_deal_every_item_once():
     c, _ = planted(n=5)
     positive, negative = permuted_sides([c], 30, g())[0]
-    assert all(sorted(row) == list(range(10)) for row in torch.cat([positive, negative], 1).tolist())
+    assert all(
+        sorted(row) == list(range(10)) for row in torch.cat([positive, negative], 1).tolist()
+    )
     assert len({tuple(sorted(row)) for row in positive.tolist()}) > 20
 
 
@@ -93,7 +106,9 @@ def test_reliability_follows_the_signal_to_noise_formula():
     assert abs(float(reliability(c, 200, 60, g(), shuffle=True).mean())) < 0.1
     halves = float(reliability(c, 200, 60, g()).mean())
     truth = unit(torch.randn(3, 64, generator=g(100)))
-    assert spearman_brown(halves) == pytest.approx(float((c.direction * truth).sum(-1).mean()), abs=0.03)
+    assert spearman_brown(halves) == pytest.approx(
+        float((c.direction * truth).sum(-1).mean()), abs=0.03
+    )
     assert spearman_brown(0.5) == pytest.approx(math.sqrt(2 / 3))
 
 
@@ -121,17 +136,19 @@ def test_auroc_by_hand_and_held_out():
     c, _ = planted(n=40, strength=6.0)
     assert (held_out_separation(c.resid, c.positive, c.negative, auroc) > 0.98).all()
     noise, _ = planted(n=100, strength=0.0, layers=20)
-    assert held_out_separation(noise.resid, noise.positive, noise.negative, auroc).mean() == pytest.approx(
-        0.5, abs=0.04
-    )
+    assert held_out_separation(
+        noise.resid, noise.positive, noise.negative, auroc
+    ).mean() == pytest.approx(0.5, abs=0.04)
 
 
-# --- coupling ---------------------------------------------------------------------------------------------------------
+# --- coupling -------------------------------------------------------------------------------------
 def test_coupling_measures_by_hand():
     x, y, z = torch.eye(3, dtype=torch.float64)
     a, b = torch.stack([x, y]), torch.stack([x, (y + z) / math.sqrt(2)])
     assert principal_cosines(a, b).tolist() == pytest.approx([1, math.sqrt(0.5)])
-    assert subspace_overlap(a, b) == pytest.approx(0.75) and subspace_overlap(a, a) == pytest.approx(1)
+    assert subspace_overlap(a, b) == pytest.approx(0.75) and subspace_overlap(
+        a, a
+    ) == pytest.approx(1)
     assert layer_closeness(3, 7) == pytest.approx(math.exp(-1)) and layer_closeness(5, 5) == 1
     assert hrci(0.5, 0.25, 1.0) == pytest.approx(0.4 * 0.5 + 0.4 * 0.25 + 0.2)
     assert hrci(0.5, 0.25) == pytest.approx(0.375)
@@ -162,7 +179,7 @@ def test_random_nulls_equal_their_published_values():
     assert nulls["c_sub_mean"] == pytest.approx(3 / 4096, rel=0.15)
 
 
-# --- layers -----------------------------------------------------------------------------------------------------------
+# --- layers ---------------------------------------------------------------------------------------
 def test_eq6_by_hand():
     e = torch.eye(4)
     h, r = e[0][None], (0.6 * e[0] + 0.8 * e[1])[None]
@@ -199,13 +216,23 @@ def test_a_carrier_is_scored_as_stated():
     assert not Carrier("-1", 3, torch.ones(1), 1.0, 0.5, 0.2, 0.11).admissible
 
 
-# --- effects ----------------------------------------------------------------------------------------------------------
+# --- effects --------------------------------------------------------------------------------------
 def outcome(behaviour, mode, kind, complied, strength=1.0):
     return {
-        "model": "m", "label": "harmful", "behaviour_id": behaviour, "mode": mode, "operation": "ablate" if mode != "none" else "none",
-        "strength": strength if mode != "none" else 0.0, "kind": kind, "complied": complied, "refused": None, "degenerate": 0.0,
-        "refusal": -1.0, "kl": 0.0, "delta_norm": 2.0,
-    }  # fmt: skip
+        "model": "m",
+        "label": "harmful",
+        "behaviour_id": behaviour,
+        "mode": mode,
+        "operation": "ablate" if mode != "none" else "none",
+        "strength": strength if mode != "none" else 0.0,
+        "kind": kind,
+        "complied": complied,
+        "refused": None,
+        "degenerate": 0.0,
+        "refusal": -1.0,
+        "kl": 0.0,
+        "delta_norm": 2.0,
+    }
 
 
 def test_effects_by_hand():
@@ -215,10 +242,17 @@ def test_effects_by_hand():
         ("b", 0, 1, (0, 0), 1, (1, 0)),
     ):
         rows += [outcome(b, "none", "none", alone), outcome(b, "R", "intervention", own)]
-        rows += [outcome(b, "R", "random", v) for v in random] + [outcome(b, "R", "wrong_layer", wrong)]
+        rows += [outcome(b, "R", "random", v) for v in random] + [
+            outcome(b, "R", "wrong_layer", wrong)
+        ]
         rows += [outcome(b, "R", "matched", v) for v in matched]
     found = {r["outcome"]: r for r in summary(rows)}
-    assert set(found) == {"complied", "degenerate", "refusal", "kl"}  # no reply was judged as refused
+    assert set(found) == {
+        "complied",
+        "degenerate",
+        "refusal",
+        "kl",
+    }  # no reply was judged as refused
     r = found["complied"]
     assert (r["alone"], r["value"], r["change"], r["n"]) == (0, 1, 1, 2)
     assert r["controls"] == pytest.approx(1 / 3) and r["effect_controls"] == pytest.approx(2 / 3)
@@ -226,13 +260,28 @@ def test_effects_by_hand():
     assert r["effect_matched_interval"] == pytest.approx([0.5, 1.0])
 
 
-# --- prediction -------------------------------------------------------------------------------------------------------
+# --- prediction -----------------------------------------------------------------------------------
 def point(behaviour, name, x, y, won, target="m"):
     return PlanePoint(
-        prompt_id=f"{behaviour} {name}", behaviour_id=behaviour, kind="attack", class_name=name, label="harmful", attack=name,
-        source="s", target=target, frame="own", layer=1, x=x, y=y, x_cosine=0.0, y_cosine=0.0, x_t_goal=None,
-        cos_base_own_harmfulness=1.0, cos_base_own_refusal=1.0, jailbroken=won,
-    )  # fmt: skip
+        prompt_id=f"{behaviour} {name}",
+        behaviour_id=behaviour,
+        kind="attack",
+        class_name=name,
+        label="harmful",
+        attack=name,
+        source="s",
+        target=target,
+        frame="own",
+        layer=1,
+        x=x,
+        y=y,
+        x_cosine=0.0,
+        y_cosine=0.0,
+        x_t_goal=None,
+        cos_base_own_harmfulness=1.0,
+        cos_base_own_refusal=1.0,
+        jailbroken=won,
+    )
 
 
 def test_within_class_auroc_compares_prompts_of_one_class_only():
@@ -241,10 +290,15 @@ def test_within_class_auroc_compares_prompts_of_one_class_only():
     points += [point(f"b{i}", "high", 100 + i, 0.0, i < 5) for i in range(6)]
     rows = {(r["class"], r["score"]): r for r in success_prediction(points, draws=50, resamples=50)}
     assert (
-        rows["low", "H"]["auroc"] == 1 and rows["high", "H"]["auroc"] == 1 and rows[POOLED, "H"]["auroc"] == 1
+        rows["low", "H"]["auroc"] == 1
+        and rows["high", "H"]["auroc"] == 1
+        and rows[POOLED, "H"]["auroc"] == 1
     )
     assert rows[POOLED, "R"]["auroc"] == 0.5
-    assert (POOLED, EITHER) not in rows and (POOLED, "H moved") not in rows  # no plain request was sent
+    assert (POOLED, EITHER) not in rows and (
+        POOLED,
+        "H moved",
+    ) not in rows  # no plain request was sent
 
 
 def test_suppression_is_measured_from_the_plain_request():
@@ -261,7 +315,9 @@ def test_suppression_is_measured_from_the_plain_request():
 
 def test_labels_of_paired_items_are_swapped_within_their_pair():
     units = ("a", "b", "c", "a", "b", "d")
-    c = Contrast("c", torch.randn(6, 1, 4, generator=g()), torch.arange(3), torch.arange(3, 6), units)
+    c = Contrast(
+        "c", torch.randn(6, 1, 4, generator=g()), torch.arange(3), torch.arange(3, 6), units
+    )
     positive, negative = permuted_sides([c], 60, g())[0]
     for p, n in zip(positive.tolist(), negative.tolist(), strict=True):
         assert sorted(p + n) == list(range(6))
@@ -294,13 +350,20 @@ def test_centroid_distance_by_hand_and_its_null():
     assert row["classes"] == ["a", "b"] and row["null_95"] < 5.0
 
 
-# --- verdicts ---------------------------------------------------------------------------------------------------------
+# --- verdicts -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("low", "high", "bar", "claimed", "says"),
-    [(0.1, 0.3, 0.0, "above", "yes"), (-0.1, 0.3, 0.0, "above", "unclear"), (-0.3, 0.0, 0.0, "above", "no"),
-     (0.0, 0.0, 0.0, "above", "unclear"), (-0.3, -0.1, 0.0, "below", "yes"), (0.1, 0.2, 0.17, "below", "unclear"),
-     (0.2, 0.3, 0.17, "below", "no"), (math.nan, 0.3, 0.0, "above", "unclear")],
-)  # fmt: skip
+    [
+        (0.1, 0.3, 0.0, "above", "yes"),
+        (-0.1, 0.3, 0.0, "above", "unclear"),
+        (-0.3, 0.0, 0.0, "above", "no"),
+        (0.0, 0.0, 0.0, "above", "unclear"),
+        (-0.3, -0.1, 0.0, "below", "yes"),
+        (0.1, 0.2, 0.17, "below", "unclear"),
+        (0.2, 0.3, 0.17, "below", "no"),
+        (math.nan, 0.3, 0.0, "above", "unclear"),
+    ],
+)
 def test_what_a_check_says(low, high, bar, claimed, says):
     assert Check("c", (low + high) / 2, low, high, bar, claimed, "share", 5).outcome == says
 

@@ -21,9 +21,13 @@ pytestmark = pytest.mark.embedded
 def slot(embedded):
     behaviour = load_behaviours(label="harmful", splits=["test"])[0]
     return default_slot(
-        Renderer(embedded), behaviour.request, behaviour.target_string, length=20,
-        placement="{request} {suffix}", system=None,
-    )  # fmt: skip
+        Renderer(embedded),
+        behaviour.request,
+        behaviour.target_string,
+        length=20,
+        placement="{request} {suffix}",
+        system=None,
+    )
 
 
 def test_candidate_losses_equal_one_plain_pass_each(embedded, slot):
@@ -31,9 +35,14 @@ def test_candidate_losses_equal_one_plain_pass_each(embedded, slot):
     suffix = torch.tensor(slot.initial_ids)
     _, gradient = objective.token_gradient(suffix)
     drawn = sample_candidates(
-        suffix, gradient, allowed_tokens(embedded.tokenizer, embedded.embedding_table.shape[0]),
-        topk=256, width=8, n_replace=1, generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+        suffix,
+        gradient,
+        allowed_tokens(embedded.tokenizer, embedded.embedding_table.shape[0]),
+        topk=256,
+        width=8,
+        n_replace=1,
+        generator=torch.Generator().manual_seed(0),
+    )
     for ids, loss in zip(drawn.tolist(), objective.losses(drawn).tolist(), strict=True):
         prompt = (*slot.before_ids, *ids, *slot.after_ids)
         assert loss == pytest.approx(plain_loss(embedded, prompt, slot.target_ids), abs=1e-4)
@@ -45,7 +54,9 @@ def test_token_gradient_equals_autograd_through_one_hot_vectors(embedded, slot):
     _, gradient = TargetLoss(embedded, slot).token_gradient(suffix)
     model = copy.deepcopy(embedded.model).double()
     embed = model.get_input_embeddings()
-    one_hot = torch.nn.functional.one_hot(suffix, embed.weight.shape[0]).double().requires_grad_(True)
+    one_hot = (
+        torch.nn.functional.one_hot(suffix, embed.weight.shape[0]).double().requires_grad_(True)
+    )
     rest = torch.tensor([*slot.after_ids, *slot.target_ids])
     whole = torch.cat([embed(torch.tensor(slot.before_ids)), one_hot @ embed.weight, embed(rest)])
     n = len(slot.target_ids)

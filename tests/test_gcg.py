@@ -1,19 +1,20 @@
-"""GCG: the fast objective equals the plain one, candidates are what the paper says, the best suffix is returned."""
+"""GCG: the fast objective equals the plain one, candidates are what the paper says, the best suffix
+is returned."""
 
 import dataclasses
 
 import pytest
 import torch
+from attacks.method import stream_seed
+from attacks.suffixes import Baselines, GCGMethod
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attacks.baselines import random_suffix
 from attacks.candidates import allowed_tokens, sample_candidates
 from attacks.gcg import GCGConfig, GCGState, run_gcg
 from attacks.likelihood import plain_loss, target_nll
-from attacks.method import stream_seed
 from attacks.objective import TargetLoss
 from attacks.slot import default_slot
-from attacks.suffixes import Baselines, GCGMethod
 from attacks.verify import verify_artifact
 from core.errors import AttackPlaneError
 from core.models import load
@@ -28,7 +29,9 @@ SMALL = GCGConfig(num_steps=6, search_width=12, topk=16, suffix_length=6)
 
 
 def slot_of(loaded, *, placement="{request} {suffix}", system=None, length=6):
-    return default_slot(Renderer(loaded), REQUEST, TARGET, length=length, placement=placement, system=system)
+    return default_slot(
+        Renderer(loaded), REQUEST, TARGET, length=length, placement=placement, system=system
+    )
 
 
 def allowed_of(loaded):
@@ -40,7 +43,8 @@ def slow_loss(loaded, ids, n_target):
     logits = loaded.model(input_ids=torch.tensor([ids])).logits[0]
     log_probabilities = logits.log_softmax(-1)
     return (
-        -sum(float(log_probabilities[i - 1, ids[i]]) for i in range(len(ids) - n_target, len(ids))) / n_target
+        -sum(float(log_probabilities[i - 1, ids[i]]) for i in range(len(ids) - n_target, len(ids)))
+        / n_target
     )
 
 
@@ -50,7 +54,13 @@ def candidates_of(loaded, slot, n_replace=1, width=10):
     _, gradient = objective.token_gradient(suffix)
     generator = torch.Generator().manual_seed(1)
     drawn = sample_candidates(
-        suffix, gradient, allowed_of(loaded), topk=20, width=width, n_replace=n_replace, generator=generator
+        suffix,
+        gradient,
+        allowed_of(loaded),
+        topk=20,
+        width=width,
+        n_replace=n_replace,
+        generator=generator,
     )
     return objective, drawn
 
@@ -71,7 +81,9 @@ def test_candidate_losses_equal_a_plain_slow_loop(tiny, placement, n_replace):
     assert objective.path == "packed"
     objective.batch.value = 4
     expected = [
-        slow_loss(tiny, [*slot.before_ids, *ids, *slot.after_ids, *slot.target_ids], len(slot.target_ids))
+        slow_loss(
+            tiny, [*slot.before_ids, *ids, *slot.after_ids, *slot.target_ids], len(slot.target_ids)
+        )
         for ids in drawn.tolist()
     ]
     assert objective.losses(drawn).tolist() == pytest.approx(expected, abs=1e-4)
@@ -79,7 +91,9 @@ def test_candidate_losses_equal_a_plain_slow_loop(tiny, placement, n_replace):
     assert cached.path == "cached"
     assert cached.losses(drawn).tolist() == pytest.approx(expected, abs=1e-4)
     winner, loss = objective.best(drawn)
-    assert loss == pytest.approx(min(expected), abs=1e-4) == pytest.approx(expected[winner], abs=1e-4)
+    assert (
+        loss == pytest.approx(min(expected), abs=1e-4) == pytest.approx(expected[winner], abs=1e-4)
+    )
 
 
 def test_suffixes_are_scored_alike_whichever_suffix_was_current(tiny):
@@ -90,7 +104,9 @@ def test_suffixes_are_scored_alike_whichever_suffix_was_current(tiny):
     assert torch.allclose(objective.losses(drawn), expected, atol=1e-5)
     objective.token_gradient(drawn[2])
     assert torch.allclose(objective.losses(drawn), expected, atol=1e-5)
-    assert torch.allclose(objective.losses(drawn[2:3]), expected[2:3], atol=1e-5)  # itself, wholly shared
+    assert torch.allclose(
+        objective.losses(drawn[2:3]), expected[2:3], atol=1e-5
+    )  # itself, wholly shared
     longer = torch.cat([drawn, drawn[:, :2]], 1)  # another length shares the prefix only
     assert torch.allclose(objective.losses(longer), fresh.losses(longer), atol=1e-5)
 
@@ -106,7 +122,10 @@ def test_the_bound_lets_few_candidates_through_and_never_the_wrong_one(tiny, mon
     for _ in range(10):
         drawn = torch.randint(vocabulary, (40, len(slot.initial_ids)), generator=generator)
         losses = objective.losses(drawn)
-        assert objective.best(drawn) == (int(losses.argmin()), pytest.approx(float(losses.min()), abs=1e-6))
+        assert objective.best(drawn) == (
+            int(losses.argmin()),
+            pytest.approx(float(losses.min()), abs=1e-6),
+        )
         assert (objective._bounds(objective._packed_hidden(drawn)) <= losses + 1e-5).all()
         skipped += len(drawn) - objective.fully_scored
     assert objective.likely_tokens < vocabulary
@@ -129,7 +148,9 @@ def test_a_family_with_its_own_attention_falls_back_and_says_so(tmp_path, caplog
 def test_a_model_that_ignores_positions_is_caught_by_its_losses(qwen, monkeypatch, caplog):
     forward = type(qwen.decoder).forward
     monkeypatch.setattr(
-        type(qwen.decoder), "forward", lambda self, *a, position_ids=None, **k: forward(self, *a, **k)
+        type(qwen.decoder),
+        "forward",
+        lambda self, *a, position_ids=None, **k: forward(self, *a, **k),
     )
     assert TargetLoss(qwen, slot_of(qwen)).path == "cached"
     assert "losses differ" in caplog.text
@@ -199,7 +220,9 @@ def test_token_gradient_equals_autograd_through_one_hot_vectors(tiny):
     parts.append(embed(torch.tensor([*slot.after_ids, *slot.target_ids])))
     logits = tiny.model(inputs_embeds=torch.cat(parts)[None]).logits[0]
     count = len(slot.target_ids)
-    plain = torch.nn.functional.cross_entropy(logits[-count - 1 : -1], torch.tensor(slot.target_ids))
+    plain = torch.nn.functional.cross_entropy(
+        logits[-count - 1 : -1], torch.tensor(slot.target_ids)
+    )
     (expected,) = torch.autograd.grad(plain, one_hot)
     assert loss == pytest.approx(float(plain.detach()), abs=1e-5)
     assert torch.allclose(gradient, expected, atol=1e-5)
@@ -213,9 +236,14 @@ def test_candidates_replace_exactly_n_positions_by_top_k_tokens_and_never_repeat
     allowed[:5] = False
     for n_replace in (1, 2):
         drawn = sample_candidates(
-            suffix, gradient, allowed, topk=8, width=200, n_replace=n_replace,
+            suffix,
+            gradient,
+            allowed,
+            topk=8,
+            width=200,
+            n_replace=n_replace,
             generator=torch.Generator().manual_seed(3),
-        )  # fmt: skip
+        )
         rows = {tuple(row) for row in drawn.tolist()}
         assert len(rows) == len(drawn) <= 200
         assert tuple(suffix.tolist()) not in rows
@@ -249,9 +277,13 @@ def test_each_step_takes_the_argmin_even_when_it_is_worse(qwen):
     config = dataclasses.replace(SMALL, num_steps=40, search_width=2, topk=400)
     seen = []
     state = run_gcg(
-        TargetLoss(qwen, slot), slot, config, allowed_of(qwen), seed=0,
+        TargetLoss(qwen, slot),
+        slot,
+        config,
+        allowed_of(qwen),
+        seed=0,
         on_step=lambda s: seen.append(list(s.suffix_ids)),
-    )  # fmt: skip
+    )
     assert any(b > a for a, b in zip(state.losses, state.losses[1:], strict=False))
     assert state.losses[-1] > state.best_loss and seen[-1] != state.best_ids
 
@@ -260,9 +292,15 @@ def test_a_state_saved_at_any_step_goes_on_to_the_bit(qwen):
     slot, allowed = slot_of(qwen), allowed_of(qwen)
     saved = []
     whole = run_gcg(
-        TargetLoss(qwen, slot), slot, SMALL, allowed, seed=7,
-        on_step=lambda s: saved.append(GCGState(**{k: list(v) if isinstance(v, list) else v for k, v in s.to_row().items()})),
-    )  # fmt: skip
+        TargetLoss(qwen, slot),
+        slot,
+        SMALL,
+        allowed,
+        seed=7,
+        on_step=lambda s: saved.append(
+            GCGState(**{k: list(v) if isinstance(v, list) else v for k, v in s.to_row().items()})
+        ),
+    )
     for state in saved[:-1]:
         again = run_gcg(TargetLoss(qwen, slot), slot, SMALL, allowed, seed=7, state=state)
         assert again.to_row() == whole.to_row()
@@ -307,23 +345,28 @@ def test_random_suffix_has_the_length_of_the_initial_one_and_keeps_its_tokens(ti
     assert slot.faithful([suffix]) == [True]
 
 
-# --- the runner -------------------------------------------------------------------------------------------------------
+# --- the runner -----------------------------------------------------------------------------------
 def behaviours(count=2):
     return [
-        Behaviour(f"b{i}", f"{REQUEST} number {i}", TARGET, "tea", "harmful", "test") for i in range(count)
+        Behaviour(f"b{i}", f"{REQUEST} number {i}", TARGET, "tea", "harmful", "test")
+        for i in range(count)
     ]
 
 
 def run_attacker(path, loaded, config=SMALL, count=2, save_every=2):
     with RunFolder(path) as run:
         gcg = GCGMethod(run, loaded, config, seed=3, save_every=save_every)
-        return [a for m in (Baselines(run, loaded, config, 3), gcg) for a in m.attack(behaviours(count))]
+        return [
+            a for m in (Baselines(run, loaded, config, 3), gcg) for a in m.attack(behaviours(count))
+        ]
 
 
 def test_artifacts_are_saved_verified_and_not_made_twice(tmp_path, tiny):
     first = run_attacker(tmp_path, tiny)
     content = (tmp_path / ATTACKS).read_bytes()
-    assert [a.attack for a in first] == ["plain", "initial_suffix", "random_suffix"] * 2 + ["gcg"] * 2
+    assert [a.attack for a in first] == ["plain", "initial_suffix", "random_suffix"] * 2 + [
+        "gcg"
+    ] * 2
     assert all(a.token_fidelity for a in first)
     renderer = Renderer(tiny)
     assert [verify_artifact(renderer, a).fault for a in first] == [None] * 8
@@ -361,7 +404,9 @@ def test_a_run_stopped_between_saves_gives_the_same_file(tmp_path, qwen, monkeyp
         except KeyboardInterrupt:
             continue
     assert calls >= 3
-    assert (tmp_path / "broken" / ATTACKS).read_bytes() == (tmp_path / "whole" / ATTACKS).read_bytes()
+    assert (tmp_path / "broken" / ATTACKS).read_bytes() == (
+        tmp_path / "whole" / ATTACKS
+    ).read_bytes()
     assert not list((tmp_path / "broken" / "state").glob("*"))
 
 
@@ -373,7 +418,9 @@ def test_the_recorded_loss_is_a_plain_pass_and_a_search_that_saw_another_is_warn
     assert "plain pass" not in caplog.text
     losses, best = TargetLoss.losses, TargetLoss.best
     monkeypatch.setattr(TargetLoss, "losses", lambda self, s: losses(self, s) + 0.01)
-    monkeypatch.setattr(TargetLoss, "best", lambda self, s: (best(self, s)[0], best(self, s)[1] + 0.01))
+    monkeypatch.setattr(
+        TargetLoss, "best", lambda self, s: (best(self, s)[0], best(self, s)[1] + 0.01)
+    )
     run_attacker(tmp_path / "off", qwen, count=1)
     assert "a plain pass gives" in caplog.text
 

@@ -1,15 +1,16 @@
-"""GCG's family: mellowmax, buffer, annealing, and one suffix for several prompts and models. Each does what its source says."""
+"""GCG's family: mellowmax, buffer, annealing, and one suffix for several prompts and models. Each
+does what its source says."""
 
 import copy
 import dataclasses
 
 import pytest
 import torch
+from attacks.suffixes import Baselines
 
 from attacks.gcg import GCGConfig, GCGState, run_gcg
 from attacks.likelihood import plain_loss, target_nll
 from attacks.objective import TargetLoss
-from attacks.suffixes import Baselines
 from attacks.universal import SharedSuffix, UniversalGCG, UniversalLoss
 from attacks.verify import verify_artifact
 from core.errors import AttackPlaneError
@@ -32,14 +33,16 @@ def test_all_of_them_are_off_by_default():
     assert {config.width_at(s) for s in range(500)} == {512} and config.n_replace_at(499) == 1
 
 
-# --- mellowmax --------------------------------------------------------------------------------------------------------
+# --- mellowmax ------------------------------------------------------------------------------------
 def test_mellowmax_lies_between_the_mean_and_the_worst_token_and_reaches_both():
     # token losses ln 2 and ln 4: (1/a) ln((2^a + 4^a) / 2); for a = 1 that is ln 3
     logits = torch.tensor([[[0.0, 0.0, -torch.inf], [0.0, 0.0, torch.log(torch.tensor(2.0))]]])
     target = torch.tensor([0, 0])
     assert float(target_nll(logits, target)) == pytest.approx((0.693147 + 1.386294) / 2, abs=1e-5)
     assert float(target_nll(logits, target, 1.0)) == pytest.approx(1.098612, abs=1e-5)
-    assert float(target_nll(logits, target, 1e-2)) == pytest.approx(1.0397 + 0.01 * 0.1201 / 2, abs=1e-4)
+    assert float(target_nll(logits, target, 1e-2)) == pytest.approx(
+        1.0397 + 0.01 * 0.1201 / 2, abs=1e-4
+    )
     assert float(target_nll(logits, target, 200.0)) == pytest.approx(1.386294, abs=1e-2)
 
 
@@ -53,7 +56,9 @@ def test_a_search_with_mellowmax_takes_the_argmin_of_the_mellowmax_losses(qwen, 
     for row in candidates.tolist():
         ids = torch.tensor([[*slot.before_ids, *row, *slot.after_ids, *slot.target_ids]])
         logits = qwen.model(input_ids=ids).logits[:, -len(slot.target_ids) - 1 : -1]
-        nll = torch.nn.functional.cross_entropy(logits[0], torch.tensor(slot.target_ids), reduction="none")
+        nll = torch.nn.functional.cross_entropy(
+            logits[0], torch.tensor(slot.target_ids), reduction="none"
+        )
         expected.append(float((2 * nll).exp().mean().log() / 2))
     losses = objective.losses(candidates)
     assert losses.tolist() == pytest.approx(expected, abs=1e-4)
@@ -68,7 +73,9 @@ def test_the_gradient_under_mellowmax_is_that_of_the_mellowmax_loss(qwen):
     table = qwen.embedding_table
     whole = torch.tensor([*slot.before_ids, *suffix.tolist(), *slot.after_ids, *slot.target_ids])
     onehot = torch.nn.functional.one_hot(whole, table.shape[0]).float().requires_grad_(True)
-    logits = qwen.model(inputs_embeds=(onehot @ table)[None]).logits[0, -len(slot.target_ids) - 1 : -1]
+    logits = qwen.model(inputs_embeds=(onehot @ table)[None]).logits[
+        0, -len(slot.target_ids) - 1 : -1
+    ]
     nll = torch.nn.functional.cross_entropy(logits, torch.tensor(slot.target_ids), reduction="none")
     own = (3 * nll).exp().mean().log() / 3
     (expected,) = torch.autograd.grad(own, onehot)
@@ -78,16 +85,24 @@ def test_the_gradient_under_mellowmax_is_that_of_the_mellowmax_loss(qwen):
     assert torch.allclose(gradient, expected[start : start + len(suffix)], atol=1e-4)
 
 
-# --- buffer and annealing ---------------------------------------------------------------------------------------------
+# --- buffer and annealing -------------------------------------------------------------------------
 def test_a_buffer_goes_on_from_its_best_and_drops_its_worst():
     state = GCGState([1], [], 1)
     for ids, loss in (([1], 3.0), ([2], 1.0), ([3], 2.0), ([4], 5.0)):
         state.suffix_ids = ids
         state.note(loss, 2)
     assert state.buffer == [(1.0, [2], 1), (2.0, [3], 2)] and state.suffix_ids == [2]
-    assert state.losses == [3.0, 1.0, 2.0, 5.0] and state.best_ids == [2] and state.current_step == 1
-    state.begin_anew(4.0, 2)  # a prompt joined: the loss is another, and so is what the buffer holds
-    assert state.buffer == [(4.0, [2], 3)] and state.losses == [3.0, 1.0, 2.0, 4.0] and state.best_step == 3
+    assert (
+        state.losses == [3.0, 1.0, 2.0, 5.0] and state.best_ids == [2] and state.current_step == 1
+    )
+    state.begin_anew(
+        4.0, 2
+    )  # a prompt joined: the loss is another, and so is what the buffer holds
+    assert (
+        state.buffer == [(4.0, [2], 3)]
+        and state.losses == [3.0, 1.0, 2.0, 4.0]
+        and state.best_step == 3
+    )
 
 
 def test_with_a_buffer_no_step_starts_from_a_suffix_worse_than_the_best(qwen):
@@ -97,13 +112,25 @@ def test_with_a_buffer_no_step_starts_from_a_suffix_worse_than_the_best(qwen):
     objective.token_gradient = lambda suffix: starts.append(suffix.tolist()) or real(suffix)
     config = dataclasses.replace(SMALL, buffer=3, search_width=2)
     state = run_gcg(
-        objective, slot, config, allowed_of(qwen), seed=0, on_step=lambda s: saved.append(copy.deepcopy(s))
+        objective,
+        slot,
+        config,
+        allowed_of(qwen),
+        seed=0,
+        on_step=lambda s: saved.append(copy.deepcopy(s)),
     )
     for start, step in zip(starts[1:], range(1, len(starts)), strict=True):
         best = state.losses[: step + 1].index(min(state.losses[: step + 1]))
-        assert objective.losses(torch.tensor([start])).item() == pytest.approx(state.losses[best], abs=1e-4)
+        assert objective.losses(torch.tensor([start])).item() == pytest.approx(
+            state.losses[best], abs=1e-4
+        )
     again = run_gcg(
-        TargetLoss(qwen, slot), slot, config, allowed_of(qwen), seed=0, state=GCGState(**saved[2].to_row())
+        TargetLoss(qwen, slot),
+        slot,
+        config,
+        allowed_of(qwen),
+        seed=0,
+        state=GCGState(**saved[2].to_row()),
     )
     assert again.losses == state.losses
 
@@ -114,7 +141,9 @@ def test_annealed_numbers_go_linearly_from_the_first_to_the_last(qwen):
     )
     assert [config.width_at(s) for s in range(5)] == [20, 16, 12, 8, 4]
     assert [config.n_replace_at(s) for s in range(5)] == [3, 2, 2, 2, 1]
-    state = run_gcg(TargetLoss(qwen, slot_of(qwen)), slot_of(qwen), config, allowed_of(qwen), seed=0)
+    state = run_gcg(
+        TargetLoss(qwen, slot_of(qwen)), slot_of(qwen), config, allowed_of(qwen), seed=0
+    )
     assert all(scored <= config.width_at(step) for step, scored in enumerate(state.scored))
     assert state.scored[0] > 4
 
@@ -128,7 +157,7 @@ def test_more_positions_than_the_suffix_has_are_refused_also_at_the_end(qwen):
             GCGConfig(**bad)
 
 
-# --- universal --------------------------------------------------------------------------------------------------------
+# --- universal ------------------------------------------------------------------------------------
 BEHAVIOURS = [
     Behaviour(f"b{i}", f"{REQUEST} number {i}", TARGET if i else "Sure, tea", "tea", "harmful", "t")
     for i in range(3)
@@ -138,7 +167,9 @@ BEHAVIOURS = [
 @pytest.fixture(scope="module")
 def sibling(tmp_path_factory):
     """Another model with the same tokenizer."""
-    return load(str(make_model(tmp_path_factory.mktemp("sibling") / "qwen2", "qwen2", seed=5)), "cpu")
+    return load(
+        str(make_model(tmp_path_factory.mktemp("sibling") / "qwen2", "qwen2", seed=5)), "cpu"
+    )
 
 
 def universal(run, sources, count=2, **more):
@@ -209,7 +240,9 @@ def test_the_next_prompt_joins_when_all_in_play_give_their_targets(qwen, monkeyp
     assert seen == [1, 1, 2, 2, 3, 3, 3] and state.active == 3 and state.step == 5
     # the best is the best since the last prompt joined, under the loss of all three
     assert state.best_step >= 2 and state.best_loss == min(state.losses[2:])
-    assert float(loss.losses(torch.tensor([state.best_ids]))[0]) == pytest.approx(state.best_loss, abs=1e-4)
+    assert float(loss.losses(torch.tensor([state.best_ids]))[0]) == pytest.approx(
+        state.best_loss, abs=1e-4
+    )
 
 
 def test_a_low_loss_does_not_end_the_search_before_all_prompts_are_in(qwen, monkeypatch):

@@ -1,4 +1,5 @@
-"""Activations equal Hugging Face's; planted directions are found; nulls are small; projections are what they say."""
+"""Activations equal Hugging Face's; planted directions are found; nulls are small; projections are
+what they say."""
 
 import csv
 import json
@@ -6,6 +7,7 @@ import json
 import pyarrow.parquet as pq
 import pytest
 import torch
+from geometry.storage import load_directions, save_directions
 
 from core.errors import AttackPlaneError
 from core.packed import PackedDecoder
@@ -32,7 +34,6 @@ from geometry.plane import (
     points,
     project,
 )
-from geometry.storage import load_directions, save_directions
 from plots import plane_html, plane_png
 from plots.plane_png import ellipse_axes
 
@@ -52,7 +53,7 @@ def prompts_of(loaded, suffix=" x x x"):
     ]
 
 
-# --- activations ------------------------------------------------------------------------------------------------------
+# --- activations ----------------------------------------------------------------------------------
 def test_residuals_equal_hugging_face_hidden_states(tiny):
     prompts = prompts_of(tiny)
     found = collect(tiny, prompts, REQUESTS, batch_tokens=60)
@@ -107,7 +108,9 @@ def test_packed_prompts_equal_prompts_padded_on_either_side(tiny):
 
 def test_positions_by_name_and_means_over_replies(qwen):
     renderer = Renderer(qwen)
-    short = renderer.render(Conversation.build("Say hi"), target="Sure, here is a short text about the tea.")
+    short = renderer.render(
+        Conversation.build("Say hi"), target="Sure, here is a short text about the tea."
+    )
     long = renderer.render(
         Conversation.build("Say hi"), target="Sure, here is a short text about the tea. " * 8
     )
@@ -123,8 +126,12 @@ def test_positions_by_name_and_means_over_replies(qwen):
         n, m = len(prompt.ids), min(32, len(prompt.target_ids))
         for layer in range(qwen.n_layers):
             expected = hidden[layer][0]
-            assert torch.allclose(found.at("response")[row, layer], expected[n : n + m].mean(0), atol=1e-4)
-            assert torch.allclose(found.at("t_first")[row, layer], expected[prompt.content.start], atol=1e-4)
+            assert torch.allclose(
+                found.at("response")[row, layer], expected[n : n + m].mean(0), atol=1e-4
+            )
+            assert torch.allclose(
+                found.at("t_first")[row, layer], expected[prompt.content.start], atol=1e-4
+            )
             assert torch.allclose(found.at("-3")[row, layer], expected[n - 3], atol=1e-4)
     assert len(long.target_ids) > 32
     with pytest.raises(AttackPlaneError, match="unknown position"):
@@ -133,7 +140,9 @@ def test_positions_by_name_and_means_over_replies(qwen):
 
 def test_a_model_that_packing_does_not_serve_is_read_all_the_same(qwen, monkeypatch, caplog):
     expected = collect(qwen, prompts_of(qwen), REQUESTS).resid
-    monkeypatch.setattr(PackedDecoder, "_mask", lambda *a: torch.zeros(1))  # everything sees everything
+    monkeypatch.setattr(
+        PackedDecoder, "_mask", lambda *a: torch.zeros(1)
+    )  # everything sees everything
     with caplog.at_level("WARNING"):
         found = collect(qwen, prompts_of(qwen), REQUESTS).resid
     assert "padded, not packed" in caplog.text and (found - expected).abs().max() < 1e-4
@@ -159,12 +168,13 @@ def test_prompts_without_a_request_span_have_nan_at_t_goal_only(qwen):
     assert resid[:, :, 0].isnan().all() and not resid[:, :, 1:].isnan().any()
 
 
-# --- directions: planted truth ----------------------------------------------------------------------------------------
+# --- directions: planted truth --------------------------------------------------------------------
 def planted(n=240, d=48, layers=3, *, confounded=False, seed=0, strength=4.0):
-    """Activations with a harmfulness direction at t_inst and a refusal direction at t_post_inst, in noise.
+    """Activations with a harmfulness direction at t_inst and a refusal direction at t_post_inst, in
+    noise.
 
-    Half the harmful prompts are accepted and (unless confounded) half the harmless ones refused, so that harm and
-    refusal are crossed.
+    Half the harmful prompts are accepted and (unless confounded) half the harmless ones refused, so
+    that harm and refusal are crossed.
     """
     g = torch.Generator().manual_seed(seed)
     h, r = unit(torch.randn(2, layers, d, generator=g))
@@ -188,8 +198,11 @@ def test_both_planted_directions_are_found():
 def test_the_two_refusal_estimators_differ_where_harm_and_refusal_are_crossed():
     activations, harmful, refused, h, r = planted()
     harc = estimate(activations, harmful, estimator="harc", refused=refused)
-    # harc's classes differ in harm and not in refusal here: it finds the harmfulness that leaks to t_post_inst
-    assert ((harc.refusal * r).sum(-1).abs() < 0.3).all() and ((harc.refusal * h).sum(-1) > 0.9).all()
+    # harc's classes differ in harm and not in refusal here: it finds the harmfulness that leaks to
+    # t_post_inst
+    assert ((harc.refusal * r).sum(-1).abs() < 0.3).all() and (
+        (harc.refusal * h).sum(-1) > 0.9
+    ).all()
     assert (harc.statistics["cos_harc_zhao"].abs() < 0.5).all()
 
 
@@ -201,7 +214,9 @@ def test_the_two_refusal_estimators_agree_on_confounded_sets():
 
 def test_a_layer_where_the_classes_do_not_differ_has_no_direction():
     activations, harmful, *_ = planted(n=24)
-    activations.resid[:, 0, 2] = torch.randn(48)  # the same template token's embedding in every prompt
+    activations.resid[:, 0, 2] = torch.randn(
+        48
+    )  # the same template token's embedding in every prompt
     found = estimate(activations, harmful, config=EstimateConfig(20))
     assert found.refusal[0].norm() == 0 and found.refusal_norm[0] == 0
     for name in ("separation_refusal", "cos_harmfulness_refusal"):
@@ -209,12 +224,14 @@ def test_a_layer_where_the_classes_do_not_differ_has_no_direction():
     assert not any(t.isnan().any() for n, t in found.statistics.items() if n != "layer_score")
 
 
-def test_zhao_on_a_model_that_refuses_exactly_the_harmful_prompts_is_harc_with_its_intervals_and_nulls():
+def test_zhao_where_exactly_the_harmful_prompts_are_refused_is_harc_with_its_intervals_and_nulls():
     activations, harmful, *_ = planted(n=48, strength=0.5)
     zhao = estimate(activations, harmful, estimator="zhao", refused=harmful)
     harc = estimate(activations, harmful, estimator="harc")
     for name, value in harc.statistics.items():
-        assert torch.allclose(zhao.statistics[name].nan_to_num(), value.nan_to_num(), atol=1e-5), name
+        assert torch.allclose(zhao.statistics[name].nan_to_num(), value.nan_to_num(), atol=1e-5), (
+            name
+        )
 
 
 def test_directions_point_to_harmful_and_to_refused():
@@ -234,13 +251,16 @@ def test_nulls_are_small_where_the_planted_effect_is_large_and_intervals_hold_it
         assert (s[f"stability_{name}"][:, 0] > 0.98).all()
     low, high = s["cos_harmfulness_refusal_interval"].T
     middle = s["cos_harmfulness_refusal"]
-    assert (low <= middle + 0.02).all() and (middle - 0.02 <= high).all() and (high - low < 0.2).all()
+    assert (
+        (low <= middle + 0.02).all() and (middle - 0.02 <= high).all() and (high - low < 0.2).all()
+    )
     # E|cos| of random unit vectors in 48 dimensions is about 0.115; its 95th percentile about 0.28
     assert 0.2 < float(s["null_random_cos"][0]) < 0.36
 
 
 def test_without_an_effect_the_separation_is_within_its_permuted_null():
-    # 40 independent layers of pure noise: about 5 % of them lie beyond the 95th percentile of their null
+    # 40 independent layers of pure noise: about 5 % of them lie beyond the 95th percentile of their
+    # null
     resid = torch.randn(60, 40, 3, 16, generator=torch.Generator().manual_seed(0))
     noise = Activations(resid, POSITIONS, tuple(map(str, range(60))), "noise")
     s = estimate(noise, [i % 2 == 0 for i in range(60)]).statistics
@@ -272,14 +292,18 @@ def test_held_out_separation_equals_a_plain_two_fold_loop():
         direction = unit(mean_difference(resid, a[fold::2], b[fold::2])).float()
         left = (resid[a[1 - fold :: 2]] * direction).sum(-1)
         right = (resid[b[1 - fold :: 2]] * direction).sum(-1)
-        total = total + (left.mean(0) - right.mean(0)) / ((left.var(0) + right.var(0)) / 2).sqrt() / 2
+        total = (
+            total + (left.mean(0) - right.mean(0)) / ((left.var(0) + right.var(0)) / 2).sqrt() / 2
+        )
     assert torch.allclose(held_out_separation(resid, a, b), total, atol=1e-3)
 
 
 def test_layer_score_is_the_product_and_leaves_the_ends_out():
     cosine, h, r = torch.full((31,), -0.5), torch.full((31,), 3.0), torch.full((31,), 1.0)
     score = layer_score(cosine, h, r)
-    assert score[4:27].tolist() == [1.0] * 23 and score[:4].isnan().all() and score[27:].isnan().all()
+    assert (
+        score[4:27].tolist() == [1.0] * 23 and score[:4].isnan().all() and score[27:].isnan().all()
+    )
     twelve = layer_score(cosine[:13], h[:13], r[:13])
     assert (~twelve.isnan()).nonzero()[:, 0].tolist() == [4, 5, 6, 7, 8]
     assert not layer_score(cosine[:4], h[:4], r[:4]).isnan().any()
@@ -305,29 +329,41 @@ def test_saved_directions_load_as_they_were(tmp_path):
     found = estimate(activations, harmful, refused=refused, config=EstimateConfig(30))
     save_directions(found, tmp_path, {"made_from": "x"})
     again = load_directions(tmp_path, "planted", "harc")
-    assert torch.equal(again.harmfulness, found.harmfulness) and again.sample_counts == found.sample_counts
-    assert again.statistics.keys() == found.statistics.keys() and best_layers(again) == best_layers(found)
+    assert (
+        torch.equal(again.harmfulness, found.harmfulness)
+        and again.sample_counts == found.sample_counts
+    )
+    assert again.statistics.keys() == found.statistics.keys() and best_layers(again) == best_layers(
+        found
+    )
     with pytest.raises(AttackPlaneError, match=r"cli\.py directions"):
         load_directions(tmp_path, "planted", "zhao")
 
 
-# --- plane ------------------------------------------------------------------------------------------------------------
+# --- plane ----------------------------------------------------------------------------------------
 def plane_of(shift=0.0):
-    """Points of planted prompts: b0..b3 plain and attacked (attack moves x by -2, y by -1 along the planted axes)."""
+    """Points of planted prompts: b0..b3 plain and attacked (attack moves x by -2, y by -1 along the
+    planted axes)."""
     activations, harmful, refused, _h, _r = planted()
-    directions = estimate(activations, harmful, estimator="zhao", refused=refused, config=EstimateConfig(20))
+    directions = estimate(
+        activations, harmful, estimator="zhao", refused=refused, config=EstimateConfig(20)
+    )
     base = activations.resid[:4].clone()
     moved = base.clone()
     moved[:, :, 1] -= 2 * directions.harmfulness
     moved[:, :, 2] -= 1 * directions.refusal
     resid = torch.cat([base, moved, activations.resid[1:9:2]]) + shift
     infos = [
-        PromptInfo(f"p{i}", f"b{i % 4}", "attack", a, "harmful", a, "s", [None, True, False, True][i % 4])
+        PromptInfo(
+            f"p{i}", f"b{i % 4}", "attack", a, "harmful", a, "s", [None, True, False, True][i % 4]
+        )
         for a in ("plain", "gcg")
         for i in range(4)
     ]
     infos += [
-        PromptInfo(f"h{i}", f"h{i}", "anchor", "harmless (anchor)", "harmless", "none", "none", None)
+        PromptInfo(
+            f"h{i}", f"h{i}", "anchor", "harmless (anchor)", "harmless", "none", "none", None
+        )
         for i in range(4)
     ]
     found = Activations(resid, POSITIONS, tuple(i.prompt_id for i in infos), "planted")
@@ -345,7 +381,9 @@ def test_displacement_of_a_planted_attack_is_found_exactly():
     rows = {(c["frame"], c["class"]): c for c in describe_classes(found)}
     for frame in ("base", "own"):
         assert rows[frame, "gcg"]["displacement"] == pytest.approx([-2.0, -1.0], abs=1e-3)
-        assert rows[frame, "gcg"]["displacement_interval"][0] == pytest.approx([-2.0, -2.0], abs=1e-3)
+        assert rows[frame, "gcg"]["displacement_interval"][0] == pytest.approx(
+            [-2.0, -2.0], abs=1e-3
+        )
         assert rows[frame, "plain"]["displacement"] is None
         assert (rows[frame, "gcg"]["judged"], rows[frame, "gcg"]["jailbroken"]) == (3, 2)
 
@@ -367,7 +405,9 @@ def test_displacement_nulls_are_those_of_directions_without_meaning():
         for a in ("plain", "gcg")
         for i in range(4)
     ]
-    both = Activations(torch.cat([base, moved]), POSITIONS, tuple(i.prompt_id for i in infos), "planted")
+    both = Activations(
+        torch.cat([base, moved]), POSITIONS, tuple(i.prompt_id for i in infos), "planted"
+    )
     nulls = displacement_nulls(both, infos, directions, directions, 1)["planted", "own", "gcg"]
     # |u . m| for random unit u in d dimensions: 95th percentile about 1.96 |m| / sqrt(d)
     length = float(torch.arange(48.0).norm())
@@ -397,15 +437,20 @@ def test_a_class_counts_each_behaviour_once_whatever_the_number_of_its_variants(
         where = ("t", "own", 1, x, 0.0, 0.0, 0.0, None, 1.0, 1.0, None, plain, 0.0)
         return PlanePoint("id", behaviour, "attack", "c", "harmful", "c", "s", *where)
 
-    found = describe_classes([point("b0", 1.0, 0.0), point("b0", 3.0, 0.0), point("b1", 10.0, 4.0)])[0]
-    assert found["centroid"] == [6.0, 0.0] and found["displacement"] == [4.0, 0.0] and found["n"] == 3
+    found = describe_classes(
+        [point("b0", 1.0, 0.0), point("b0", 3.0, 0.0), point("b1", 10.0, 4.0)]
+    )[0]
+    assert (
+        found["centroid"] == [6.0, 0.0] and found["displacement"] == [4.0, 0.0] and found["n"] == 3
+    )
 
 
 def test_exports_agree_with_each_other_and_pictures_are_drawn(tmp_path):
     found, *_ = plane_of()
     export(found, tmp_path)
     lines = [
-        PlanePoint.from_row(json.loads(line)) for line in (tmp_path / "plane.jsonl").read_text().splitlines()
+        PlanePoint.from_row(json.loads(line))
+        for line in (tmp_path / "plane.jsonl").read_text().splitlines()
     ]
     assert lines == found
     table = pq.read_table(tmp_path / "plane.parquet").to_pylist()

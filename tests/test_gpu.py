@@ -14,7 +14,10 @@ from tests.conftest import FAMILIES
 from tests.test_gcg import candidates_of, run_attacker, slot_of
 from tests.test_geometry import REQUESTS, prompts_of
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 @pytest.fixture(params=list(FAMILIES))
@@ -59,9 +62,14 @@ def test_a_real_out_of_memory_halves_the_batch(tiny_folders):
     suffix = torch.tensor(slot.initial_ids)
     _, gradient = objective.token_gradient(suffix.cuda())
     drawn = sample_candidates(
-        suffix, gradient, allowed_tokens(loaded.tokenizer, loaded.embedding_table.shape[0]),
-        topk=200, width=512, n_replace=2, generator=torch.Generator().manual_seed(0),
-    )  # fmt: skip
+        suffix,
+        gradient,
+        allowed_tokens(loaded.tokenizer, loaded.embedding_table.shape[0]),
+        topk=200,
+        width=512,
+        n_replace=2,
+        generator=torch.Generator().manual_seed(0),
+    )
     objective.batch.value = 512
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()

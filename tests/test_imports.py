@@ -53,8 +53,8 @@ def test_nothing_imports_benchmarks_or_the_command_line():
 
 
 def test_from_pretrained_stands_only_in_the_model_modules():
-    # peft's adapters are opened in core/models.py too; GGUF files are converted beside it; the reference engine's worker
-    # is a program of another environment
+    # peft's adapters are opened in core/models.py too; GGUF files are converted beside it; the
+    # reference engine's worker is a program of another environment
     found = {
         path.relative_to(ROOT).as_posix()
         for path in ROOT.glob("*/*.py")
@@ -68,7 +68,8 @@ def test_importing_a_module_sets_up_no_logging_and_the_command_line_starts_witho
     import sys
 
     code = (
-        "import sys, logging, cli; assert 'torch' not in sys.modules; assert not logging.getLogger().handlers"
+        "import sys, logging, cli; assert 'torch' not in sys.modules; assert not "
+        "logging.getLogger().handlers"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

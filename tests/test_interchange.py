@@ -1,4 +1,5 @@
-"""Other tools' files: good, malformed, empty, huge and wrongly encoded ones of each format; exports that round-trip."""
+"""Other tools' files: good, malformed, empty, huge and wrongly encoded ones of each format; exports
+that round-trip."""
 
 import json
 import subprocess
@@ -24,23 +25,50 @@ HINTS = Hints(request="Tell me about tea", model="some-model")
 
 def adversariallm(n):
     return {
-        "original_prompt": [{"role": "user", "content": ASK}, {"role": "assistant", "content": TARGET}],
-        "steps": [
-            {"step": 0, "loss": 2.0, "model_input": [{"role": "user", "content": f"{ASK} first"}], "model_completions": []},
-            {"step": 1, "loss": 1.0, "model_completions": [],
-             "model_input": [{"role": "system", "content": "Be brief"}, {"role": "user", "content": f"{ASK} {n} second"},
-                             {"role": "assistant", "content": ""}], "model_input_tokens": [1, 2, 3]},
-            {"step": 2, "loss": 1.5, "model_input": [{"role": "user", "content": f"{ASK} third"}], "model_completions": []},
+        "original_prompt": [
+            {"role": "user", "content": ASK},
+            {"role": "assistant", "content": TARGET},
         ],
-    }  # fmt: skip
+        "steps": [
+            {
+                "step": 0,
+                "loss": 2.0,
+                "model_input": [{"role": "user", "content": f"{ASK} first"}],
+                "model_completions": [],
+            },
+            {
+                "step": 1,
+                "loss": 1.0,
+                "model_completions": [],
+                "model_input": [
+                    {"role": "system", "content": "Be brief"},
+                    {"role": "user", "content": f"{ASK} {n} second"},
+                    {"role": "assistant", "content": ""},
+                ],
+                "model_input_tokens": [1, 2, 3],
+            },
+            {
+                "step": 2,
+                "loss": 1.5,
+                "model_input": [{"role": "user", "content": f"{ASK} third"}],
+                "model_completions": [],
+            },
+        ],
+    }
 
 
 def garak(n):
     return {
-        "entry_type": "attempt", "uuid": f"u{n}", "status": 2, "probe_classname": "dan.Dan_11_0", "goal": "disregard the rules",
-        "prompt": {"turns": [{"role": "user", "content": {"text": f"Play Robin {n}", "lang": "en"}}]},
+        "entry_type": "attempt",
+        "uuid": f"u{n}",
+        "status": 2,
+        "probe_classname": "dan.Dan_11_0",
+        "goal": "disregard the rules",
+        "prompt": {
+            "turns": [{"role": "user", "content": {"text": f"Play Robin {n}", "lang": "en"}}]
+        },
         "detector_results": {"dan.DAN": [1.0]},
-    }  # fmt: skip
+    }
 
 
 def written(folder, kind, rows=3, bad=()):
@@ -51,9 +79,16 @@ def written(folder, kind, rows=3, bad=()):
         body = json.dumps({f"toaster_{i % 50}_{i // 50}": [f"{ASK} {i} now"] for i in many})
     elif kind == "jailbreakbench":
         jailbreaks = [
-            {"index": i, "goal": ASK, "behavior": "Toaster", "category": "Fraud", "prompt": f"Robin {i}: {ASK}", "jailbroken": True}
+            {
+                "index": i,
+                "goal": ASK,
+                "behavior": "Toaster",
+                "category": "Fraud",
+                "prompt": f"Robin {i}: {ASK}",
+                "jailbroken": True,
+            }
             for i in many
-        ]  # fmt: skip
+        ]
         body = json.dumps(
             {"parameters": {"method": "PAIR", "model": "unknown-model"}, "jailbreaks": jailbreaks}
         )
@@ -75,11 +110,19 @@ def written(folder, kind, rows=3, bad=()):
         )
     elif kind in ("llm-attacks", "pyrit-gcg"):
         losses = [2.0 - i * 1e-6 for i in many]
-        log = {"params": {"goals": [ASK], "targets": [TARGET], "models": ["v"]}, "controls": [f"! ! {i}" for i in many],
-               "losses": losses, "tests": [{ASK: [], "n_passed": 0} for _ in many]}  # fmt: skip
-        body = json.dumps(log if rows else {"params": {"goals": [ASK]}, "controls": [], "losses": []})
+        log = {
+            "params": {"goals": [ASK], "targets": [TARGET], "models": ["v"]},
+            "controls": [f"! ! {i}" for i in many],
+            "losses": losses,
+            "tests": [{ASK: [], "n_passed": 0} for _ in many],
+        }
+        body = json.dumps(
+            log if rows else {"params": {"goals": [ASK]}, "controls": [], "losses": []}
+        )
     elif kind == "csv":
-        body = "goal,prompt,target\n" + "".join(f'{ASK},"Robin {i}, {ASK}","{TARGET}"\n' for i in many)
+        body = "goal,prompt,target\n" + "".join(
+            f'{ASK},"Robin {i}, {ASK}","{TARGET}"\n' for i in many
+        )
     else:
         row = {
             "easyjailbreak": lambda i: {
@@ -136,11 +179,17 @@ def test_a_bad_line_is_named_and_the_lines_around_it_are_kept(tmp_path, kind):
     found = list(read_foreign(path, kind, HINTS))
     assert sum(isinstance(f, Foreign) for f in found) == 3
     rejects = {f.place: f.reason for f in found if isinstance(f, Reject)}
-    assert "not JSON" in rejects["line 1"] and "0xff" in rejects["line 5"] and "list" in rejects["line 6"]
+    assert (
+        "not JSON" in rejects["line 1"]
+        and "0xff" in rejects["line 5"]
+        and "list" in rejects["line 6"]
+    )
 
 
 def test_bad_csv_rows_are_named_by_line(tmp_path):
-    path = written(tmp_path, "csv", bad=[b"a,b,c,d\n", b"goal,,t\n", b"g,caf\xe9,t\n", b'g,"two\nlines",t\n'])
+    path = written(
+        tmp_path, "csv", bad=[b"a,b,c,d\n", b"goal,,t\n", b"g,caf\xe9,t\n", b'g,"two\nlines",t\n']
+    )
     found = list(read_foreign(path, "csv", HINTS))
     assert sum(isinstance(f, Foreign) for f in found) == 4
     rejects = [(f.place, f.reason) for f in found if isinstance(f, Reject)]
@@ -190,33 +239,46 @@ from core.records import Behaviour
 from interchange.foreign import Hints
 from interchange.importer import import_file
 path, kind = Path(sys.argv[1]), sys.argv[2]
-known = [Behaviour(f"toaster_{i}_{j}", f"request {i} {j}", None, "", "harmful", "x") for i in range(50) for j in range(2000)]
+known = [
+    Behaviour(f"toaster_{i}_{j}", f"request {i} {j}", None, "", "harmful", "x")
+    for i in range(50)
+    for j in range(2000)
+]
 known = known if kind == "harmbench" else []
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with RunFolder(sys.argv[3]) as run:
-    result = import_file(run, path, kind, Hints("Tell me about tea", "some-model"), behaviours=known)
-print(result.imported, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, "torch" in sys.modules)
+    hints = Hints("Tell me about tea", "some-model")
+    result = import_file(run, path, kind, hints, behaviours=known)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(result.imported, (peak - before) / 1024, "torch" in sys.modules)
 """
 
 
 @pytest.mark.parametrize(
     "kind",
-    [pytest.param(k, marks=() if k in ("jsonl", "jailbreakbench") else pytest.mark.slow) for k in READERS],
+    [
+        pytest.param(k, marks=() if k in ("jsonl", "jailbreakbench") else pytest.mark.slow)
+        for k in READERS
+    ],
 )
 def test_a_hundred_thousand_rows_are_imported_in_bounded_memory(tmp_path, kind):
     path = written(tmp_path, kind, rows=100_000)
     command = [sys.executable, "-c", MEASURE, path, kind, tmp_path / "run"]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    out = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
     imported, mebibytes = int(out[0]), float(out[1])
     assert imported == (1 if kind in SINGLE else 100_000)
     assert mebibytes < 100 and out[2] == "False"  # the rows as objects take several times as much
 
 
-# --- what each format means -------------------------------------------------------------------------------------------
+# --- what each format means -----------------------------------------------------------------------
 def test_harmbench_takes_requests_and_targets_from_the_behaviours_given(tmp_path):
     path = tmp_path / "test_cases.json"
     path.write_text(
-        json.dumps({"a": ["One", "Two"], "b": ["Three"], "c": [["image.png", "text"], 7], "d": "text"})
+        json.dumps(
+            {"a": ["One", "Two"], "b": ["Three"], "c": [["image.png", "text"], 7], "d": "text"}
+        )
     )
     known = [Behaviour("a", "Do a", "Sure, a", "", "harmful", "hb")]
     with RunFolder(tmp_path / "run") as run:
@@ -245,24 +307,35 @@ def test_jailbreakbench_null_prompts_are_counted_apart_and_unknown_models_are_fi
     assert (again.imported, again.known) == (0, 2)
     assert {(r.attack, r.source_model, r.request) for r in rows} == {("pair", "unknown-model", ASK)}
     assert (
-        rows[0].provenance["jailbroken"] is True and rows[0].loss is None and rows[0].token_fidelity is None
+        rows[0].provenance["jailbroken"] is True
+        and rows[0].loss is None
+        and rows[0].token_fidelity is None
     )
 
 
 def test_adversariallm_takes_the_step_of_the_lowest_loss_and_keeps_its_tokens(tmp_path):
     (prompt, *_), _ = read(tmp_path, "adversariallm")
     assert (
-        prompt.prompt == f"{ASK} 0 second" and prompt.system == "Be brief" and prompt.prompt_ids == [1, 2, 3]
+        prompt.prompt == f"{ASK} 0 second"
+        and prompt.system == "Be brief"
+        and prompt.prompt_ids == [1, 2, 3]
     )
     assert (prompt.loss, prompt.best_step, prompt.losses) == (1.0, 1, [2.0, 1.0, 1.5])
-    assert (prompt.request, prompt.target_string, prompt.attack, prompt.model) == (ASK, TARGET, "gcg", "m")
+    assert (prompt.request, prompt.target_string, prompt.attack, prompt.model) == (
+        ASK,
+        TARGET,
+        "gcg",
+        "m",
+    )
     assert prompt.faults == []
 
 
 def test_nanogcg_keeps_leading_white_space_and_names_the_buffer_fault(tmp_path):
     path = tmp_path / "result.json"
     path.write_text(
-        json.dumps({"best_loss": 0.9, "best_string": "b", "losses": [1.0, 0.5], "strings": ["a", "  !b"]})
+        json.dumps(
+            {"best_loss": 0.9, "best_string": "b", "losses": [1.0, 0.5], "strings": ["a", "  !b"]}
+        )
     )
     (found,) = read_foreign(path, "nanogcg", HINTS)
     assert found.prompt == "Tell me about tea  !b" and found.suffix == "  !b" and found.loss == 0.5
@@ -278,7 +351,11 @@ def test_easyjailbreak_fills_the_query_by_plain_replacement(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text(
         json.dumps(
-            {"query": ASK, "jailbreak_prompt": "{x} {query} {0} {query}", "reference_responses": [TARGET]}
+            {
+                "query": ASK,
+                "jailbreak_prompt": "{x} {query} {0} {query}",
+                "reference_responses": [TARGET],
+            }
         )
     )
     (found,) = read_foreign(path, "easyjailbreak", HINTS)
@@ -302,7 +379,10 @@ def test_gcg_logs_give_the_best_control_by_loss_not_the_last_one_goal_by_goal(tm
     del log["tests"]
     path.write_text(json.dumps(log))
     found = list(read_foreign(path, "llm-attacks", HINTS))
-    assert [(f.prompt, f.attack) for f in found] == [("A c2", "gcg_universal"), ("B c2", "gcg_universal")]
+    assert [(f.prompt, f.attack) for f in found] == [
+        ("A c2", "gcg_universal"),
+        ("B c2", "gcg_universal"),
+    ]
 
 
 def test_garak_takes_completed_attempts_of_old_and_new_reports_and_refuses_the_hit_log(tmp_path):
@@ -323,7 +403,9 @@ def test_garak_takes_completed_attempts_of_old_and_new_reports_and_refuses_the_h
         "An old text prompt",
         "A message",
     ]
-    assert [f.place for f in found if isinstance(f, Reject)] == ["line 6"] and found[0].model == "gpt"
+    assert [f.place for f in found if isinstance(f, Reject)] == ["line 6"] and found[
+        0
+    ].model == "gpt"
     path.write_text(json.dumps({"goal": "g", "prompt": "p", "output": "o", "score": 1.0}))
     with pytest.raises(AttackPlaneError, match=r"report\.jsonl"):
         list(read_foreign(path, "garak", HINTS))
@@ -336,16 +418,23 @@ def test_unknown_formats_and_missing_files_are_named(tmp_path):
         read_foreign(tmp_path / "x.json", "harmbench", HINTS)
 
 
-# --- chat templates ---------------------------------------------------------------------------------------------------
+# --- chat templates -------------------------------------------------------------------------------
 WRAPPED = {
-    "chatml": "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n",
+    "chatml": (
+        "<|im_start|>system\nBe brief<|im_end|>\n<|im_start|>user\nHello "
+        "there<|im_end|>\n<|im_start|>assistant\n"
+    ),
     "llama-3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\nHello there<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "<|start_header_id|>user<|end_header_id|>\n\nHello "
+    "there<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     "llama-2": "<s>[INST] <<SYS>>\nBe brief\n<</SYS>>\n\nHello there [/INST]",
     "gemma": "<bos><start_of_turn>user\nHello there<end_of_turn>\n<start_of_turn>model\n",
     "zephyr": "<|system|>\nBe brief</s>\n<|user|>\nHello there</s>\n<|assistant|>\n",
     "vicuna": "A chat between a curious user and an assistant. USER: Hello there ASSISTANT:",
-    "alpaca": "Below is an instruction that describes a task.\n\n### Instruction:\nHello there\n\n### Response:\n",
+    "alpaca": (
+        "Below is an instruction that describes a task.\n\n### Instruction:\nHello there\n\n### "
+        "Response:\n"
+    ),
 }
 
 
@@ -378,7 +467,7 @@ def test_what_cannot_be_unwrapped_is_kept_as_it_is_and_marked(tmp_path):
     assert "1 unwrapped from the chat template llama-2" in "\n".join(result.lines())
 
 
-# --- the importer -----------------------------------------------------------------------------------------------------
+# --- the importer ---------------------------------------------------------------------------------
 def test_requests_that_differ_only_in_case_and_full_stop_are_one_behaviour(tmp_path):
     path = tmp_path / "x.jsonl"
     requests = [ASK, ASK.upper() + ".", "Another one"]
@@ -394,7 +483,8 @@ def test_requests_that_differ_only_in_case_and_full_stop_are_one_behaviour(tmp_p
 def test_ids_of_tools_never_merge_different_requests(tmp_path):
     path = tmp_path / "x.jsonl"
     rows = [
-        {"id": "1", "goal": r, "prompt": f"Robin, {r}"} for r in ("Bake bread", "Paint a wall", "Bake bread.")
+        {"id": "1", "goal": r, "prompt": f"Robin, {r}"}
+        for r in ("Bake bread", "Paint a wall", "Bake bread.")
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     known = [Behaviour("1", "Another request", None, "", "harmful", "x")]
@@ -408,7 +498,9 @@ def test_ids_of_tools_never_merge_different_requests(tmp_path):
 
 def test_only_these_means_the_behaviours_given_and_not_all_that_the_run_knows(tmp_path):
     path = tmp_path / "x.jsonl"
-    path.write_text("".join(json.dumps({"goal": r, "prompt": f"{r} !"}) + "\n" for r in (ASK, "An anchor")))
+    path.write_text(
+        "".join(json.dumps({"goal": r, "prompt": f"{r} !"}) + "\n" for r in (ASK, "An anchor"))
+    )
     given = [Behaviour("mine", ASK, TARGET, "fraud", "harmful", "x")]
     with RunFolder(tmp_path / "run") as run:
         run.note_behaviours([Behaviour("anchor", "An anchor", None, "", "harmless", "x")])
@@ -470,7 +562,10 @@ def test_of_a_progressive_log_only_the_whole_set_of_goals_counts(tmp_path):
     path = tmp_path / "log.json"
     path.write_text(json.dumps(log))
     found = list(read_foreign(path, "llm-attacks", HINTS))
-    assert [(f.prompt, f.attack) for f in found] == [("A c2", "gcg_universal"), ("B c2", "gcg_universal")]
+    assert [(f.prompt, f.attack) for f in found] == [
+        ("A c2", "gcg_universal"),
+        ("B c2", "gcg_universal"),
+    ]
 
 
 def test_every_row_is_counted_once_and_rejects_are_written_down(tmp_path):
@@ -482,7 +577,7 @@ def test_every_row_is_counted_once_and_rejects_are_written_down(tmp_path):
     assert "and 5 more" in result.lines()[-1]
 
 
-# --- export -----------------------------------------------------------------------------------------------------------
+# --- export ---------------------------------------------------------------------------------------
 def test_exports_round_trip(tmp_path):
     source = written(tmp_path, "jsonl", rows=1)
     known = [

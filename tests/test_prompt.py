@@ -1,4 +1,5 @@
-"""Spans and positions against several chat templates; what a template may not do; token fidelity."""
+"""Spans and positions against several chat templates; what a template may not do; token
+fidelity."""
 
 import pytest
 
@@ -19,7 +20,10 @@ def test_spans_hold_the_words_that_they_name(tiny):
     ids = prompt.ids
     assert decode(tiny, ids[prompt.request.start : prompt.request.stop]).strip() == REQUEST
     assert decode(tiny, ids[prompt.suffix.start : prompt.suffix.stop]).strip() == SUFFIX
-    assert decode(tiny, ids[prompt.content.start : prompt.content.stop]).strip() == f"{REQUEST} {SUFFIX}"
+    assert (
+        decode(tiny, ids[prompt.content.start : prompt.content.stop]).strip()
+        == f"{REQUEST} {SUFFIX}"
+    )
     assert decode(tiny, prompt.target_ids).strip() == TARGET
     assert prompt.t_goal == prompt.request.stop - 1 < prompt.t_inst == prompt.suffix.stop - 1
     assert prompt.t_post_inst == len(ids) - 1 == prompt.t_inst + len(prompt.tail)
@@ -29,9 +33,9 @@ def test_ids_are_those_of_the_rendered_text_tokenised_once(tiny):
     renderer = Renderer(tiny)
     prompt = renderer.render(Conversation.build(REQUEST, SUFFIX), TARGET)
     assert list(prompt.ids) == renderer.tokenise([prompt.text])[0]
-    assert renderer.fidelity([prompt.text + prompt.target_text], [[*prompt.ids, *prompt.target_ids]]) == [
-        True
-    ]
+    assert renderer.fidelity(
+        [prompt.text + prompt.target_text], [[*prompt.ids, *prompt.target_ids]]
+    ) == [True]
     bos = tiny.tokenizer.bos_token_id
     assert bos is None or list(prompt.ids).count(bos) <= 1
 
@@ -66,7 +70,9 @@ def test_suffix_may_stand_anywhere_by_its_marker(tiny):
     for placement in ("{suffix} {request}", "Now {request} {suffix} thanks"):
         prompt = renderer.render(Conversation.build(REQUEST, SUFFIX, placement=placement))
         assert decode(tiny, prompt.ids[prompt.suffix.start : prompt.suffix.stop]).strip() == SUFFIX
-        assert decode(tiny, prompt.ids[prompt.request.start : prompt.request.stop]).strip() == REQUEST
+        assert (
+            decode(tiny, prompt.ids[prompt.request.start : prompt.request.stop]).strip() == REQUEST
+        )
     with pytest.raises(AttackPlaneError, match="suffix"):
         Conversation.build(REQUEST, SUFFIX, placement="{request}")
 
@@ -91,7 +97,10 @@ def test_a_template_that_trims_is_refused_unless_asked_to_accept(tiny_models):
         renderer.render(Conversation.build(" " + REQUEST))
     prompt = renderer.render(Conversation.build(" " + REQUEST), allow_trim=True)
     assert prompt.trimmed
-    assert decode(renderer.loaded, prompt.ids[prompt.request.start : prompt.request.stop]).strip() == REQUEST
+    assert (
+        decode(renderer.loaded, prompt.ids[prompt.request.start : prompt.request.stop]).strip()
+        == REQUEST
+    )
 
 
 def test_a_template_that_drops_the_content_is_refused(tiny_models):
@@ -117,7 +126,11 @@ def test_templates_that_print_the_date_render_the_same_tomorrow(tiny_models, mon
 def test_rendering_leaves_the_tokenizer_as_it_was(tiny):
     before = (tiny.tokenizer.chat_template, tiny.tokenizer.padding_side, len(tiny.tokenizer))
     Renderer(tiny).render(Conversation.build(REQUEST, SUFFIX), TARGET)
-    assert (tiny.tokenizer.chat_template, tiny.tokenizer.padding_side, len(tiny.tokenizer)) == before
+    assert (
+        tiny.tokenizer.chat_template,
+        tiny.tokenizer.padding_side,
+        len(tiny.tokenizer),
+    ) == before
 
 
 def test_fidelity_fails_for_ids_that_the_text_would_not_give(qwen):
@@ -126,7 +139,9 @@ def test_fidelity_fails_for_ids_that_the_text_would_not_give(qwen):
     vocabulary = dict(qwen.tokenizer.get_vocab().items())
     whole = renderer.tokenise([" tea"])[0]
     letters = [vocabulary["Ġ"], vocabulary["t"], vocabulary["e"], vocabulary["a"]]
-    assert len(whole) < len(letters)  # " tea" merges, so letter by letter is never what the text gives
+    assert len(whole) < len(
+        letters
+    )  # " tea" merges, so letter by letter is never what the text gives
     assert slot.faithful([slot.initial_ids, letters]) == [True, False]
 
 
@@ -153,13 +168,17 @@ def test_slot_content_is_what_the_template_gets(tiny):
         renderer, REQUEST, TARGET, length=4, placement="Now {request} {suffix} thanks", system=None
     )
     text = renderer.text(
-        Conversation(slot.content_before + slot.suffix_texts([slot.initial_ids])[0] + slot.content_after)
+        Conversation(
+            slot.content_before + slot.suffix_texts([slot.initial_ids])[0] + slot.content_after
+        )
     )
     assert text == slot.before_text + slot.suffix_texts([slot.initial_ids])[0] + slot.after_text
 
 
 def test_frozen_prompts_find_their_parts_again():
-    conversation = Conversation.of_prompt("Say hi ! !", request="Say hi", suffix=" ! !", system=None)
+    conversation = Conversation.of_prompt(
+        "Say hi ! !", request="Say hi", suffix=" ! !", system=None
+    )
     assert (conversation.request, conversation.suffix) == (Span(0, 6), Span(6, 10))
     encoded = Conversation.of_prompt("U2F5IGhp", request="Say hi", suffix=None, system=None)
     assert encoded.request is None
@@ -168,4 +187,7 @@ def test_frozen_prompts_find_their_parts_again():
 def test_characters_of_several_tokens_stay_inside_their_span(tiny):
     renderer = Renderer(tiny)
     prompt = renderer.render(Conversation.build("Write about 🍵"), TARGET)
-    assert decode(tiny, prompt.ids[prompt.content.start : prompt.content.stop]).strip() == "Write about 🍵"
+    assert (
+        decode(tiny, prompt.ids[prompt.content.start : prompt.content.stop]).strip()
+        == "Write about 🍵"
+    )

@@ -1,4 +1,5 @@
-"""nanogcg as a reference engine: its faults are named, ours do not have them, and a worker that fails is a clear error."""
+"""nanogcg as a reference engine: its faults are named, ours do not have them, and a worker that
+fails is a clear error."""
 
 import dataclasses
 import os
@@ -6,12 +7,12 @@ import sys
 
 import pytest
 import torch
+from attacks.reference import INTERPRETER, faults_of, older_config, reference, scored_ids
+from attacks.suffixes import NANOGCG, NanoGCGMethod
 
 from attacks import reference as module
 from attacks.gcg import GCGConfig, run_gcg
 from attacks.objective import TargetLoss
-from attacks.reference import INTERPRETER, faults_of, older_config, reference, scored_ids
-from attacks.suffixes import NANOGCG, NanoGCGMethod
 from core.embedded import cache_folder
 from core.errors import AttackPlaneError
 from core.store import RunFolder
@@ -25,10 +26,16 @@ def test_a_newer_config_keeps_its_rope_settings_in_the_older_form():
         "rope_parameters": {"rope_theta": 1e5, "rope_type": "default"},
     }
     assert older_config(newer) == {
-        "hidden_size": 8, "torch_dtype": "float32", "rope_theta": 1e5, "rope_scaling": None,
-    }  # fmt: skip
+        "hidden_size": 8,
+        "torch_dtype": "float32",
+        "rope_theta": 1e5,
+        "rope_scaling": None,
+    }
     scaled = {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}}
-    assert older_config(scaled) == {"rope_theta": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    assert older_config(scaled) == {
+        "rope_theta": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    }
 
 
 class Told:
@@ -49,7 +56,9 @@ def faults(told, *, reported=1.0, stopped=False, rendered=(1, 2, 3, 4), options=
         "best_loss": reported,
         "stopped": stopped,
     }
-    return faults_of(told, result, scored := scored_ids(result, [2]), scored == rendered, options or {}, 1e-3)
+    return faults_of(
+        told, result, scored := scored_ids(result, [2]), scored == rendered, options or {}, 1e-3
+    )
 
 
 def test_each_fault_of_a_result_is_named_with_its_evidence():
@@ -57,7 +66,9 @@ def test_each_fault_of_a_result_is_named_with_its_evidence():
     assert "ids" in faults(Told(1.0, True), rendered=(1, 9, 3, 4))[0]
     (fault,) = faults(Told(1.5, True))
     assert "best_loss does not belong" in fault and "1.5000" in fault
-    assert faults(Told(1.5, True), options={"use_mellowmax": True}) == []  # no likelihood to compare
+    assert (
+        faults(Told(1.5, True), options={"use_mellowmax": True}) == []
+    )  # no likelihood to compare
     early = {"early_stop": True}
     assert "does not match" in faults(Told(1.0, False), stopped=True, options=early)[0]
     assert faults(Told(1.0, True), stopped=True, options=early) == []
@@ -82,7 +93,9 @@ def test_a_worker_that_dies_or_complains_is_an_error_that_says_so(tmp_path, qwen
         pass
 
 
-def test_a_model_that_the_older_transformers_computes_otherwise_is_refused(tmp_path, qwen, monkeypatch):
+def test_a_model_that_the_older_transformers_computes_otherwise_is_refused(
+    tmp_path, qwen, monkeypatch
+):
     worker(tmp_path, monkeypatch, "print(json.dumps({'loaded': {}, 'loss': 123.0}), flush=True)")
     with pytest.raises(AttackPlaneError, match="another loss"), reference(qwen):
         pass
@@ -92,7 +105,9 @@ def test_an_environment_that_cannot_be_made_names_the_way_out(tmp_path, monkeypa
     monkeypatch.delenv(INTERPRETER, raising=False)
     monkeypatch.setenv("ATTACK_PLANE_CACHE", str(tmp_path))
     monkeypatch.setattr(module, "REQUIREMENTS", ("no such requirement",))
-    monkeypatch.setattr(module.subprocess, "run", lambda *a, **k: type("Done", (), {"returncode": 1}))
+    monkeypatch.setattr(
+        module.subprocess, "run", lambda *a, **k: type("Done", (), {"returncode": 1})
+    )
     with pytest.raises(AttackPlaneError, match=INTERPRETER):
         module.interpreter()
     assert not (tmp_path / "nanogcg-0.3.0" / "complete").exists()
@@ -104,8 +119,13 @@ def test_stopping_on_a_match_returns_the_suffix_that_matches(qwen, monkeypatch, 
     config = dataclasses.replace(SMALL, num_steps=8, search_width=2, topk=400)
     seen = []
     run_gcg(
-        TargetLoss(qwen, slot), slot, config, allowed_of(qwen), seed=2, on_step=lambda s: seen.append(s.suffix_ids)
-    )  # fmt: skip
+        TargetLoss(qwen, slot),
+        slot,
+        config,
+        allowed_of(qwen),
+        seed=2,
+        on_step=lambda s: seen.append(s.suffix_ids),
+    )
     wanted = seen[at - 1]
 
     def greedy(self, logits):
@@ -116,7 +136,9 @@ def test_stopping_on_a_match_returns_the_suffix_that_matches(qwen, monkeypatch, 
     config = dataclasses.replace(config, stop_on_match=True)
     state = run_gcg(objective, slot, config, allowed_of(qwen), seed=2)
     assert state.step == at and state.best_ids == wanted
-    assert state.best_loss == pytest.approx(float(objective.losses(torch.tensor([wanted]))[0]), abs=1e-5)
+    assert state.best_loss == pytest.approx(
+        float(objective.losses(torch.tensor([wanted]))[0]), abs=1e-5
+    )
 
 
 def test_a_match_is_seen_where_greedy_decoding_gives_the_target(qwen):
@@ -146,9 +168,15 @@ def test_what_nanogcg_does_not_have_is_refused_before_anything_is_written(tmp_pa
 
 
 @pytest.mark.slow
-def test_nanogcg_itself_makes_verified_artifacts_and_its_buffer_fault_is_found(tmp_path, tiny_models):
-    if not (cache_folder() / "nanogcg-0.3.0" / "complete").is_file() and not os.environ.get(INTERPRETER):
-        pytest.skip("nanogcg's environment is not there (python cli.py gcg --engine nanogcg makes it)")
+def test_nanogcg_itself_makes_verified_artifacts_and_its_buffer_fault_is_found(
+    tmp_path, tiny_models
+):
+    if not (cache_folder() / "nanogcg-0.3.0" / "complete").is_file() and not os.environ.get(
+        INTERPRETER
+    ):
+        pytest.skip(
+            "nanogcg's environment is not there (python cli.py gcg --engine nanogcg makes it)"
+        )
     loaded = tiny_models["qwen2"]
     with RunFolder(tmp_path / "good") as run:
         config = dataclasses.replace(SMALL, num_steps=3)
@@ -158,11 +186,14 @@ def test_nanogcg_itself_makes_verified_artifacts_and_its_buffer_fault_is_found(t
     for artifact in made:
         assert len(artifact.loss_history) == 4
         if artifact.token_fidelity:
-            assert artifact.loss == pytest.approx(artifact.loss_history[artifact.best_step], abs=1e-4)
+            assert artifact.loss == pytest.approx(
+                artifact.loss_history[artifact.best_step], abs=1e-4
+            )
         else:
             assert any("ids" in fault for fault in artifact.faults)
     with RunFolder(tmp_path / "buffer") as run:
-        # a random candidate is mostly worse than the initial suffix, which the buffer keeps; the loss is the candidate's
+        # a random candidate is mostly worse than the initial suffix, which the buffer keeps; the
+        # loss is the candidate's
         config = dataclasses.replace(SMALL, num_steps=1, search_width=1, topk=300)
         options = {"buffer_size": 1, "filter_ids": False}
         made = NanoGCGMethod(run, loaded, config, seed=1, options=options).attack(behaviours(6))

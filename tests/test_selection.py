@@ -1,14 +1,15 @@
-"""Options that are not GCG: each does what its paper says, takes only exactly scored suffixes, and is off by default."""
+"""Options that are not GCG: each does what its paper says, takes only exactly scored suffixes, and
+is off by default."""
 
 import dataclasses
 
 import pytest
 import torch
+from attacks.suffixes import GCGMethod, draft_model
 
 from attacks.gcg import GCGConfig, GCGState, run_gcg
 from attacks.objective import TargetLoss
 from attacks.selection import choose, merged, probe_sampled, screened, spearman
-from attacks.suffixes import GCGMethod, draft_model
 from core.errors import AttackPlaneError
 from core.precision import reduced_products
 from core.store import RunFolder
@@ -104,13 +105,19 @@ def test_momentum_is_the_running_mean_and_a_saved_state_goes_on_to_the_bit(qwen,
 
     sample = gcg.sample_candidates
     monkeypatch.setattr(
-        gcg, "sample_candidates", lambda s, g, a, **k: used.append(g.clone()) or sample(s, g, a, **k)
+        gcg,
+        "sample_candidates",
+        lambda s, g, a, **k: used.append(g.clone()) or sample(s, g, a, **k),
     )
 
     def copied(state):
-        return GCGState(**{k: list(v) if isinstance(v, list) else v for k, v in state.to_row().items()})
+        return GCGState(
+            **{k: list(v) if isinstance(v, list) else v for k, v in state.to_row().items()}
+        )
 
-    whole = run_gcg(objective, slot, config, allowed, seed=7, on_step=lambda s: saved.append(copied(s)))
+    whole = run_gcg(
+        objective, slot, config, allowed, seed=7, on_step=lambda s: saved.append(copied(s))
+    )
     assert torch.equal(used[0], raw[0])
     assert torch.allclose(used[1], 0.25 * raw[0] + 0.75 * raw[1])
     assert torch.allclose(used[2], 0.25 * used[1] + 0.75 * raw[2])
@@ -118,7 +125,9 @@ def test_momentum_is_the_running_mean_and_a_saved_state_goes_on_to_the_bit(qwen,
     assert again.to_row() == whole.to_row()
 
 
-def test_a_draft_model_with_another_vocabulary_is_refused_and_its_own_serves(tmp_path, qwen, tiny_folders):
+def test_a_draft_model_with_another_vocabulary_is_refused_and_its_own_serves(
+    tmp_path, qwen, tiny_folders
+):
     with pytest.raises(AttackPlaneError, match="vocabulary"):
         draft_model(qwen, str(tiny_folders["llama"]))
     config = dataclasses.replace(SMALL, draft=str(tiny_folders["qwen2"]))

@@ -1,4 +1,5 @@
-"""Separability: planted regions are found, meaningless classes are not, and a class is never told by its requests."""
+"""Separability: planted regions are found, meaningless classes are not, and a class is never told
+by its requests."""
 
 import dataclasses
 
@@ -6,14 +7,35 @@ import numpy as np
 import pytest
 
 from core.records import PlanePoint
-from geometry.separability import balanced_accuracy, held_out_predictions, separabilities, separability
+from geometry.separability import (
+    balanced_accuracy,
+    held_out_predictions,
+    separabilities,
+    separability,
+)
 
 
 def point(behaviour, attack, x, y, target="t", frame="own"):
     return PlanePoint(
-        f"{behaviour}{attack}", behaviour, "attack", attack, "harmful", attack, "s", target, frame,
-        1, x, y, 0.0, 0.0, None, 1.0, 1.0, None,
-    )  # fmt: skip
+        f"{behaviour}{attack}",
+        behaviour,
+        "attack",
+        attack,
+        "harmful",
+        attack,
+        "s",
+        target,
+        frame,
+        1,
+        x,
+        y,
+        0.0,
+        0.0,
+        None,
+        1.0,
+        1.0,
+        None,
+    )
 
 
 def cloud(shift, behaviours=20, seed=0):
@@ -59,7 +81,8 @@ def test_classes_without_a_region_are_at_chance():
 
 
 def test_a_classifier_cannot_learn_a_request_in_place_of_an_attack():
-    # every behaviour has a region of its own, and the attack does not move it: held-out behaviours are at chance
+    # every behaviour has a region of its own, and the attack does not move it: held-out behaviours
+    # are at chance
     rows = [point(f"b{b}", a, 10.0 * b, 0.0) for b in range(12) for a in ("plain", "gcg")]
     assert separability(rows)["accuracy"] <= 0.6
 
@@ -73,7 +96,9 @@ def test_plain_requests_of_several_sources_count_once_and_of_the_same_behaviours
     rows = cloud(3.0)
     again = [dataclasses.replace(p, source="u") for p in rows if p.attack == "plain"]
     persona = [
-        dataclasses.replace(p, attack="persona", class_name="persona") for p in rows if p.attack == "gcg"
+        dataclasses.replace(p, attack="persona", class_name="persona")
+        for p in rows
+        if p.attack == "gcg"
     ][:5]
     found = {r["class"]: r for r in separabilities([*rows, *again, *persona])}
     assert found["gcg"]["n"] == 40 and found["persona"]["n"] == 10 and found["all"]["n"] == 25

@@ -1,4 +1,5 @@
-"""Refusal fine-tuning: the loss by hand, a stopped training ends as an undisturbed one, checkpoints are targets."""
+"""Refusal fine-tuning: the loss by hand, a stopped training ends as an undisturbed one, checkpoints
+are targets."""
 
 import math
 from pathlib import Path
@@ -21,25 +22,38 @@ from training.sft import (
 )
 
 CONFIG = SFTConfig(
-    num_steps=6, checkpoints=(3, 6), batch_size=4, learning_rate=5e-3, lora_rank=4, lora_alpha=8,
-    lora_dropout=0.1, reply_tokens=4,
-)  # fmt: skip
+    num_steps=6,
+    checkpoints=(3, 6),
+    batch_size=4,
+    learning_rate=5e-3,
+    lora_rank=4,
+    lora_alpha=8,
+    lora_dropout=0.1,
+    reply_tokens=4,
+)
 REFUSALS = [(f"Do the bad thing number {i}", "I can't help with that.") for i in range(4)]
 HARMLESS = [f"Do the good thing number {i}" for i in range(4)]
 
 
 def train(folder, out: Path, config=CONFIG):
     return sft.train(
-        str(folder), REFUSALS, HARMLESS, config, out,
-        own_replies=lambda loaded, requests, tokens: [("Yes, sure.", True)] * len(requests), save_every=2,
-    )  # fmt: skip
+        str(folder),
+        REFUSALS,
+        HARMLESS,
+        config,
+        out,
+        own_replies=lambda loaded, requests, tokens: [("Yes, sure.", True)] * len(requests),
+        save_every=2,
+    )
 
 
 def test_reply_loss_is_the_hand_derived_number():
     # two labelled tokens with probabilities 1/2 and 3/4; the prompt's tokens do not count
     logits = torch.tensor([[[9.0, 0.0], [0.0, 0.0], [0.0, math.log(3.0)], [5.0, 5.0]]])
     labels = torch.tensor([[-100, -100, 0, 1]])
-    assert float(reply_loss(logits, labels)) == pytest.approx((math.log(2) + math.log(4 / 3)) / 2, abs=1e-6)
+    assert float(reply_loss(logits, labels)) == pytest.approx(
+        (math.log(2) + math.log(4 / 3)) / 2, abs=1e-6
+    )
 
 
 def test_examples_learn_the_reply_and_the_end_of_turn_and_nothing_else(tiny):
@@ -48,7 +62,10 @@ def test_examples_learn_the_reply_and_the_end_of_turn_and_nothing_else(tiny):
     prompt = renderer.render(Conversation.build("Write about tea"))
     assert example.ids[: example.reply_start] == prompt.ids
     learnt = tiny.tokenizer.decode(list(example.ids[example.reply_start :]))
-    assert learnt.strip().startswith("I can't help.") and example.ids[-1] in tiny.tokenizer.all_special_ids
+    assert (
+        learnt.strip().startswith("I can't help.")
+        and example.ids[-1] in tiny.tokenizer.all_special_ids
+    )
     ids, mask, labels = collate([example, make_example(renderer, "Say hi", "No.")], 0)
     assert (labels[0] != -100).sum() == len(example.ids) - example.reply_start
     assert mask.sum(1).tolist()[0] == len(example.ids) and ids.shape == labels.shape
@@ -74,7 +91,9 @@ def test_lora_goes_to_attention_projections_of_every_family(tiny):
 
 def test_training_lowers_the_loss_and_its_checkpoints_are_targets(tmp_path, tiny_folders):
     folder = tiny_folders["qwen2"]
-    config = SFTConfig(**{**vars(CONFIG), "num_steps": 30, "checkpoints": (30,), "lora_dropout": 0.0})
+    config = SFTConfig(
+        **{**vars(CONFIG), "num_steps": 30, "checkpoints": (30,), "lora_dropout": 0.0}
+    )
     (path,) = train(folder, tmp_path, config)
     rows = (tmp_path / "losses.csv").read_text().splitlines()[1:]
     losses = [float(row.split(",")[1]) for row in rows]
@@ -82,7 +101,9 @@ def test_training_lowers_the_loss_and_its_checkpoints_are_targets(tmp_path, tiny
     base, tuned = load(str(folder), "cpu"), load(f"{folder}+{path}", "cpu")
     assert tuned.fingerprint != base.fingerprint
     ids = torch.tensor([Renderer(base).render(Conversation.build(REFUSALS[0][0])).ids])
-    assert not torch.allclose(base.model(input_ids=ids).logits, tuned.model(input_ids=ids).logits, atol=1e-3)
+    assert not torch.allclose(
+        base.model(input_ids=ids).logits, tuned.model(input_ids=ids).logits, atol=1e-3
+    )
 
 
 def test_a_stopped_training_goes_on_to_the_same_checkpoint(tmp_path, tiny_folders, monkeypatch):

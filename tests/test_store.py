@@ -1,4 +1,5 @@
-"""Run folders: rows survive crashes, repeated commands add nothing, other configurations are refused by name."""
+"""Run folders: rows survive crashes, repeated commands add nothing, other configurations are
+refused by name."""
 
 import json
 import logging
@@ -33,11 +34,15 @@ def test_another_configuration_is_refused_naming_the_difference(tmp_path):
     with RunFolder(tmp_path) as run:
         run.begin_stage("gcg", {"search_width": 64, "seed": 0}, {"m": "abc"})
         run.begin_stage("gcg", {"search_width": 64, "seed": 0}, {"m": "abc"})
-        with pytest.raises(AttackPlaneError, match=r"gcg\.search_width: the run has 64, this command 128"):
+        with pytest.raises(
+            AttackPlaneError, match=r"gcg\.search_width: the run has 64, this command 128"
+        ):
             run.begin_stage("gcg", {"search_width": 128, "seed": 0}, {"m": "abc"})
         with pytest.raises(AttackPlaneError, match="model m: other files or precision"):
             run.begin_stage("gcg", {"search_width": 64, "seed": 0}, {"m": "xyz"})
-    assert json.loads((tmp_path / "manifest.json").read_text())["stages"]["gcg"]["search_width"] == 64
+    assert (
+        json.loads((tmp_path / "manifest.json").read_text())["stages"]["gcg"]["search_width"] == 64
+    )
 
 
 def test_a_behaviour_id_stands_for_one_request(tmp_path):
@@ -57,7 +62,11 @@ def test_a_run_can_not_be_written_into_a_file(tmp_path):
 
 
 def test_two_writers_at_once_are_refused(tmp_path):
-    with RunFolder(tmp_path), pytest.raises(AttackPlaneError, match="another process"), RunFolder(tmp_path):
+    with (
+        RunFolder(tmp_path),
+        pytest.raises(AttackPlaneError, match="another process"),
+        RunFolder(tmp_path),
+    ):
         pass
 
 
@@ -107,10 +116,22 @@ def test_records_refuse_what_cannot_be():
     with pytest.raises(AttackPlaneError, match="label"):
         Behaviour("b", "request", None, "c", "evil", "x")
     good = {
-        "artifact_id": "a", "behaviour_id": "b", "attack": "gcg", "source_model": "m", "request": "r", "prompt": "r ! !",
-        "suffix": " ! !", "suffix_ids": [1, 2], "target_string": "t", "loss": 1.0, "loss_history": [2.0, 1.0],
-        "best_step": 1, "seed": 0, "config_hash": "c", "token_fidelity": True,
-    }  # fmt: skip
+        "artifact_id": "a",
+        "behaviour_id": "b",
+        "attack": "gcg",
+        "source_model": "m",
+        "request": "r",
+        "prompt": "r ! !",
+        "suffix": " ! !",
+        "suffix_ids": [1, 2],
+        "target_string": "t",
+        "loss": 1.0,
+        "loss_history": [2.0, 1.0],
+        "best_step": 1,
+        "seed": 0,
+        "config_hash": "c",
+        "token_fidelity": True,
+    }
     AttackArtifact(**good)
     for change in ({"suffix": "x x"}, {"loss": float("nan")}, {"best_step": 2}, {"prompt": ""}):
         with pytest.raises(AttackPlaneError):

@@ -1,18 +1,19 @@
-"""A sweep end to end on tiny models: the plan, what is made, what fails and is tried again, what a second run does."""
+"""A sweep end to end on tiny models: the plan, what is made, what fails and is tried again, what a
+second run does."""
 
 import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from pipeline.estimate import Speed
+from pipeline.sweep_config import read_config
 
 from cli import cli
 from core.errors import AttackPlaneError
 from core.records import AttackArtifact
 from core.store import ATTACKS, FAILURES, RunFolder
 from pipeline import sweep as module
-from pipeline.estimate import Speed
-from pipeline.sweep_config import read_config
 
 
 def call(*arguments, code=0):
@@ -62,7 +63,8 @@ def swept(tmp_path_factory, tiny_folders):
         + "\nbroken\n"
     )
     imports = (
-        f'[[imports]]\nformat = "jsonl"\nfile = "{folder}/other.jsonl"\nattack = "robin"\nmodel = "vicuna"\n'
+        f'[[imports]]\nformat = "jsonl"\nfile = "{folder}/other.jsonl"\nattack = "robin"\nmodel = '
+        '"vicuna"\n'
     )
     (folder / "sweep.toml").write_text(config_text(folder / "run", model, imports))
     return folder, call("sweep", folder / "sweep.toml")
@@ -93,8 +95,16 @@ def test_one_run_folder_holds_everything_and_the_matrix_every_class(swept):
     cells = [json.loads(line) for line in (run / "matrix.jsonl").read_text().splitlines()]
     classes = {c["attack"] for c in cells}
     assert classes == {
-        "plain", "initial_suffix", "random_suffix", "autodan_seed", "gcg", "autodan_hga", "persona", "past_tense", "robin",
-    }  # fmt: skip
+        "plain",
+        "initial_suffix",
+        "random_suffix",
+        "autodan_seed",
+        "gcg",
+        "autodan_hga",
+        "persona",
+        "past_tense",
+        "robin",
+    }
     robin = next(c for c in cells if c["attack"] == "robin")
     assert robin["source"] == "vicuna" and robin["paired"] == 1 and robin["gain"] is not None
     assert (run / FAILURES).read_text() == "" and "cells failed" not in output
@@ -103,8 +113,14 @@ def test_one_run_folder_holds_everything_and_the_matrix_every_class(swept):
 
 def test_a_second_run_makes_nothing_anew(swept, monkeypatch):
     folder, _ = swept
-    before = {n: (folder / "run" / n).read_bytes() for n in (ATTACKS, "replays.jsonl", "matrix.jsonl")}
-    for name in ("attacks.suffixes.run_gcg", "attacks.autodan.run_autodan", "transfer.replay.complete"):
+    before = {
+        n: (folder / "run" / n).read_bytes() for n in (ATTACKS, "replays.jsonl", "matrix.jsonl")
+    }
+    for name in (
+        "attacks.suffixes.run_gcg",
+        "attacks.autodan.run_autodan",
+        "transfer.replay.complete",
+    ):
         monkeypatch.setattr(name, lambda *a, **k: pytest.fail("made again"))
     call("sweep", folder / "sweep.toml")
     assert {n: (folder / "run" / n).read_bytes() for n in before} == before
@@ -112,11 +128,15 @@ def test_a_second_run_makes_nothing_anew(swept, monkeypatch):
 
 def missing(folder):
     """Missing prompts by attack, of the matrix on disk."""
-    cells = [json.loads(line) for line in (folder / "run" / "matrix.jsonl").read_text().splitlines()]
+    cells = [
+        json.loads(line) for line in (folder / "run" / "matrix.jsonl").read_text().splitlines()
+    ]
     return {c["attack"]: c["missing"] for c in cells if c["missing"]}
 
 
-def test_a_failed_cell_is_written_down_shown_as_missing_and_tried_again(tmp_path, tiny_folders, monkeypatch):
+def test_a_failed_cell_is_written_down_shown_as_missing_and_tried_again(
+    tmp_path, tiny_folders, monkeypatch
+):
     model = tiny_folders["qwen2"]
     path = tmp_path / "sweep.toml"
     path.write_text(config_text(tmp_path / "run", model))
@@ -149,8 +169,13 @@ def test_behaviours_without_a_target_fail_where_one_is_needed_only(tmp_path, tin
     call("sweep", path)
     failed = RunFolder(tmp_path / "run").rows(FAILURES)
     assert {f["attack"] for f in failed} == {
-        "plain", "initial_suffix", "random_suffix", "autodan_seed", "gcg", "autodan_hga",
-    }  # fmt: skip
+        "plain",
+        "initial_suffix",
+        "random_suffix",
+        "autodan_seed",
+        "gcg",
+        "autodan_hga",
+    }
     assert sum(f["attack"] == "autodan_seed" for f in failed) == 10
     assert all("no target string" in f["reason"] for f in failed)
 

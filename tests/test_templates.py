@@ -35,8 +35,13 @@ def test_every_class_makes_an_artifact_a_variant_without_any_model(tmp_path, nam
     variants = CLASSES[name].variants
     assert set(found) == {k for k, v in variants.items() if not v.mutator_only}
     for artifact in found.values():
-        assert artifact.attack == name and artifact.source_model == NO_SOURCE and artifact.loss is None
-        assert "{request}" not in artifact.prompt and AttackArtifact.from_row(artifact.to_row()) == artifact
+        assert (
+            artifact.attack == name and artifact.source_model == NO_SOURCE and artifact.loss is None
+        )
+        assert (
+            "{request}" not in artifact.prompt
+            and AttackArtifact.from_row(artifact.to_row()) == artifact
+        )
     assert made(tmp_path, name) == found  # nothing is made twice
     with RunFolder(tmp_path) as run:
         assert len(run.rows(ATTACKS)) == len(found)
@@ -50,12 +55,17 @@ def test_each_class_names_its_source_and_what_ours_lacks():
 def test_encodings_decode_to_the_request(tmp_path):
     found = made(tmp_path, "encoding")
     assert base64.b64decode(found["base64"].prompt.split("\n\n")[1]).decode() == REQUEST
-    assert REQUEST not in found["leetspeak"].prompt and "Wr173 4 f4k3 r3v13w" in found["leetspeak"].prompt
+    assert (
+        REQUEST not in found["leetspeak"].prompt
+        and "Wr173 4 f4k3 r3v13w" in found["leetspeak"].prompt
+    )
 
 
 def test_code_completion_holds_the_request_word_by_word(tmp_path):
     prompt = made(tmp_path, "code_completion")["python_stack"].prompt
-    assert REQUEST not in prompt and all(f"tokens.append({word!r})" in prompt for word in REQUEST.split())
+    assert REQUEST not in prompt and all(
+        f"tokens.append({word!r})" in prompt for word in REQUEST.split()
+    )
 
 
 def test_a_mutator_rewrites_where_the_paper_does_and_makes_translation_possible(tmp_path):

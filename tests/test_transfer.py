@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
+from evaluation.asr import bootstrap_mean, wilson
+from pipeline.reports import matrix_table
 
 from core.generate import complete
 from core.prompt import Conversation, Renderer
 from core.records import Replay
 from core.store import REPLAYS, RunFolder
-from evaluation.asr import bootstrap_mean, wilson
 from evaluation.judges import make_judge
-from pipeline.reports import matrix_table
 from tests.test_gcg import run_attacker
 from transfer.matrix import matrix
 from transfer.replay import ReplayConfig, replay_all
@@ -34,11 +34,20 @@ def replay(attack, behaviour, jailbroken, target="t", source="s", number=0):
 
 def test_rates_gains_and_missing_judgements_by_hand():
     rows = [
-        replay("plain", "b1", False), replay("plain", "b2", True), replay("plain", "b3", False),
-        replay("gcg", "b1", True), replay("gcg", "b2", True), replay("gcg", "b3", None),
-    ]  # fmt: skip
+        replay("plain", "b1", False),
+        replay("plain", "b2", True),
+        replay("plain", "b3", False),
+        replay("gcg", "b1", True),
+        replay("gcg", "b2", True),
+        replay("gcg", "b3", None),
+    ]
     plain, gcg = matrix(rows)
-    assert (plain.asr, plain.replays, plain.judged, plain.gain) == (pytest.approx(1 / 3), 3, 3, None)
+    assert (plain.asr, plain.replays, plain.judged, plain.gain) == (
+        pytest.approx(1 / 3),
+        3,
+        3,
+        None,
+    )
     assert (gcg.asr, gcg.replays, gcg.judged, gcg.paired) == (1.0, 3, 2, 2)
     assert gcg.gain == 0.5  # b1 gained, b2 did not, b3 was not judged
     assert gcg.bootstrap == (1.0, 1.0) and gcg.wilson[0] == pytest.approx(0.342, abs=1e-3)
@@ -50,7 +59,11 @@ def test_a_cell_without_judgements_is_not_judged_rather_than_zero():
 
 
 def test_several_replies_of_one_behaviour_count_as_one():
-    rows = [replay("gcg", "b1", True), replay("gcg", "b1", False, number=1), replay("gcg", "b2", True)]
+    rows = [
+        replay("gcg", "b1", True),
+        replay("gcg", "b1", False, number=1),
+        replay("gcg", "b2", True),
+    ]
     assert matrix(rows)[0].asr == 0.75
 
 
@@ -71,7 +84,9 @@ def test_bootstrap_covers_the_mean_about_as_often_as_it_says():
     import numpy as np
 
     draws = np.random.default_rng(0).random((200, 40)) < 0.4
-    hits = [low <= 0.4 <= high for low, high in (bootstrap_mean(row.astype(float)) for row in draws)]
+    hits = [
+        low <= 0.4 <= high for low, high in (bootstrap_mean(row.astype(float)) for row in draws)
+    ]
     assert 0.88 <= sum(hits) / len(hits) <= 0.99
 
 
@@ -110,7 +125,8 @@ def test_greedy_completion_equals_a_step_by_step_argmax(tiny, monkeypatch):
         monkeypatch.setattr(tiny.model.generation_config, name, value)
     renderer = Renderer(tiny)
     texts = [
-        renderer.text(Conversation.build(r)) for r in ("Write about tea", "Say a very short word now please")
+        renderer.text(Conversation.build(r))
+        for r in ("Write about tea", "Say a very short word now please")
     ]
     replies = complete(renderer, texts, max_new_tokens=6)
     ends = {tiny.tokenizer.eos_token_id, tiny.model.generation_config.eos_token_id}
@@ -119,7 +135,9 @@ def test_greedy_completion_equals_a_step_by_step_argmax(tiny, monkeypatch):
         new = []
         for _ in range(6):
             with torch.no_grad():
-                new.append(int(tiny.model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()))
+                new.append(
+                    int(tiny.model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax())
+                )
             if new[-1] in ends:
                 break
         assert tiny.model.generation_config.repetition_penalty == 5.0
@@ -133,7 +151,9 @@ def test_sampled_replies_do_not_depend_on_where_a_run_was_stopped(tmp_path, qwen
         replay_all(whole, qwen, artifacts, [], config)
         replay_all(stopped, qwen, artifacts[::2], [], config)
         replay_all(stopped, qwen, artifacts, [], config)
-        a, b = ({r["artifact_id"]: r["reply"] for r in run.rows(REPLAYS)} for run in (whole, stopped))
+        a, b = (
+            {r["artifact_id"]: r["reply"] for r in run.rows(REPLAYS)} for run in (whole, stopped)
+        )
     assert a == b and len(set(a.values())) > 1
 
 

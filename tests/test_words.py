@@ -67,7 +67,9 @@ def swapped(text, dictionary, *, probability, count=1, most=5):
 def test_word_swaps_use_synonyms_keep_case_and_marker_and_stop_at_the_most_in_each_paragraph():
     text = "Answer the question. Help people {request} quickly.\n\nANSWER this task, people."
     known = dict.fromkeys(("answer", "question", "help", "people", "task"), -1.0)
-    for new in swapped(text, known, probability=0.0, count=30, most=2):  # unseen words are tried first
+    for new in swapped(
+        text, known, probability=0.0, count=30, most=2
+    ):  # unseen words are tried first
         assert new.count(MARKER) == 1 and "the" in new
         for old_part, new_part in zip(text.split("\n\n"), new.split("\n\n"), strict=True):
             pairs = zip(old_part.split(), new_part.split(), strict=True)
@@ -75,7 +77,8 @@ def test_word_swaps_use_synonyms_keep_case_and_marker_and_stop_at_the_most_in_ea
             assert len(changed) == 2
             for before, after in changed:
                 assert (
-                    after.lower() in synonyms()[before.lower()] and after[0].isupper() == before[0].isupper()
+                    after.lower() in synonyms()[before.lower()]
+                    and after[0].isupper() == before[0].isupper()
                 )
 
 
@@ -95,7 +98,9 @@ def test_unknown_words_are_as_bad_as_the_worst_known_or_better_than_all_by_a_coi
     assert set(sure) == {"task", "job"}
     # 0: weights assignment 2, duty 2, job 1, task 0
     new = Counter(swapped("task", scores, probability=0.0, count=1000))
-    assert set(new) == {"assignment", "duty", "job"} and new["job"] / 1000 == pytest.approx(0.2, abs=0.04)
+    assert set(new) == {"assignment", "duty", "job"} and new["job"] / 1000 == pytest.approx(
+        0.2, abs=0.04
+    )
 
 
 def test_equal_scores_and_stop_words_change_nothing():
@@ -105,7 +110,9 @@ def test_equal_scores_and_stop_words_change_nothing():
 
 def test_a_paraphrase_changes_about_the_share_asked_for():
     text = " ".join(["question"] * 400) + " {request}"
-    changed = sum(word != "question" for word in paraphrase(text, random.Random(0), 0.25).split()[:-1])
+    changed = sum(
+        word != "question" for word in paraphrase(text, random.Random(0), 0.25).split()[:-1]
+    )
     assert 70 < changed < 130
     assert paraphrase(text, random.Random(0), 0.0) == text
 

@@ -1,18 +1,23 @@
-"""What was sent to a target, compared with what the source model saw: so that "the transfer failed" is told from "another
-prompt was sent".
+"""What was sent to a target, compared with what the source model saw: so that "the transfer failed"
+is told from "another prompt was sent".
 
 A certificate holds, for one prompt on one target:
 
-``verbatim``        the target's template left the user content as it is (False: it removed white space around it)
-``same_ids``        the target's tokens of the content equal the source's. None where the source's are not known, where they differ
-                    and so do the vocabularies, or where a tool kept the whole prompt's ids and those differ (its template and
-                    vocabulary are not known). False also where the ids that were scored are not those of the text
+``verbatim``        the target's template left the user content as it is (False: it removed white
+                    space around it)
+``same_ids``        the target's tokens of the content equal the source's. None where the source's
+                    are not known, where they differ and so do the vocabularies, or where a tool
+                    kept the whole prompt's ids and those differ (its template and vocabulary are
+                    not known). False also where the ids that were scored are not those of the text
 ``same_vocabulary``, ``same_template``   None where the source's are not known
-``content_tokens``, ``prompt_tokens``    of the target's rendering; ``source_content_tokens`` of the source's
-``prompt_hash``, ``template_hash``, ``system_prompt_hash``  of the text sent, the target's chat template, the system prompt
+``content_tokens``, ``prompt_tokens``    of the target's rendering; ``source_content_tokens`` of the
+                                         source's
+``prompt_hash``, ``template_hash``, ``system_prompt_hash``  of the text sent, the target's chat
+                                                            template, the system prompt
 
-``sent_as_meant`` sums it up: False where something is known to differ that belongs to the prompt itself (content or tokens).
-Another template is the target's own and no fault: chat models are transferred to with theirs.
+``sent_as_meant`` sums it up: False where something is known to differ that belongs to the prompt
+itself (content or tokens). Another template is the target's own and no fault: chat models are
+transferred to with theirs.
 """
 
 from __future__ import annotations
@@ -25,7 +30,9 @@ from core.records import AttackArtifact, content_hash
 
 def certificate(renderer: Renderer, artifact: AttackArtifact) -> dict[str, Any]:
     """The certificate of one artifact on the renderer's model."""
-    prompt = renderer.render(Conversation(artifact.prompt, system=artifact.system_prompt), allow_trim=True)
+    prompt = renderer.render(
+        Conversation(artifact.prompt, system=artifact.system_prompt), allow_trim=True
+    )
     content = list(prompt.ids[prompt.content.start : prompt.content.stop])
     source = artifact.rendering or {}
     vocabulary, template = source.get("vocabulary"), source.get("template")
@@ -53,5 +60,7 @@ def certificate(renderer: Renderer, artifact: AttackArtifact) -> dict[str, Any]:
         "prompt_tokens": len(prompt.ids),
         "prompt_hash": content_hash(prompt.text),
         "template_hash": renderer.template_hash,
-        "system_prompt_hash": content_hash(artifact.system_prompt) if artifact.system_prompt else None,
+        "system_prompt_hash": content_hash(artifact.system_prompt)
+        if artifact.system_prompt
+        else None,
     }

@@ -1,7 +1,9 @@
-"""ASR by attack x source x target, with intervals, paired against the plain request of the same behaviours.
+"""ASR by attack x source x target, with intervals, paired against the plain request of the same
+behaviours.
 
-The plain request is the same prompt whatever the source, so attacks without a source, and imported ones, are paired with
-any plain request of the behaviour on that target under the same system prompt (their own source's, where there is one).
+The plain request is the same prompt whatever the source, so attacks without a source, and imported
+ones, are paired with any plain request of the behaviour on that target under the same system prompt
+(their own source's, where there is one).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from core.records import BASELINES, PLAIN, Replay
-from evaluation.asr import Interval, bootstrap_mean, wilson
+from core.statistics import Interval, bootstrap_mean, wilson
 
 Key = tuple[str, str, str]
 
@@ -20,7 +22,8 @@ Key = tuple[str, str, str]
 class Cell:
     """One cell of the matrix. Rates are over ``judged`` replies; None where nothing was judged.
 
-    ``gain`` is the mean over behaviours of (this attack's success - the plain request's) on the same target.
+    ``gain`` is the mean over behaviours of (this attack's success - the plain request's) on the
+    same target.
     """
 
     attack: str
@@ -35,9 +38,11 @@ class Cell:
     gain_bootstrap: Interval | None
     paired: int
     missing: int = 0
-    """Prompts of this attack and source that have no reply on this target: failed or not yet made, never counted as refused."""
+    """Prompts of this attack and source that have no reply on this target: failed or not yet made,
+    never counted as refused."""
     sent_as_meant: int | None = None
-    """Replies whose certificate says so (``transfer/certificate.py``); None for rows without certificates."""
+    """Replies whose certificate says so (``transfer/certificate.py``); None for rows without
+    certificates."""
 
     def to_row(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,13 +55,16 @@ def matrix(
     targets: Sequence[str] = (),
     seed: int = 0,
 ) -> list[Cell]:
-    """Cells by target and source in order of first appearance, baselines first; several replies of one behaviour in a
-    cell are averaged first. ``expected`` is how many prompts each (attack, source) should have, on each of ``targets`` and of
-    those that have replays; what lacks is missing."""
+    """Cells by target and source in order of first appearance, baselines first; several replies of
+    one behaviour in a cell are averaged first. ``expected`` is how many prompts each (attack,
+    source) should have, on each of ``targets`` and of those that have replays; what lacks is
+    missing."""
     expected = expected or {}
     rows: dict[Key, list[Replay]] = {}
     for replay in replays:
-        rows.setdefault((replay.attack, replay.source_model, replay.target_model), []).append(replay)
+        rows.setdefault((replay.attack, replay.source_model, replay.target_model), []).append(
+            replay
+        )
     targets = list(dict.fromkeys([*targets, *(r.target_model for r in replays)]))
     for attack, source in expected:
         for target in targets:
@@ -89,7 +97,9 @@ def matrix(
                 gain_bootstrap=bootstrap_mean(gains, seed=seed) if gains else None,
                 paired=len(gains),
                 missing=max(0, expected.get((attack, source), 0) - len(found)),
-                sent_as_meant=sum(c["sent_as_meant"] for c in certificates) if certificates else None,
+                sent_as_meant=sum(c["sent_as_meant"] for c in certificates)
+                if certificates
+                else None,
             )
         )
     attacks = list(dict.fromkeys([*BASELINES, *(c.attack for c in cells)]))
@@ -100,8 +110,11 @@ def matrix(
     )
 
 
-def _plain_rates(rows: Mapping[Key, Sequence[Replay]]) -> dict[tuple[str | None, str, Any, str], float]:
-    """Success of the plain request by (source or None for any, target, system prompt, behaviour)."""
+def _plain_rates(
+    rows: Mapping[Key, Sequence[Replay]],
+) -> dict[tuple[str | None, str, Any, str], float]:
+    """Success of the plain request by (source or None for any, target, system prompt,
+    behaviour)."""
     found: dict[tuple[str | None, str, Any, str], float] = {}
     for (attack, source, target), replays in rows.items():
         if attack == PLAIN:

@@ -1,0 +1,164 @@
+"""Hidden states and logits of many candidates of one slot, by packed passes (``core/packed.py``).
+
+Keys and values of what stands before the suffix, and of the current suffix, are kept. A candidate
+that first differs from the current suffix at position p is fed from p on; many candidates go
+through the model in one flat batch.
+
+The *bound* of a candidate is its loss with logits over a few likely tokens (and the target) in
+place of the whole vocabulary: log sum_S exp - logit_target never exceeds a token's NLL. The likely
+tokens are the top of the current suffix's distributions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from attacks.likelihood import target_nll
+from core.batching import BatchSize
+from core.head import Head
+from core.models import LoadedModel
+from core.packed import Group, PackedDecoder
+from core.precision import is_reduced
+from core.prefix import keeps_keys_and_values_only
+
+LIKELY = 1024
+"""Tokens per target position that the lower bound looks at,"""
+LIKELY_SHARE = 4
+"""but over all positions at most this part of the vocabulary, so that the bound stays cheap."""
+HEAD_BATCH = 16
+"""Candidates whose logits over the whole vocabulary are held at once."""
+GROUP_BLOCK = 4
+"""On a GPU shared lengths are rounded down to a multiple: fewer kernels, a few more tokens fed."""
+
+
+def shared_length(current: Tensor, suffix: Tensor) -> int:
+    """How many of a candidate's first tokens are the current suffix's; its last is always fed."""
+    length = min(len(current), len(suffix))
+    same = (suffix[:length] == current[:length]).long().cumprod(0).sum()
+    return min(int(same), len(suffix) - 1)
+
+
+class PackedScorer:
+    """Packed passes over suffixes of one slot.
+
+    Args:
+        before: (tokens,) ids in front of the suffix. rest: ids behind it, up to the last target
+            token but one. target: (T,) ids. batch: candidates that go through the model at once.
+        mellowmax: see ``target_nll``.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        before: Tensor,
+        rest: Tensor,
+        target: Tensor,
+        *,
+        batch: BatchSize,
+        mellowmax: float,
+    ) -> None:
+        self.loaded, self.before, self.rest, self.target = loaded, before, rest, target
+        self.batch, self._mellowmax = batch, mellowmax
+        self._embed = loaded.model.get_input_embeddings()
+        self._current = before[:0]
+        self._likely: tuple[Head, Tensor] | None = None
+
+    def start(self, probe: Tensor) -> str | None:
+        """Compute the prefix; the reason why packing cannot serve this model, or None.
+
+        ``probe`` (tokens,) is a whole prompt that the head is tried on.
+        """
+        self._current, self._likely = self.before[:0], None
+        self._head = Head(self.loaded, probe)
+        if not self._head.usable:
+            return "its logits are not an elementwise function of a linear head's"
+        if not keeps_keys_and_values_only(self.loaded):
+            return "it keeps more than keys and values"
+        self._packed = PackedDecoder(self.loaded)
+        if len(self.before):
+            with torch.no_grad():
+                group = Group(0, len(self.before), 1)
+                self._packed.hidden(self._embed(self.before), [group], keep=group.length)
+        return None
+
+    @property
+    def likely_tokens(self) -> int:
+        """How many tokens a bound looks at; 0 before the first ``logits_of_current``."""
+        return self._likely[0].tokens if self._likely else 0
+
+    def logits_of_current(self, suffix: Tensor, leaf: Tensor) -> Tensor:
+        """(T, vocabulary) logits of one suffix, which becomes the current one.
+
+        ``leaf`` (suffix length, d_model) holds its embeddings, which a gradient may be asked of.
+        """
+        self._current = suffix[:0]  # until the pass is through, nothing may share half of it
+        fed = torch.cat([leaf, self._embed(self.rest)])
+        shared = len(self.before)
+        keep = shared + len(suffix)
+        hidden = self._packed.hidden(fed, [Group(shared, len(fed), 1)], keep=keep)
+        logits = self._head.logits(hidden[-len(self.target) :])
+        self._current = suffix
+        each = max(1, min(LIKELY, logits.shape[1] // LIKELY_SHARE // len(self.target)))
+        likely = torch.cat([logits.detach().topk(each).indices.flatten(), self.target]).unique()
+        self._likely = self._head.restricted(likely), torch.searchsorted(likely, self.target)
+        return logits
+
+    def hidden(self, suffixes: Sequence[Tensor]) -> Tensor:
+        """Candidates of any lengths -> (candidate, T, d_model) states that predict the target."""
+        # a reduced precision is set for the whole process: threads side by side would disturb it
+        cpu = self.loaded.device.type == "cpu"
+        two = cpu and torch.get_num_threads() > 1 and not is_reduced(self.loaded.device)
+        suffixes, block = [s.cpu() for s in suffixes], 1 if cpu else GROUP_BLOCK
+        current = self._current.cpu()
+        shared = torch.tensor([shared_length(current, s) // block * block for s in suffixes])
+        lengths = torch.tensor([len(s) for s in suffixes]) - shared + len(self.rest)
+        order = (shared * (int(lengths.max()) + 1) + lengths).argsort(stable=True)
+        rest, count = self.rest.cpu(), len(self.target)
+
+        def batch_of(part: Sequence[int]) -> tuple[Tensor, list[Group], Tensor]:
+            """Embeddings, groups and predicting positions of some candidates, in ``order``."""
+            rows = torch.stack([shared[torch.tensor(part)], lengths[torch.tensor(part)]], 1)
+            groups = [
+                Group(len(self.before) + int(start), int(length), int(number))
+                for (start, length), number in zip(
+                    *rows.unique(dim=0, return_counts=True), strict=True
+                )
+            ]
+            pieces = [piece for i in part for piece in (suffixes[i][shared[i] :], rest)]
+            ends = torch.cumsum(rows[:, 1], 0)
+            predicting = ends[:, None] + torch.arange(-count, 0)
+            device = self.loaded.device
+            return self._embed(torch.cat(pieces).to(device)), groups, predicting.to(device)
+
+        def score(part: Sequence[int]) -> Tensor:
+            if not two or len(part) < 2:
+                embeddings, groups, predicting = batch_of(part)
+                return self._packed.hidden(embeddings, groups)[predicting]
+            halves = [batch_of(part[start::2]) for start in (0, 1)]
+            both = self._packed.hidden_of_two([half[:2] for half in halves])
+            whole = both[0].new_empty(len(part), count, both[0].shape[1])
+            for start, (hidden, half) in enumerate(zip(both, halves, strict=True)):
+                whole[start::2] = hidden[half[2]]
+            return whole
+
+        states = torch.cat(list(self.batch.over(order.tolist(), score)))
+        return states[order.argsort().to(self.loaded.device)]
+
+    def losses(self, hidden: Tensor) -> Tensor:
+        """(candidate, T, d_model) -> (candidate,) losses by the whole head, float32 on the CPU."""
+        return self._nll(hidden, self._head, self.target)
+
+    def bounds(self, hidden: Tensor) -> Tensor:
+        """(candidate, T, d_model) -> (candidate,) lower bounds of the losses."""
+        assert self._likely is not None
+        return self._nll(hidden, *self._likely)
+
+    def _nll(self, hidden: Tensor, head: Head, target: Tensor) -> Tensor:
+        logits = (
+            head.logits(part.flatten(0, 1)).unflatten(0, part.shape[:2])
+            for part in hidden.split(HEAD_BATCH)
+        )
+        return torch.cat([target_nll(part, target, self._mellowmax).cpu() for part in logits])

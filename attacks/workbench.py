@@ -1,0 +1,150 @@
+"""What an attack works with: source models, helper models, the random stream, where it saves.
+
+A ``Workbench`` serves all requests of one campaign, so that a helper model is loaded once. A
+``Task`` is one request on it. Each request has a random stream of its own, so neither the order nor
+the choice of requests changes a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from attacks.candidates import allowed_tokens
+from core.chat import ChatModel, open_chat
+from core.models import LoadedModel, ModelHandle, OpenModel
+from core.prompt import Renderer
+from core.records import Behaviour, content_hash
+from evaluation.judges import Judge, make_judge
+
+T = TypeVar("T")
+
+
+def stream_seed(seed: int, *names: str) -> int:
+    """A seed for one named random stream."""
+    return int(content_hash([seed, *names], 15), 16)
+
+
+class States(Protocol):
+    """Where a search in progress is kept, by name; what is loaded goes on to the bit."""
+
+    def load(self, name: str) -> dict[str, Any] | None: ...
+
+    def save(self, name: str, state: dict[str, Any]) -> None: ...
+
+    def drop(self, name: str) -> None: ...
+
+
+class NoStates:
+    """Keeps nothing: for searches outside a run folder."""
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        return None
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        pass
+
+    def drop(self, name: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a search stands. ``loss`` and ``best`` are nats per target token (PAIR: lost score)."""
+
+    step: int
+    steps: int
+    loss: float
+    best: float
+
+
+@dataclass
+class Workbench:
+    """Models and tools of one attack over any number of requests.
+
+    Use as a context manager where helpers must be closed at the end.
+    """
+
+    sources: Sequence[ModelHandle] = ()
+    behaviours: Sequence[Behaviour] = ()
+    """All requests of the campaign: a universal suffix is optimised on several of them."""
+    seed: int = 0
+    states: States = field(default_factory=NoStates)
+    open_model: OpenModel = ModelHandle
+    used: dict[str, ModelHandle] = field(default_factory=dict)
+    """Helper models that results depend on, by spec."""
+
+    def __post_init__(self) -> None:
+        self._kept: dict[Any, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Workbench:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+        self._kept.clear()
+
+    @property
+    def source(self) -> LoadedModel:
+        """The source model, or the first of several."""
+        return self.sources[0].loaded
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """Renders for the source model."""
+        return Renderer(self.source)
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """``make()`` the first time, the same object afterwards."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def entered(self, key: object, make: Callable[[], AbstractContextManager[T]]) -> T:
+        """As ``once``, for what must be closed when the workbench closes."""
+        return self.once(key, lambda: self._stack.enter_context(make()))
+
+    def allowed(self, *, ascii_only: bool) -> Tensor:
+        """(vocabulary,) bool: the tokens that a suffix may hold."""
+        table, tokenizer = self.source.embedding_table, self.source.tokenizer
+        return self.once(
+            ("allowed", ascii_only),
+            lambda: allowed_tokens(tokenizer, table.shape[0], ascii_only=ascii_only),
+        )
+
+    def model(self, spec: str) -> ModelHandle:
+        """A helper model, which results depend on."""
+        self.used[spec] = self.once(("model", spec), lambda: self.open_model(spec))
+        return self.used[spec]
+
+    def chat(self, spec: str) -> ChatModel:
+        """A model that writes text; the source model itself where it has this spec."""
+        return self.once(("chat", spec), lambda: open_chat(spec, self.sources, self.open_model))
+
+    def judge(self, spec: str) -> Judge:
+        return self.once(("judge", spec), lambda: make_judge(spec))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One request, and what its attack tells while it works.
+
+    ``key`` names the state of a search in progress; it is saved every ``save_every`` steps.
+    """
+
+    behaviour: Behaviour
+    key: str = ""
+    save_every: int = 1
+    on_step: Callable[[Progress], None] = lambda progress: None
+
+    @property
+    def target(self) -> str:
+        """The target string of an attack that needs one."""
+        assert self.behaviour.target_string is not None
+        return self.behaviour.target_string

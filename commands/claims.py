@@ -1,0 +1,53 @@
+"""The command claims: confirm or refute published claims on a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from commands.options import echo_notes, numbers_of, open_model, quiet_libraries
+from commands.study_options import study_config, study_options, study_run
+
+
+@click.command()
+@study_options
+@click.option("--claims", "numbers", help="Comma-separated numbers, for example 1,2 [default: all]")
+@quiet_libraries
+def claims(run: Path | None, models: tuple[str, ...], numbers: str | None, **study: Any) -> None:
+    """Confirm or refute published claims on a model.
+
+    Each with its measurement, interval, nulls and verdict: holds, fails or undecided. Claims about
+    attacks take the prompts and replies of the run, or make the prompt-level attacks if it has
+    none, and draw the run's plane anew. Writes claims.jsonl and claims.png; claims of other models
+    and numbers stay in them.
+
+    \b
+    Examples:
+      python cli.py claims --run runs/claims --model embedded+runs/demo/checkpoints/step-24
+      python cli.py claims --model embedded --claims 1,2,7
+    """
+    from commands.tables.attacks import matrix_table
+    from commands.tables.study import claims_table, coupling_table
+    from study.measure import claims as stage
+
+    wanted = numbers_of(numbers, "numbers, for example 1,2,7")
+    config = study_config(study)
+    path = study_run(run, models, config)
+    result = stage(path, models, wanted, config, open_model=open_model)
+    echo_notes(result.notes)
+    if result.matrix:
+        click.echo(matrix_table(result.matrix))
+    for number, title in dict.fromkeys((c.number, c.title) for c in result.claims):
+        click.echo(f"{number}. {title}")
+    click.echo(claims_table(result.claims))
+    if coupled := coupling_table(result.claims):
+        click.echo(f"coupling of the carriers, effective rank of their fields\n{coupled}")
+    for c in result.claims:
+        click.echo(f"{c.number} {c.model}: {c.note}")
+    for file in result.files:
+        click.echo(file)
+
+
+command = claims

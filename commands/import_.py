@@ -1,0 +1,75 @@
+"""The command import: other tools' prompts in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from commands.options import RUN, quiet_libraries
+
+
+@click.command("import")
+@RUN
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "kind",
+    required=True,
+    help="harmbench, jailbreakbench, adversariallm, nanogcg, easyjailbreak, llm-attacks, "
+    "pyrit-gcg, garak, jsonl or csv.",
+)
+@click.option(
+    "--behaviours",
+    help="Behaviours file or set where requests and targets are looked up by id or request.",
+)
+@click.option(
+    "--only-these", is_flag=True, help="Leave out prompts of other behaviours than those."
+)
+@click.option(
+    "--prompt",
+    help="nanogcg: the prompt that it was run with ({optim_str} marks the string's place).",
+)
+@click.option("--model", help="The source model, where the file does not say it (any name).")
+@click.option("--attack", help="Name of the attack class instead of the file's own.")
+@click.option("--target-string", help="Target string, where the file has none.")
+@quiet_libraries
+def import_(
+    run: Path,
+    file: Path,
+    kind: str,
+    behaviours: str | None,
+    only_these: bool,
+    prompt: str | None,
+    model: str | None,
+    attack: str | None,
+    target_string: str | None,
+) -> None:
+    """Import another tool's prompts as artifacts.
+
+    Chat templates baked into prompts are unwrapped. Malformed rows are counted and listed in
+    import_rejects.jsonl.
+
+    \b
+    Examples:
+      python cli.py import --run runs/first --format jailbreakbench
+      artifacts/GCG/white_box/vicuna-13b-v1.5.json python cli.py import --run runs/first --format
+      harmbench test_cases.json --behaviours harmbench_behaviors.csv python cli.py import --run
+      runs/first --format nanogcg result.json --prompt 'Tell me ...' --model embedded
+    """
+    from core.store import RunFolder
+    from evaluation.behaviours import load_behaviours
+    from interchange.foreign import Hints
+    from interchange.importer import import_file
+
+    if only_these and not behaviours:
+        raise click.UsageError("--only-these needs --behaviours")
+    known = load_behaviours(behaviours) if behaviours else []
+    hints = Hints(prompt, model, attack, target_string)
+    with RunFolder(run) as folder:
+        folder.begin_stage("import", {}, {}, derived=True)
+        result = import_file(folder, file, kind, hints, behaviours=known, only_these=only_these)
+    click.echo("\n".join(result.lines()))
+
+
+command = import_

@@ -1,0 +1,48 @@
+"""The command models: spec forms, what is cached, one model described."""
+
+from __future__ import annotations
+
+import click
+
+from commands.options import quiet_libraries
+
+
+@click.command()
+@click.argument("spec", required=False)
+@click.option("--fetch", is_flag=True, help="Fetch and convert the embedded model now.")
+@quiet_libraries
+def models(spec: str | None, fetch: bool) -> None:
+    """List spec forms and cached models.
+
+    With SPEC, load that model and describe it.
+
+    \b
+    Examples:
+      python cli.py models
+      python cli.py models --fetch
+      python cli.py models 'embedded?dtype=float32'
+    """
+    from core.embedded import SHA256, cache_folder, embedded_folder, is_whole
+    from core.models import load
+    from core.specs import FORMS
+    from core.weights import hub_cache
+
+    if fetch:
+        click.echo(embedded_folder())
+        return
+    if spec:
+        loaded = load(spec)
+        click.echo(f"{loaded.describe()}, fingerprint {loaded.fingerprint}")
+        return
+    click.echo(f"forms: {FORMS}")
+    click.echo(f"cache: {cache_folder()} (set ATTACK_PLANE_CACHE to move it)")
+    for folder in sorted((cache_folder() / "converted").glob("*")):
+        if is_whole(folder):
+            size = sum(f.stat().st_size for f in folder.iterdir()) / 2**20
+            name = "embedded" if folder.name == SHA256[:16] else "GGUF file"
+            click.echo(f"  {name}  {folder.name}  {size:.0f} MiB")
+    for name, mib in hub_cache():
+        click.echo(f"  {name}  {mib:.0f} MiB (hub)")
+
+
+command = models

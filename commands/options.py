@@ -1,0 +1,169 @@
+"""What the commands share: clean errors and exit codes, options that several take."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from core.errors import AttackPlaneError
+
+if TYPE_CHECKING:
+    from core.models import LoadedModel, ModelHandle
+    from core.records import Behaviour
+
+EXIT_ERROR, EXIT_VERIFY, EXIT_INTERRUPTED = 1, 3, 130
+CONTEXT = {
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 100,
+    "show_default": True,
+}
+DEFAULT_LIMIT = 4
+"""Behaviours of the demonstration set that an attack without options takes."""
+
+
+class CleanGroup(click.Group):
+    """Turns the suite's errors into clean messages and exit codes; Ctrl-C says how to go on."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except AttackPlaneError as error:  # raised while options are read
+            click.echo(f"error: {error}", err=True)
+            raise SystemExit(EXIT_ERROR) from error
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AttackPlaneError as error:
+            if ctx.find_root().params.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(EXIT_ERROR)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:  # a fault of ours: one line here, all of it under --debug
+            if ctx.find_root().params.get("debug"):
+                raise
+            click.echo(f"unexpected error: {type(error).__name__}: {error}", err=True)
+            click.echo("repeat with --debug before the command for the traceback", err=True)
+            ctx.exit(EXIT_ERROR)
+        except KeyboardInterrupt:
+            click.echo("\nstopped; the same command goes on from here", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+def quiet_libraries(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn off transformers' own progress bars for a command; ours say what is going on."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        import warnings
+
+        from transformers.utils import logging as transformers_logging
+
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        command(*args, **kwargs)
+
+    return wrapped
+
+
+def open_model(spec: str) -> ModelHandle:
+    """A model that says what it is when it is loaded."""
+    from core.models import ModelHandle
+
+    def describe(loaded: LoadedModel) -> None:
+        click.echo(loaded.describe())
+
+    return ModelHandle(spec, describe)
+
+
+def echo_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        click.echo(note)
+
+
+# --- options --------------------------------------------------------------------------------------
+RUN = click.option(
+    "--run",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Run folder, for example runs/first.",
+)
+SEED = click.option("--seed", type=int, default=0)
+SYSTEM = click.option("--system", help="System prompt.")
+JUDGE = click.option(
+    "--judge", default="refusal_phrases", help="Says refused or complied (see transfer --judge)."
+)
+
+
+def behaviour_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Which behaviours: ``--behaviours --label --split --limit``; ``chosen`` reads them."""
+    for option in (
+        click.option(
+            "--limit",
+            type=click.IntRange(1),
+            help="Only the first so many [default: 4 of the demonstration set, else all]",
+        ),
+        click.option(
+            "--split",
+            "splits",
+            multiple=True,
+            help="Only these splits [default: test of the demonstration set, else all]",
+        ),
+        click.option(
+            "--label",
+            default="harmful",
+            help="Only behaviours with this label; 'any' for all.",
+        ),
+        click.option(
+            "--behaviours",
+            default="demonstration",
+            help="demonstration, a CSV/JSON/JSONL/TXT file, or a hub set.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def chosen(
+    behaviours: str, label: str, splits: tuple[str, ...], limit: int | None
+) -> tuple[list[Behaviour], int]:
+    """The behaviours that the options name, and of how many."""
+    from evaluation.behaviours import DEMONSTRATION, to_attack
+
+    known = to_attack(behaviours, label, splits or None)
+    most = limit or (DEFAULT_LIMIT if behaviours == DEMONSTRATION else None)
+    return known[:most], len(known)
+
+
+def chosen_preset(preset: str) -> str:
+    """``auto`` is ``quick`` on a CPU and ``paper`` elsewhere, and says so."""
+    from core.weights import default_device
+
+    if preset == "auto":
+        device = default_device().type
+        preset = "quick" if device == "cpu" else "paper"
+        click.echo(f"preset {preset} for {device} (--preset chooses another)")
+    return preset
+
+
+def default_run(name: str, model: str, settings: Any) -> Path:
+    """A run folder for an attack or a study with these settings."""
+    from core.records import content_hash
+    from core.specs import canonical_name
+
+    return Path("runs") / f"{name}-{canonical_name(model)}-{content_hash(settings, 8)}"
+
+
+def numbers_of(text: str | None, example: str) -> list[int]:
+    """``"1,2,7"`` -> [1, 2, 7]."""
+    try:
+        return [int(n) for n in text.split(",")] if text else []
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r}: expected {example}") from error

@@ -1,0 +1,70 @@
+"""The command plane: project, export and draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from commands.options import RUN, echo_notes, open_model, quiet_libraries
+
+
+@click.command()
+@RUN
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="Target model; repeatable [default: all of the run]",
+)
+@click.option("--base", help="Model of the base frame [default: the first target]")
+@click.option("--estimator", type=click.Choice(["harc", "zhao"]), default="harc")
+@click.option(
+    "--layer",
+    type=click.IntRange(0),
+    help="Layer [default: the base model's best layer score]",
+)
+@click.option("--anchors", default="demonstration", help="Plain prompts drawn as anchors.")
+@click.option(
+    "--anchor-split",
+    "anchor_splits",
+    multiple=True,
+    help="Only these splits [default: test of the demonstration set, else all]",
+)
+@quiet_libraries
+def plane(
+    run: Path,
+    targets: tuple[str, ...],
+    base: str | None,
+    estimator: str,
+    layer: int | None,
+    anchors: str,
+    anchor_splits: tuple[str, ...],
+) -> None:
+    """Project, export and draw the plane.
+
+    Writes CSV, JSONL, Parquet, PNG and HTML into the run folder, in place of an earlier plane.
+
+    \b
+    Example:
+      python cli.py plane --run runs/first
+    """
+    from commands.tables.plane import classes_table, success_table
+    from core.store import read_rows
+    from pipeline.contrast_reading import HELD_OUT_SPLITS, splits_of
+    from pipeline.plane import PlaneConfig
+    from pipeline.plane import plane as stage
+    from pipeline.plane_files import CLASSES, SUCCESS
+
+    splits = splits_of(anchors, anchor_splits, HELD_OUT_SPLITS)
+    config = PlaneConfig(base, estimator, layer, anchors, splits)
+    result = stage(run, targets, config, open_model=open_model)
+    echo_notes(result.notes)
+    click.echo(classes_table(read_rows(run / CLASSES)))
+    if predicted := success_table(read_rows(run / SUCCESS)):
+        click.echo(f"success within attack classes\n{predicted}")
+    for path in result.files:
+        click.echo(path)
+
+
+command = plane

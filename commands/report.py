@@ -1,0 +1,56 @@
+"""The command report: was the source's prompt sent?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from commands.options import RUN
+
+
+@click.command()
+@RUN
+@click.option("--attack", help="Only this attack.")
+@click.option("--target", help="Only this target.")
+@click.option(
+    "--prompts", is_flag=True, help="Also a line for each prompt that was not sent as meant."
+)
+def report(run: Path, attack: str | None, target: str | None, prompts: bool) -> None:
+    """Tell failed transfer from another prompt sent.
+
+    For each cell: whether the target got the prompt verbatim and with the source's tokens, and
+    under which template and system prompt.
+
+    \b
+    Example:
+      python cli.py report --run runs/first
+    """
+    from commands.tables.attacks import certificates_table
+    from core.store import RunFolder
+    from pipeline.runs import replays_of
+
+    replays = [
+        r
+        for r in replays_of(RunFolder.existing(run))
+        if attack in (None, r.attack) and target in (None, r.target_model)
+    ]
+    click.echo(certificates_table(replays))
+    for r in replays:
+        if prompts and r.certificate and not r.certificate["sent_as_meant"]:
+            where = f"{r.artifact_id}  {r.attack}  {r.behaviour_id}  {r.target_model}"
+            click.echo(f"{where}: {difference(r.certificate)}")
+
+
+def difference(certificate: dict[str, Any]) -> str:
+    """How what was sent differs from what the source saw."""
+    trimmed = "white space around it was removed"
+    what = certificate.get("fault") or ("other token ids" if certificate["verbatim"] else trimmed)
+    if "content_tokens" in certificate:
+        source = certificate["source_content_tokens"] or "not known"
+        what += f"; {certificate['content_tokens']} tokens, source {source}"
+    return what
+
+
+command = report

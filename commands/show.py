@@ -1,0 +1,45 @@
+"""The command show: print what a run holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from commands.options import RUN
+
+
+@click.command()
+@RUN
+def show(run: Path) -> None:
+    """Print what a run holds.
+
+    Settings, losses, success rates, classes on the plane.
+
+    \b
+    Example:
+      python cli.py show --run runs/demo
+    """
+    from commands.tables.attacks import attack_table, matrix_table
+    from commands.tables.plane import classes_table
+    from core.store import RunFolder, read_rows
+    from pipeline.plane_files import CLASSES
+    from pipeline.runs import artifacts_of
+    from pipeline.transfer import matrix_of
+
+    folder = RunFolder.existing(run)
+    for stage, settings in folder.manifest["stages"].items():
+        short = {k: v for k, v in settings.items() if not isinstance(v, list) or len(v) < 9}
+        click.echo(f"{stage}: {', '.join(f'{k}={v}' for k, v in short.items())}")
+    artifacts = artifacts_of(folder)
+    for source in dict.fromkeys(a.source_model for a in artifacts):
+        click.echo(f"\nsource {source}")
+        click.echo(attack_table([a for a in artifacts if a.source_model == source]))
+    cells = matrix_of(folder)
+    if any(cell.replays for cell in cells):
+        click.echo("\n" + matrix_table(cells))
+    if rows := read_rows(run / CLASSES):
+        click.echo("\n" + classes_table(rows))
+
+
+command = show

@@ -1,0 +1,85 @@
+"""Options of the commands that study a model: claims, layers, intervene."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from commands.options import JUDGE, SEED, SYSTEM, default_run
+
+if TYPE_CHECKING:
+    from study.study import StudyConfig
+
+
+def study_options(command: Callable[..., None]) -> Callable[..., None]:
+    """What a study of a model is made from; ``study_config`` and ``study_run`` read them."""
+    for option in (
+        SEED,
+        SYSTEM,
+        JUDGE,
+        click.option(
+            "--controls",
+            type=click.IntRange(2),
+            default=5,
+            help="Random directions of each kind of control.",
+        ),
+        click.option(
+            "--resamples",
+            type=click.IntRange(20),
+            default=200,
+            help="Bootstrap samples and null draws of directions.",
+        ),
+        click.option(
+            "--estimator",
+            type=click.Choice(["auto", "harc", "zhao"]),
+            default="auto",
+            help="Of the refusal contrast; auto: zhao where the model refuses and accepts enough.",
+        ),
+        click.option(
+            "--held-out",
+            default="demonstration",
+            help="Behaviours that effects are measured on.",
+        ),
+        click.option(
+            "--contrast",
+            default="demonstration",
+            help="Behaviours with labels harmful and harmless.",
+        ),
+        click.option(
+            "--model", "models", multiple=True, required=True, help="Model spec; repeatable."
+        ),
+        click.option(
+            "--run",
+            type=click.Path(path_type=Path),
+            help="Run folder [default: runs/study-MODEL-HASH, the same for claims, intervene and "
+            "layers]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def study_config(options: dict[str, Any]) -> StudyConfig:
+    """Splits are those of the demonstration set; a file is taken whole. Takes its options out."""
+    from pipeline.contrast_reading import CONTRAST_SPLITS, HELD_OUT_SPLITS, splits_of
+    from study.study import StudyConfig
+
+    contrast, held_out = options.pop("contrast"), options.pop("held_out")
+    names = ("estimator", "resamples", "controls", "judge", "seed")
+    return StudyConfig(
+        contrast=contrast,
+        splits=splits_of(contrast, (), CONTRAST_SPLITS),
+        held_out=held_out,
+        held_out_splits=splits_of(held_out, (), HELD_OUT_SPLITS),
+        system_prompt=options.pop("system"),
+        **{name: options.pop(name) for name in names},
+    )
+
+
+def study_run(run: Path | None, models: tuple[str, ...], config: StudyConfig) -> Path:
+    """The folder given, or one for these models and settings."""
+    return run or default_run("study", models[0], [models, asdict(config)])

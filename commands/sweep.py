@@ -1,0 +1,92 @@
+"""The command sweep: a whole grid from a TOML file, with its plan and an estimate of time first."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from commands.options import echo_notes, open_model, quiet_libraries
+
+if TYPE_CHECKING:
+    from pipeline.sweep.config import SweepConfig
+    from pipeline.sweep.plan import Part
+    from pipeline.sweep.run import SweepResult
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Print the plan and the estimated time only.")
+@quiet_libraries
+def sweep(config: Path, dry_run: bool) -> None:
+    """Run a whole grid from a TOML file.
+
+    Behaviours x attacks x sources, imports, then transfer, directions and plane, in one run folder.
+    The plan is printed first; the same command goes on after a stop and tries failed cells again.
+
+    \b
+    Examples:
+      python cli.py sweep examples/sweep.toml --dry-run
+      python cli.py sweep examples/sweep.toml
+    """
+    from pipeline.sweep.config import behaviours_of, read_config
+    from pipeline.sweep.plan import calibrate, plan
+    from pipeline.sweep.run import sweep as whole
+
+    grid = read_config(config)
+    count = len(behaviours_of(grid))
+    speed = calibrate(open_model((grid.sources or grid.targets)[0]).loaded)
+    parts = plan(grid, count, speed)
+    show_plan(grid, parts, count)
+    if not dry_run:
+        start = time.monotonic()
+        show_result(grid, whole(grid, parts, open_model=open_model))
+        minutes = (time.monotonic() - start) / 60
+        estimated = sum(part.seconds for part in parts) / 60
+        click.echo(f"{minutes:.1f} minutes, estimated {estimated:.1f} from nothing")
+
+
+def show_plan(grid: SweepConfig, parts: list[Part], count: int) -> None:
+    from commands.tables.layout import text_of
+    from pipeline.sweep.plan import total_seconds
+
+    models = f"{len(grid.sources)} sources, {len(grid.targets)} targets"
+    click.echo(f"{count} behaviours, {models} -> {grid.run}")
+    columns = [
+        ("part", lambda p: p.what),
+        ("on", lambda p: p.source),
+        ("prompts", lambda p: str(p.prompts)),
+        ("minutes", lambda p: f"{p.seconds / 60:.1f}"),
+    ]
+    click.echo(text_of(columns, parts))
+    minutes = total_seconds(parts) / 60
+    click.echo(
+        f"estimated time from nothing: {minutes:.0f} minutes (calibrated on the first model)"
+    )
+
+
+def show_result(grid: SweepConfig, result: SweepResult) -> None:
+    from commands.tables.attacks import pivot_table
+    from commands.tables.plane import classes_table, separability_table
+    from core.store import FAILURES, read_rows
+    from pipeline.plane_files import CLASSES, SEPARABILITY
+
+    run = Path(grid.run)
+    for file, imported in result.imports.items():
+        facts = [line for line in imported.lines() if not line.startswith("  ")]
+        click.echo(f"{file}: {'; '.join(facts)}")
+    echo_notes(result.notes)
+    click.echo(pivot_table(result.matrix))
+    if result.has_plane:
+        click.echo(classes_table(read_rows(run / CLASSES), frames=["own"], anchors=False))
+        click.echo(separability_table(read_rows(run / SEPARABILITY)))
+    for file in result.files:
+        click.echo(file)
+    if result.failures:
+        failed = f"{len(result.failures)} cells failed (see {run / FAILURES})"
+        click.echo(f"{failed}; the same command tries them again")
+
+
+command = sweep

@@ -1,0 +1,155 @@
+"""Tables of attacks, success rates and what was sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from commands.tables.layout import Columns, ends, text_of
+from core.records import BASELINES, AttackArtifact, Replay
+from core.specs import short_spec
+from transfer.matrix import Cell
+
+
+def attack_table(artifacts: Sequence[AttackArtifact]) -> str:
+    """Loss of each attack's prompt, one row per behaviour; the lowest of several prompts."""
+    by_behaviour: dict[str, dict[str, AttackArtifact]] = {}
+    for artifact in artifacts:
+        own = by_behaviour.setdefault(artifact.behaviour_id, {})
+        before = own.get(artifact.attack)
+        lower = artifact.loss is not None and (
+            before is None or before.loss is None or artifact.loss < before.loss
+        )
+        if before is None or lower:
+            own[artifact.attack] = artifact
+
+    def loss(name: str) -> Callable[[Any], str]:
+        def fill(own: dict[str, AttackArtifact]) -> str:
+            value = own[name].loss if name in own else None
+            return "-" if value is None else f"{value:.3f}"
+
+        return fill
+
+    def best_steps(own: dict[str, AttackArtifact]) -> str:
+        optimised = [a for a in own.values() if a.attack not in BASELINES]
+        return ", ".join(str(a.best_step) for a in optimised if a.best_step is not None) or "-"
+
+    def fidelity(own: dict[str, AttackArtifact]) -> str:
+        return "holds" if all(a.token_fidelity is not False for a in own.values()) else "BROKEN"
+
+    columns: Columns = [
+        ("loss (nats per target token)", lambda own: next(iter(own.values())).behaviour_id),
+        *((name, loss(name)) for name in dict.fromkeys(a.attack for a in artifacts)),
+        ("best step", best_steps),
+        ("token fidelity", fidelity),
+    ]
+    faults = [f"{a.behaviour_id}, {a.attack}: {fault}" for a in artifacts for fault in a.faults]
+    return "\n".join([text_of(columns, by_behaviour.values()), *faults])
+
+
+def counts_line(artifacts: Sequence[AttackArtifact]) -> str:
+    """How many prompts each class has, for attacks whose prompts have no loss."""
+    counts: dict[str, int] = {}
+    for artifact in artifacts:
+        counts[artifact.attack] = counts.get(artifact.attack, 0) + 1
+    return ", ".join(f"{name} {n}" for name, n in counts.items())
+
+
+def matrix_table(cells: Sequence[Cell]) -> str:
+    """One row per attack, source and target."""
+
+    def rate(c: Cell) -> str:
+        if c.asr is None:
+            return "not judged" if c.replays else "missing"
+        return f"{c.asr:.2f}"
+
+    def notes(c: Cell) -> str:
+        found = [f"{c.missing} missing"] if c.missing else []
+        if c.sent_as_meant is not None and c.sent_as_meant < c.replays:
+            found.append(f"{c.replays - c.sent_as_meant} not sent as meant")
+        return ", ".join(found)
+
+    columns: Columns = [
+        ("attack", lambda c: c.attack),
+        ("source", lambda c: c.source),
+        ("target", lambda c: c.target),
+        ("n", lambda c: f"{c.judged}/{c.replays}"),
+        ("ASR", rate),
+        ("bootstrap", lambda c: ends(c.bootstrap, ".2f")),
+        ("Wilson", lambda c: ends(c.wilson, ".2f")),
+        ("gain on plain", lambda c: "" if c.gain is None else f"{c.gain:+.2f}"),
+        ("", lambda c: ends(c.gain_bootstrap, ".2f")),
+        ("", notes),
+    ]
+    return text_of(columns, cells)
+
+
+def pivot_table(cells: Sequence[Cell]) -> str:
+    """One row per attack and source, one column per target: ASR with Wilson's interval."""
+    rows: dict[tuple[str, str], dict[str, Cell]] = {}
+    for cell in cells:
+        rows.setdefault((cell.attack, cell.source), {})[cell.target] = cell
+
+    def shown(target: str) -> Callable[[Any], str]:
+        def fill(row: dict[str, Cell]) -> str:
+            c = row.get(target)
+            if c is None or (not c.replays and c.missing):
+                return "missing"
+            if c.asr is None:
+                return "not judged"
+            return f"{c.asr:.2f} {ends(c.wilson, '.2f')}" + (f" -{c.missing}" if c.missing else "")
+
+        return fill
+
+    def first(row: dict[str, Cell]) -> Cell:
+        return next(iter(row.values()))
+
+    columns: Columns = [
+        ("ASR", lambda row: first(row).attack),
+        ("source", lambda row: short_spec(first(row).source)),
+        ("prompts", lambda row: str(max(c.replays + c.missing for c in row.values()))),
+        *((short_spec(t), shown(t)) for t in dict.fromkeys(c.target for c in cells)),
+    ]
+    return text_of(columns, rows.values())
+
+
+def certificates_table(replays: Sequence[Replay]) -> str:
+    """The transfer report: per attack, source and target, whether the source's prompt was sent."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for r in replays:
+        if r.certificate:
+            key = (r.attack, r.source_model, r.target_model)
+            groups.setdefault(key, []).append(r.certificate)
+
+    def share(name: str) -> Callable[[Any], str]:
+        def fill(item: tuple[Any, list[dict[str, Any]]]) -> str:
+            known = [c[name] for c in item[1] if c.get(name) is not None]
+            return f"{sum(known)}/{len(known)}" if known else "not known"
+
+        return fill
+
+    def tokens(item: tuple[Any, list[dict[str, Any]]]) -> str:
+        counts = [c["content_tokens"] for c in item[1] if "content_tokens" in c] or [0]
+        return f"{min(counts)} to {max(counts)}"
+
+    def hashes(name: str, length: int) -> Callable[[Any], str]:
+        def fill(item: tuple[Any, list[dict[str, Any]]]) -> str:
+            return ", ".join(sorted({(c.get(name) or "none")[:length] for c in item[1]}))
+
+        return fill
+
+    columns: Columns = [
+        ("attack", lambda item: item[0][0]),
+        ("source", lambda item: item[0][1]),
+        ("target", lambda item: item[0][2]),
+        ("replays", lambda item: str(len(item[1]))),
+        ("as meant", share("sent_as_meant")),
+        ("verbatim", share("verbatim")),
+        ("same ids", share("same_ids")),
+        ("same vocabulary", share("same_vocabulary")),
+        ("same template", share("same_template")),
+        ("content tokens", tokens),
+        ("template", hashes("template_hash", 8)),
+        ("system prompt", hashes("system_prompt_hash", 8)),
+    ]
+    return text_of(columns, groups.items())

@@ -1,0 +1,208 @@
+"""Tables of directions, layers, interventions and claims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from commands.tables.layout import Columns, Row, ends, text_of
+from core.records import Directions
+from core.specs import short_spec
+from study.verdicts import Check, Claim
+
+
+def directions_table(directions: Directions, layers: Sequence[int] | None = None) -> str:
+    """Per layer: cosine with interval and nulls, separation with its nulls, layer score."""
+    s = directions.statistics
+
+    def number(name: str, form: str = ".2f") -> Callable[[Any], str]:
+        return lambda layer: f"{float(s[name][layer]):{form}}"
+
+    def score(layer: int) -> str:
+        value = float(s["layer_score"][layer])
+        return "-" if value != value else f"{value:.2f}"
+
+    columns: Columns = [
+        ("layer", str),
+        ("cos(H,R)", number("cos_harmfulness_refusal", "+.2f")),
+        (
+            "interval",
+            lambda layer: ends(s["cos_harmfulness_refusal_interval"][layer].tolist()),
+        ),
+        ("null: random", number("null_random_cos")),
+        ("permuted", number("null_permuted_cos")),
+        ("d'(H)", number("separation_harmfulness")),
+        ("null", number("null_permuted_separation_harmfulness")),
+        ("d'(R)", number("separation_refusal")),
+        ("null", number("null_permuted_separation_refusal")),
+        ("cos(harc,zhao)", number("cos_harc_zhao") if "cos_harc_zhao" in s else lambda _: "-"),
+        ("score", score),
+    ]
+    counts = ", ".join(f"{k} {v}" for k, v in directions.sample_counts.items())
+    title = f"{directions.model}: {directions.estimator} directions from {counts}"
+    shown = range(directions.n_layers + 1) if layers is None else layers
+    return f"{title}\n{text_of(columns, shown)}"
+
+
+CRITERIA = ("eq6", "eq6_code", "eq6_prompt", "separation", "arditi")
+
+
+def criteria_table(rows: Sequence[Row]) -> str:
+    """Which layer each published criterion takes."""
+
+    def taken(name: str) -> Callable[[Any], str]:
+        return lambda r: "-" if r["layers"].get(name) is None else str(r["layers"][name])
+
+    columns: Columns = [
+        ("model", lambda r: short_spec(r["model"])),
+        ("refuses", lambda r: f"{r['refusal_rate']:.0%}"),
+        ("estimator", lambda r: r["estimator"]),
+        *((name, taken(name)) for name in CRITERIA),
+        (
+            "layers that pass arditi",
+            lambda r: " ".join(map(str, sorted(r["passed_arditi"]))) or "none",
+        ),
+    ]
+    return text_of(columns, rows)
+
+
+def sizes_table(rows: Sequence[Row]) -> str:
+    """Reliability of a direction by the number of prompts."""
+    columns: Columns = [
+        ("model", lambda r: short_spec(r["model"])),
+        ("direction", lambda r: r["direction"]),
+        ("layer", lambda r: str(r["layer"])),
+        ("prompts a side", lambda r: str(r["n"])),
+        ("cosine of two samples", lambda r: f"{r['cosine']:+.2f}"),
+        ("interval", lambda r: ends(r["interval"])),
+        ("null 95 %", lambda r: f"{r['null_95']:+.2f}"),
+    ]
+    return text_of(columns, rows)
+
+
+def across_table(rows: Sequence[Row], layer: int) -> str:
+    """Directions of several models of one width, at one layer."""
+    columns: Columns = [
+        ("models", lambda r: " and ".join(map(short_spec, r["models"]))),
+        ("direction", lambda r: r["direction"]),
+        ("layer", lambda r: str(r["layer"])),
+        ("cosine", lambda r: f"{r['cosine']:+.2f}"),
+        ("interval", lambda r: ends(r["interval"])),
+        (
+            "nulls' 95 %: random, permuted",
+            lambda r: f"{r['null_random_95']:.2f}, {r['null_permuted_95']:.2f}",
+        ),
+    ]
+    return text_of(columns, [r for r in rows if r["layer"] == layer])
+
+
+SHOWN_OUTCOMES = {
+    "harmful": ("complied", "degenerate", "refusal"),
+    "harmless": ("refused", "refusal", "kl"),
+    "pseudo_harmful": ("refused",),
+}
+"""Outcomes in the table of effects, by label; the summary file has all."""
+
+
+def effects_table(rows: Sequence[Row]) -> str:
+    """Per intervention and outcome: alone, under it, and the effects against both controls."""
+
+    def value(name: str) -> Callable[[Any], str]:
+        return lambda r: "-" if r[name] is None else f"{r[name]:+.2f}"
+
+    def lengths(r: Row) -> str:
+        names = ("delta_norm", "controls_delta_norm", "matched_delta_norm")
+        return ", ".join("-" if r[name] is None else f"{r[name]:.1f}" for name in names)
+
+    columns: Columns = [
+        ("model", lambda r: short_spec(r["model"])),
+        ("intervention", lambda r: f"{r['operation']} {r['mode']} {r['strength']:g}"),
+        ("prompts", lambda r: r["label"]),
+        ("n", lambda r: str(r["n"])),
+        ("outcome", lambda r: r["outcome"]),
+        ("alone", lambda r: f"{r['alone']:.2f}"),
+        ("value", lambda r: f"{r['value']:.2f}"),
+        ("change", value("change")),
+        ("interval", lambda r: ends(r["change_interval"])),
+        ("- controls", value("effect_controls")),
+        ("interval", lambda r: ends(r["effect_controls_interval"])),
+        ("- matched", value("effect_matched")),
+        ("interval", lambda r: ends(r["effect_matched_interval"])),
+        ("moved: own, controls, matched", lengths),
+    ]
+    shown = [
+        r
+        for r in rows
+        if r["outcome"] in SHOWN_OUTCOMES.get(r["label"], ()) and r["value"] is not None
+    ]
+    return text_of(columns, shown)
+
+
+def claims_table(claims: Sequence[Claim]) -> str:
+    """One line per check; the verdict stands with each claim's first line."""
+    rows: list[tuple[Claim, Check | None, bool]] = []
+    for claim in claims:
+        rows += [(claim, check, n == 0) for n, check in enumerate(claim.checks)]
+        if not claim.checks:
+            rows.append((claim, None, True))
+
+    def once(fill: Callable[[Claim], str]) -> Callable[[Any], str]:
+        return lambda row: fill(row[0]) if row[2] else ""
+
+    def of_check(fill: Callable[[Check], str]) -> Callable[[Any], str]:
+        return lambda row: "" if row[1] is None else fill(row[1])
+
+    def claimed(c: Check) -> str:
+        return f"{'>' if c.claimed == 'above' else '<'} {c.threshold:.2f}"
+
+    def nulls(c: Check) -> str:
+        return ", ".join(f"{k.removesuffix('_95')} {v:.2f}" for k, v in c.nulls.items()) or "-"
+
+    columns: Columns = [
+        ("claim", once(lambda claim: str(claim.number))),
+        ("model", once(lambda claim: short_spec(claim.model))),
+        ("verdict", once(lambda claim: claim.verdict)),
+        ("check", lambda row: row[1].name if row[1] else row[0].note[:70]),
+        ("estimate", of_check(lambda c: f"{c.value:+.2f}")),
+        ("interval", of_check(lambda c: ends((c.low, c.high)))),
+        ("claimed", of_check(claimed)),
+        ("nulls' 95 %", of_check(nulls)),
+        ("n", of_check(lambda c: str(c.n))),
+        ("check says", of_check(lambda c: c.outcome)),
+    ]
+    return text_of(columns, rows)
+
+
+def coupling_table(claims: Sequence[Claim]) -> str:
+    """Coupling of the carriers, and effective ranks, where claim 2 was measured."""
+
+    def setting(name: str, form: str) -> Callable[[Any], str]:
+        return lambda claim: f"{claim.settings[name]:{form}}"
+
+    def ranks(name: str) -> Callable[[Any], str]:
+        return lambda claim: ", ".join(f"{claim.settings[name][k]:.1f}" for k in "HR")
+
+    def nulls(claim: Claim) -> str:
+        s = claim.settings
+        values = [s["nulls"]["cos_95"], s["nulls"]["c_sub_95"]]
+        values += [s["hrci_v1_random_95"], s["hrci_v2_random_95"]]
+        return ", ".join(f"{v:.2f}" for v in values)
+
+    columns: Columns = [
+        ("model", lambda claim: short_spec(claim.model)),
+        ("C_cos", setting("c_cos", "+.2f")),
+        ("C_sub", setting("c_sub", ".3f")),
+        ("C_layer", setting("c_layer", ".2f")),
+        (
+            "HRCI v1, v2",
+            lambda c: f"{c.settings['hrci_v1']:.2f}, {c.settings['hrci_v2']:.2f}",
+        ),
+        ("random 95 %: |cos|, C_sub, v1, v2", nulls),
+        (
+            "principal angles",
+            lambda c: ", ".join(f"{v:.0f}" for v in c.settings["principal_angles"]),
+        ),
+        ("effective rank H, R", ranks("effective_rank")),
+        ("row-normalised", ranks("effective_rank_normalised")),
+    ]
+    return text_of(columns, [c for c in claims if c.number == 2 and c.settings])

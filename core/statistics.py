@@ -1,0 +1,131 @@
+"""Every statistic that the suite reports: one copy of each, on plain numbers.
+
+Bootstrap intervals are percentile intervals of a mean, over behaviours. Cosines of directions have
+a convention of their own (``geometry/contrasts.py``), since resampling biases them.
+
+    bootstrap_mean        interval of a mean
+    bootstrap_difference  interval of the difference of two means, unpaired
+    cluster_rows          rows of a bootstrap sample of clusters, for any other statistic
+    wilson                score interval of a proportion
+    auroc                 probability that a positive scores above a negative (Mann-Whitney U / nm)
+    spearman              rank correlation
+    permutation_p         p-value of a statistic among its permuted values
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Interval = tuple[float, float]
+Array = TypeVar("Array")
+Numbers = Sequence[float] | NDArray[np.float64]
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+def _ends(draws: NDArray[np.float64], level: float) -> NDArray[np.float64]:
+    """(draw, ...) -> (2, ...): the ends of the central ``level`` of the draws."""
+    return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+
+
+def _resampled_means(values: Any, rng: np.random.Generator, resamples: int) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    return array[rng.integers(len(array), size=(resamples, len(array)))].mean(1)
+
+
+def bootstrap_mean(
+    values: Numbers, *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+) -> Interval | None:
+    """Percentile bootstrap interval of the mean of (n,) values; None without values."""
+    if not len(values):
+        return None
+    low, high = _ends(_resampled_means(values, np.random.default_rng(seed), resamples), level)
+    return float(low), float(high)
+
+
+def bootstrap_columns(
+    values: NDArray[np.float64], *, resamples: int = RESAMPLES, seed: int = 0
+) -> list[list[float]] | None:
+    """As ``bootstrap_mean`` for (n, k) values: k intervals [low, high] from the same resamples."""
+    if not len(values):
+        return None
+    return _ends(_resampled_means(values, np.random.default_rng(seed), resamples), LEVEL).T.tolist()
+
+
+def bootstrap_difference(
+    first: Numbers, second: Numbers, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval | None:
+    """Interval of mean(first) - mean(second), unpaired: both are resampled. None if one is
+    empty."""
+    if not len(first) or not len(second):
+        return None
+    rng = np.random.default_rng(seed)
+    drawn = _resampled_means(first, rng, resamples) - _resampled_means(second, rng, resamples)
+    low, high = _ends(drawn, LEVEL)
+    return float(low), float(high)
+
+
+def cluster_rows(
+    clusters: NDArray[Any], *, resamples: int, rng: np.random.Generator
+) -> Iterator[NDArray[np.int64]]:
+    """Row indices of each bootstrap sample in which whole clusters are drawn.
+
+    ``clusters`` (n,) holds the number of each row's cluster, 0 to k - 1.
+    """
+    k = int(clusters.max()) + 1
+    members = [np.nonzero(clusters == c)[0] for c in range(k)]
+    for drawn in rng.integers(k, size=(resamples, k)):
+        yield np.concatenate([members[c] for c in drawn])
+
+
+def percentile_interval(draws: Numbers) -> Interval:
+    """The central 95 % of the draws that are numbers."""
+    low, high = np.nanquantile(np.asarray(draws, dtype=np.float64), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def wilson(successes: float, n: int, *, z: float = 1.959964) -> Interval:
+    """Wilson's score interval of a proportion (1927). ``successes`` may be a sum of rates."""
+    if n == 0:
+        return math.nan, math.nan
+    rate, z2 = successes / n, z * z
+    middle = (rate + z2 / (2 * n)) / (1 + z2 / n)
+    half = z / (1 + z2 / n) * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def auroc(positive: Array, negative: Array) -> Array:
+    """(n, ...) and (m, ...) scores -> (...): P(positive > negative), ties counting half.
+
+    Takes numpy arrays or torch tensors, and gives what it was given.
+    """
+    difference: Any = positive[:, None] - negative[None]  # type: ignore[index]
+    return ((difference > 0) * 1.0 + (difference == 0) * 0.5).mean((0, 1))
+
+
+def ranks(values: Numbers) -> NDArray[np.float64]:
+    """(n,) ranks from 1, ties averaged."""
+    array = np.asarray(values, dtype=np.float64)
+    _, inverse, counts = np.unique(array, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return ((last - counts + 1 + last) / 2)[inverse]
+
+
+def spearman(first: Numbers, second: Numbers) -> float:
+    """Rank correlation of two (n,) series; 0 where one of them is constant or has one value."""
+    a, b = ranks(first), ranks(second)
+    if len(a) < 2 or not a.std() or not b.std():
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def permutation_p(value: float, null: Numbers) -> float:
+    """One-sided p-value: (1 + values of the null at least as large) / (1 + values of the null)."""
+    array = np.asarray(null, dtype=np.float64)
+    return float((1 + (array >= value).sum()) / (1 + len(array)))

@@ -1,0 +1,262 @@
+"""Files -> model and tokenizer, and what stands for them. The only ``from_pretrained`` of the
+suite.
+
+No code from a folder runs: ``trust_remote_code`` is False everywhere, so transformers neither asks
+nor obeys. Weights must fit: a key that is missing, unexpected or wrongly shaped refuses the model
+or the adapter by name, since transformers would fill the gap with random numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from core.embedded import convert_gguf, embedded_folder
+from core.errors import AttackPlaneError
+from core.specs import FORMS, ModelSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HARMLESS_KEYS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.masked_bias")
+"""Ends of the names of buffers that some checkpoints hold and newer models compute anew."""
+UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16
+
+
+def default_device() -> torch.device:
+    """CUDA, else MPS, else CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on CUDA that has it, float16 on older CUDA and MPS, float32 on the CPU."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float16 if device.type == "mps" else torch.float32
+
+
+def load_base(spec: ModelSpec, device: torch.device) -> tuple[Any, Any]:
+    """Model and tokenizer of a spec without its adapter, as Hugging Face makes them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = local_folder(spec)
+    name = str(folder) if folder else spec.base
+    options: dict[str, Any] = {
+        "dtype": DTYPES[spec.dtype] if spec.dtype else default_dtype(device),
+        "revision": spec.revision,
+    }
+    if spec.load == "4bit":
+        options |= _four_bit(spec, device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=spec.revision, trust_remote_code=False
+        )
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except UNREADABLE as error:
+        raise _unloadable("model", f"model spec {spec.text!r}", error) from error
+    if model.config.is_encoder_decoder:
+        raise AttackPlaneError(
+            "not a decoder-only model", where=spec.text, got=type(model).__name__
+        )
+    _require_all_weights(report, f"model spec {spec.text!r}")
+    return (model if spec.load else model.to(device)), tokenizer
+
+
+def _unloadable(what: str, where: str, error: Exception) -> AttackPlaneError:
+    """What a failure to load is told as; a folder with code of its own gets its own remedy."""
+    message = first_line(error)
+    remedy = "check the name, the network and, for a gated model, your access token; " + FORMS
+    if "trust_remote_code" in str(error):
+        message = "it brings Python code of its own, which this suite never runs"
+        remedy = "use a model whose architecture transformers itself has"
+    return AttackPlaneError(f"cannot load the {what}", where=where, got=message, remedy=remedy)
+
+
+def _require_all_weights(report: dict[str, Any], where: str) -> None:
+    """Refuse weights that do not fit, from transformers' own loading report."""
+    faults = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[kind])
+        names = [name for name in names if not name.endswith(HARMLESS_KEYS)]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            faults.append(f"{kind.removesuffix('_keys')}: {', '.join(names[:3])}{more}")
+    if faults:
+        raise AttackPlaneError(
+            "the weights do not fit the model that its config describes",
+            where=where,
+            got="; ".join(faults),
+            remedy="config.json and the weight files must be of one model",
+        )
+
+
+def merged_adapter(spec: ModelSpec, model: Any) -> Any:
+    """The model with the spec's LoRA adapter merged; itself where the spec has none.
+
+    4-bit weights cannot take a merge without being rounded anew: there the adapter stays beside.
+    """
+    if not spec.adapter:
+        return model
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+
+    where = f"model spec {spec.text!r}"
+    try:
+        saved = load_peft_weights(spec.adapter, device="cpu")
+        wrapped: Any = PeftModel.from_pretrained(model, spec.adapter)
+    except UNREADABLE as error:
+        raise AttackPlaneError(
+            "cannot load the adapter",
+            where=where,
+            got=first_line(error),
+            remedy="it must be a LoRA folder with weights, trained on this base",
+        ) from error
+    own = get_peft_model_state_dict(wrapped)
+    shared = set(saved) & set(own)
+    _require_all_weights(
+        {
+            "missing_keys": set(own) - set(saved),
+            "unexpected_keys": set(saved) - set(own),
+            "mismatched_keys": {key for key in shared if saved[key].shape != own[key].shape},
+        },
+        where,
+    )
+    return wrapped.get_base_model() if spec.load else wrapped.merge_and_unload()
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def load_classifier(name: str) -> tuple[Any, Any]:
+    """A sequence classifier (hub id or folder) and its tokenizer, for a judge."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name, trust_remote_code=False, output_loading_info=True
+        )
+    except UNREADABLE as error:
+        raise _unloadable("classifier", name, error) from error
+    _require_all_weights(report, name)
+    return model.eval().requires_grad_(False).to(default_device()), tokenizer
+
+
+def _four_bit(spec: ModelSpec, device: torch.device) -> dict[str, Any]:
+    from importlib.util import find_spec
+
+    if device.type != "cuda" or find_spec("bitsandbytes") is None:
+        raise AttackPlaneError(
+            "?load=4bit needs a CUDA device and bitsandbytes",
+            where=f"model spec {spec.text!r}",
+            got=(
+                f"device {device}, bitsandbytes "
+                f"{'present' if find_spec('bitsandbytes') else 'absent'}"
+            ),
+            remedy=(
+                "pip install 'attack-plane[quantised]' on a CUDA machine, or leave ?load=4bit out"
+            ),
+        )
+    from transformers import BitsAndBytesConfig
+
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=default_dtype(device),
+    )
+    return {"quantization_config": quantisation, "device_map": {"": device}}
+
+
+def local_folder(spec: ModelSpec) -> Path | None:
+    """Folder in Hugging Face format that a spec's base lies in, made if need be; None for the
+    hub."""
+    if spec.kind == "embedded":
+        return embedded_folder()
+    if spec.kind == "gguf":
+        return convert_gguf(Path(spec.base))
+    return Path(spec.base) if spec.kind == "folder" else None
+
+
+# --- what stands for weights ----------------------------------------------------------------------
+def identity(
+    spec: ModelSpec, precision: str | None = None, *, commit: str | None = None
+) -> str | None:
+    """What a result depends on besides the code: a hash of the weights, and their precision.
+
+    Reads samples of the files and loads no weights. None where it cannot be known without
+    loading: a model of the hub of which the local cache has no commit.
+    """
+    folder = local_folder(spec)
+    if folder is None and commit is None:
+        commit = _cached_commit(spec)
+        if commit is None and precision is None:
+            return None
+    dtype = spec.dtype or str(default_dtype(default_device())).removeprefix("torch.")
+    return f"{fingerprint(spec, folder, commit)}-{precision or spec.load or dtype}"
+
+
+def _cached_commit(spec: ModelSpec) -> str | None:
+    """The commit of a hub model that the local cache would serve, if it holds one."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(spec.base, "config.json", revision=spec.revision or "main")
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def fingerprint(spec: ModelSpec, folder: Path | None, commit: str | None = None) -> str:
+    """The hub's commit, or a hash over names, sizes and samples of the files.
+
+    Of each weight file 64 blocks of 64 KiB, evenly spaced, are read: any retraining changes them,
+    and an 8B model takes well under a second. The adapter's files are hashed the same way.
+    """
+    digest = hashlib.sha256()
+    for path in (folder, Path(spec.adapter) if spec.adapter else None):
+        for file in _hashed_files(path) if path else ():
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with open(file, "rb") as handle:
+                for index in range(SAMPLES):
+                    handle.seek(index * size // SAMPLES)
+                    digest.update(handle.read(SAMPLE_BYTES))
+    if folder is None:
+        digest.update(f"{spec.base} {commit or spec.revision}".encode())
+    return digest.hexdigest()[:16]
+
+
+def _hashed_files(folder: Path) -> Iterator[Path]:
+    for file in sorted(folder.glob("*")):
+        if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"):
+            yield file
+
+
+def fingerprint_of_parameters(model: Any) -> str:
+    """A hash over names, shapes and 256 evenly spaced values of every parameter in memory."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        picked = flat[torch.linspace(0, len(flat) - 1, 256, device=flat.device).long()]
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(picked.float().cpu().numpy().tobytes())
+    return f"{digest.hexdigest()[:16]}-{str(model.dtype).removeprefix('torch.')}"
+
+
+def hub_cache() -> list[tuple[str, float]]:
+    """Models of the hub that are in its local cache: (name, MiB)."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        found = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    return sorted((r.repo_id, r.size_on_disk / 2**20) for r in found if r.repo_type == "model")

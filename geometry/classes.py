@@ -1,0 +1,76 @@
+"""Where each class of prompts lies on the plane: centroid, spread, displacement, each by
+behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from core.records import PlanePoint
+from core.statistics import RESAMPLES, bootstrap_columns
+from geometry.plane import Nulls
+
+
+def describe_classes(
+    all_points: Sequence[PlanePoint],
+    nulls: Nulls | None = None,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> list[dict[str, Any]]:
+    """Per target, frame and class: centroid with bootstrap interval, covariance, displacement from
+    the plain request.
+
+    Several prompts of a behaviour (variants of a class) are averaged first, so that each behaviour
+    counts once; intervals resample behaviours. The displacement is the mean of (attacked - plain)
+    with its own interval and nulls. The covariance is that of the points themselves, and None with
+    fewer than two.
+    """
+    groups: dict[tuple[str, str, str], list[PlanePoint]] = {}
+    for p in all_points:
+        groups.setdefault((p.target, p.frame, p.class_name), []).append(p)
+    rows = []
+    for (target, frame, name), members in groups.items():
+        first = members[0]
+        spread = np.array([(p.x, p.y) for p in members])
+        where = _by_behaviour([(p.behaviour_id, p.x, p.y) for p in members])
+        moved = _by_behaviour(
+            [
+                (p.behaviour_id, p.x - p.plain_x, p.y - p.plain_y)
+                for p in members
+                if p.plain_x is not None and p.plain_y is not None
+            ]
+        )
+        judged = [p.jailbroken for p in members if p.jailbroken is not None]
+        none = {"null_random": None, "null_permuted": None}
+        rows.append(
+            {
+                "target": target,
+                "frame": frame,
+                "class": name,
+                "kind": first.kind,
+                "attack": first.attack,
+                "source": first.source,
+                "layer": first.layer,
+                "n": len(members),
+                "judged": len(judged),
+                "jailbroken": sum(judged),
+                "centroid": where.mean(0).tolist(),
+                "centroid_interval": bootstrap_columns(where, seed=seed, resamples=resamples),
+                "covariance": np.cov(spread.T).tolist() if len(members) > 1 else None,
+                "displacement": moved.mean(0).tolist() if len(moved) else None,
+                "displacement_interval": bootstrap_columns(moved, seed=seed, resamples=resamples),
+                **(nulls or {}).get((target, frame, name), none),
+            }
+        )
+    return rows
+
+
+def _by_behaviour(rows: Sequence[tuple[str, float, float]]) -> np.ndarray:
+    """(behaviour, x, y) of each prompt -> (behaviours, 2) means."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for behaviour, x, y in rows:
+        found.setdefault(behaviour, []).append((x, y))
+    return np.array([np.mean(points, 0) for points in found.values()]).reshape(-1, 2)

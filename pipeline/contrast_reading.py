@@ -1,0 +1,153 @@
+"""One model in front of the contrast set: prompts, the model's own replies, who was refused,
+residuals.
+
+Everything is read when it is first asked for, and once: the directions stage and a study of the
+same model share one reading. Replies are kept in the run folder, as they were made; they are judged
+when they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from core.generate import complete
+from core.models import LoadedModel, ModelHandle
+from core.prompt import Conversation, Prompt, Renderer
+from core.records import Activations, Behaviour, content_hash
+from core.store import RunFolder
+from evaluation.behaviours import DEMONSTRATION, load_behaviours
+from evaluation.judges import DEFAULT_JUDGE, Exchange, make_judge, refusals
+from geometry.activations import POSITIONS, collect
+
+CONTRAST = "contrast.jsonl"
+CONTRAST_SPLITS = ("train", "validation")
+"""Splits of the demonstration set that directions are estimated on,"""
+HELD_OUT_SPLITS = ("test",)
+"""and those that everything else is measured on."""
+
+
+@dataclass(frozen=True)
+class DirectionsConfig:
+    """What directions are estimated on, and how.
+
+    ``reply_tokens``: of the model's own replies, which say refused or accepted by ``judge``.
+    ``resamples``: bootstrap samples, permutations and random directions each.
+    """
+
+    contrast: str = DEMONSTRATION
+    splits: tuple[str, ...] = CONTRAST_SPLITS
+    reply_tokens: int = 32
+    resamples: int = 200
+    seed: int = 0
+    system_prompt: str | None = None
+    judge: str = DEFAULT_JUDGE
+
+
+def splits_of(behaviours: str, splits: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
+    """The splits asked for; without any, the default of the demonstration set, else all."""
+    return tuple(splits) or (tuple(default) if behaviours == DEMONSTRATION else ())
+
+
+def contrast_set(config: DirectionsConfig) -> list[Behaviour]:
+    """Harmful behaviours, then harmless ones."""
+    both = [
+        load_behaviours(config.contrast, label=label, splits=config.splits)
+        for label in ("harmful", "harmless")
+    ]
+    return both[0] + both[1]
+
+
+def rendered(
+    renderer: Renderer, behaviours: Sequence[Behaviour], system: str | None
+) -> list[Prompt]:
+    """The plain requests of behaviours as a model reads them."""
+    return [renderer.render(Conversation.build(b.request, system=system)) for b in behaviours]
+
+
+class ContrastReading:
+    """One model in front of the contrast set. Use within the run's lock.
+
+    Args:
+        positions: where residuals are read. Names counted from the end of the prompt are left out
+            where a prompt is too short for them.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        model: ModelHandle,
+        config: DirectionsConfig,
+        *,
+        behaviours: Sequence[Behaviour] | None = None,
+        positions: Sequence[str] = POSITIONS,
+    ) -> None:
+        self.run, self.model, self.config = run, model, config
+        self.behaviours = list(behaviours or contrast_set(config))
+        self.harmful = [b.label == "harmful" for b in self.behaviours]
+        self._positions = positions
+
+    @property
+    def made_from(self) -> str:
+        """Stands for all that directions depend on; needs no weights."""
+        requests = [b.request for b in self.behaviours]
+        return content_hash([asdict(self.config), self.model.fingerprint, requests])
+
+    @property
+    def loaded(self) -> LoadedModel:
+        return self.model.loaded
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        return Renderer(self.loaded)
+
+    @cached_property
+    def prompts(self) -> list[Prompt]:
+        return rendered(self.renderer, self.behaviours, self.config.system_prompt)
+
+    @cached_property
+    def replies(self) -> list[str]:
+        """The model's own greedy reply to each prompt, made once per run."""
+        about = [self.model.fingerprint, self.config.reply_tokens, self.config.system_prompt]
+        made_from = content_hash([*about, [b.request for b in self.behaviours]])
+        rows = [r for r in self.run.rows(CONTRAST) if r["made_from"] == made_from]
+        if not rows:
+            made = complete(
+                self.renderer,
+                [prompt.text for prompt in self.prompts],
+                max_new_tokens=self.config.reply_tokens,
+                batch_size=32,
+                description="own replies",
+            )
+            ids = [b.behaviour_id for b in self.behaviours]
+            row = {
+                "made_from": made_from,
+                "model": self.model.spec,
+                "replies": dict(zip(ids, made, strict=True)),
+            }
+            self.run.append(CONTRAST, row)
+            rows = [row]
+        return [rows[0]["replies"][b.behaviour_id] for b in self.behaviours]
+
+    @cached_property
+    def refused(self) -> list[bool | None]:
+        """Whether each reply refused, by the judge; None for an empty one."""
+        exchanges = [
+            Exchange(b.request, reply, b.target_string)
+            for b, reply in zip(self.behaviours, self.replies, strict=True)
+        ]
+        return refusals(make_judge(self.config.judge), exchanges)
+
+    @cached_property
+    def activations(self) -> Activations:
+        """Residuals at the positions that every prompt has."""
+        shortest = min(len(prompt.ids) for prompt in self.prompts)
+        present = [p for p in self._positions if not p.startswith("-") or int(p) >= -shortest]
+        return collect(
+            self.loaded,
+            self.prompts,
+            [b.behaviour_id for b in self.behaviours],
+            positions=present,
+            description="contrast prompts",
+        )

@@ -1,0 +1,70 @@
+"""Save and load directions: tensors as safetensors, everything else as JSON beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from core.errors import AttackPlaneError
+from core.records import Directions
+from core.specs import canonical_name
+from core.store import write_atomically
+
+
+def directions_path(folder: Path, model: str, estimator: str) -> Path:
+    return folder / "directions" / f"{canonical_name(model)}.{estimator}.safetensors"
+
+
+def save_directions(directions: Directions, folder: Path, extra: dict[str, object]) -> Path:
+    """Write ``folder/directions/MODEL.ESTIMATOR.safetensors`` and its JSON; returns the path of the
+    tensors."""
+    path = directions_path(folder, directions.model, directions.estimator)
+    tensors: dict[str, Tensor] = {n: getattr(directions, n) for n in Directions.TENSORS}
+    tensors |= {f"statistics.{n}": t for n, t in directions.statistics.items()}
+    write_atomically(path, save({n: t.contiguous() for n, t in tensors.items()}))
+    description = {
+        "schema_version": directions.schema_version,
+        "model": directions.model,
+        "estimator": directions.estimator,
+        "sample_counts": directions.sample_counts,
+        "settings": directions.settings,
+        **extra,
+    }
+    write_atomically(path.with_suffix(".json"), json.dumps(description, indent=2) + "\n")
+    return path
+
+
+def load_directions(folder: Path, model: str, estimator: str) -> Directions:
+    """Raises AttackPlaneError if this model's directions are not in the run."""
+    path = directions_path(folder, model, estimator)
+    if not path.exists() or not path.with_suffix(".json").exists():
+        raise AttackPlaneError(
+            f"no {estimator} directions of this model in the run",
+            where=path,
+            got=model,
+            remedy=(
+                f"python cli.py directions --run {folder} --model '{model}' --estimator {estimator}"
+            )
+            + (" (a model that never refuses has none: use harc)" if estimator == "zhao" else ""),
+        )
+    description = json.loads(path.with_suffix(".json").read_text())
+    if description["model"] != model:
+        raise AttackPlaneError(
+            "these directions are of another model",
+            where=path,
+            got=description["model"],
+            remedy=f"expected {model}",
+        )
+    tensors = load_file(path)
+    prefix = "statistics."
+    return Directions(
+        model=description["model"],
+        estimator=description["estimator"],
+        sample_counts=description["sample_counts"],
+        settings=description["settings"],
+        statistics={n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
+        **{n: tensors[n] for n in Directions.TENSORS},  # type: ignore[arg-type]
+    )

@@ -1,0 +1,38 @@
+"""Rows of a run folder as records, and what several stages ask of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.records import AttackArtifact, Replay
+from core.specs import parse_spec
+from core.store import ATTACKS, REPLAYS, RunFolder, write_atomically
+
+
+def artifacts_of(run: RunFolder) -> list[AttackArtifact]:
+    return [
+        AttackArtifact.from_row(row, f"{run.path / ATTACKS}, line {n}")
+        for n, row in enumerate(run.rows(ATTACKS), start=1)
+    ]
+
+
+def replays_of(run: RunFolder) -> list[Replay]:
+    return [
+        Replay.from_row(row, f"{run.path / REPLAYS}, line {n}")
+        for n, row in enumerate(run.rows(REPLAYS), start=1)
+    ]
+
+
+def check_specs(specs: Sequence[str]) -> None:
+    """Refuse a mistyped spec before hours of work on the others."""
+    for spec in specs:
+        parse_spec(spec)
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Write JSON lines in place of an earlier file."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return path

@@ -1,0 +1,257 @@
+"""A sweep's TOML file, read and checked: behaviours x attacks x sources x targets, and what
+follows.
+
+run = "runs/classes"
+sources = ["embedded"]                      # attacks that need a model are made on each
+targets = ["embedded", "embedded+runs/demo/checkpoints/step-12"]
+base = "embedded"                           # the plane's base frame [default: the first target]
+judges = ["refusal_phrases", "target_prefix"]
+seed = 0
+
+[behaviours]                                # what gcg --behaviours, --label, --split, --limit take
+set = "demonstration"
+limit = 8
+
+[attacks.gcg]                               # any attack of the registry, by name, with any setting
+num_steps = 20
+[attacks.autodan_ga]                        # or by the name of one of its forms
+population = 16
+[attacks.templates]
+classes = ["persona", "past_tense"]
+[[imports]]
+format = "jailbreakbench"
+file = "artifacts/GCG/white_box/vicuna-13b-v1.5.json"
+
+[replay]                                    # max_new_tokens, temperature, seed
+[directions]                                # contrast, splits, resamples, judge
+[plane]                                     # anchors, anchor_splits, estimator, layer
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attacks.registry import ATTACKS, Attack, find_attack
+from attacks.workbench import Workbench
+from core.errors import AttackPlaneError
+from core.records import Behaviour, config_from_dict, nearest
+from core.specs import parse_spec
+from evaluation.behaviours import DEMONSTRATION, load_behaviours, to_attack
+from evaluation.judges import DEFAULT_JUDGES, judge_kind
+from geometry.directions import ESTIMATORS
+from interchange.readers import READERS
+from pipeline.contrast_reading import HELD_OUT_SPLITS, DirectionsConfig, contrast_set
+from pipeline.plane import PlaneConfig
+from transfer.replay import ReplayConfig
+
+
+@dataclass(frozen=True)
+class BehavioursChoice:
+    """``splits``: None is the test split of the demonstration set, else all.
+
+    ``every``: only each so many-th, before the limit: a small choice that spreads over a set that
+    is sorted by category.
+    """
+
+    set: str = DEMONSTRATION
+    label: str = "harmful"
+    splits: tuple[str, ...] | None = None
+    every: int = 1
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or (self.limit is not None and self.limit < 1):
+            raise AttackPlaneError(
+                "every and limit must be 1 or more", got=(self.every, self.limit)
+            )
+
+
+@dataclass(frozen=True)
+class ImportChoice:
+    """A file of another tool. Prompts of other behaviours are left out.
+
+    ``model``, ``attack``, ``request`` and ``target_string`` say what the file does not.
+    """
+
+    format: str
+    file: str
+    model: str | None = None
+    attack: str | None = None
+    request: str | None = None
+    target_string: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in READERS:
+            remedy = nearest(self.format, [*READERS])
+            raise AttackPlaneError("unknown format", got=self.format, remedy=remedy)
+        if not Path(self.file).is_file():
+            raise AttackPlaneError("no such file to import", where="imports", got=self.file)
+        if self.format == "nanogcg" and not (self.request and self.model):
+            raise AttackPlaneError(
+                "a nanoGCG result needs request and model", where="imports", got=self.file
+            )
+
+
+@dataclass(frozen=True)
+class PlaneChoice:
+    anchors: str = DEMONSTRATION
+    anchor_splits: tuple[str, ...] = HELD_OUT_SPLITS
+    estimator: str = ESTIMATORS[0]
+    layer: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ESTIMATORS:
+            known = ", ".join(ESTIMATORS)
+            raise AttackPlaneError(
+                "unknown estimator", got=self.estimator, remedy=f"one of {known}"
+            )
+        if self.layer is not None and (not isinstance(self.layer, int) or self.layer < 0):
+            raise AttackPlaneError("layer must be a number from 0 on", got=self.layer)
+
+
+AttackChoice = tuple[Attack, Any]
+"""An attack and its config."""
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    run: str
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    base: str | None = None
+    judges: tuple[str, ...] = DEFAULT_JUDGES
+    seed: int = 0
+    behaviours: BehavioursChoice = BehavioursChoice()
+    attacks: Mapping[str, AttackChoice] = field(default_factory=dict)
+    imports: tuple[ImportChoice, ...] = ()
+    replay: ReplayConfig = ReplayConfig()
+    directions: DirectionsConfig = DirectionsConfig()
+    plane: PlaneChoice = PlaneChoice()
+
+    @property
+    def plane_config(self) -> PlaneConfig:
+        return PlaneConfig(base=self.base, **asdict(self.plane))
+
+    @property
+    def read_models(self) -> list[str]:
+        """The targets, and the model of the base frame first where it is none of them."""
+        return list(dict.fromkeys([*([self.base] if self.base else []), *self.targets]))
+
+
+def _made(cls: type[Any], values: Any, where: str) -> Any:
+    if not isinstance(values, dict):
+        raise AttackPlaneError("expected a table", where=where, got=repr(values))
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    try:
+        return config_from_dict(cls, values, where)
+    except TypeError as error:  # a missing field, or a value of a wrong type met by a comparison
+        raise AttackPlaneError(
+            "a setting is missing or of a wrong type", where=where, got=error
+        ) from error
+
+
+def _attack(name: str, values: Any, where: str, judge: str) -> AttackChoice:
+    """One attack's table; an attack with a success test takes the sweep's first judge."""
+    attack, fixed = find_attack(name)
+    if not isinstance(values, dict):
+        raise AttackPlaneError("expected a table", where=where, got=repr(values))
+    if not attack.command:
+        raise AttackPlaneError(f"{name} is a baseline and comes by itself", where=where)
+    if "judge" in attack.config.__dataclass_fields__:
+        values = {"judge": judge, **values}
+    return attack, attack.make_config({**values, **fixed}, where=where)
+
+
+TABLES: dict[str, type[Any]] = {
+    "behaviours": BehavioursChoice,
+    "replay": ReplayConfig,
+    "directions": DirectionsConfig,
+    "plane": PlaneChoice,
+}
+
+
+def read_config(path: Path) -> SweepConfig:
+    """Read and check a sweep's file.
+
+    Raises:
+        AttackPlaneError: not TOML, an unknown key (the nearest known one is named), a bad value,
+            spec, judge or file.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AttackPlaneError("cannot read the sweep", where=path, got=error) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise AttackPlaneError("not a TOML file", where=path, got=error) from error
+    where = str(path)
+    for name, key, source in (
+        ("directions", "splits", "contrast"),
+        ("plane", "anchor_splits", "anchors"),
+    ):
+        table = values.get(name, {})
+        if isinstance(table, dict) and table.get(source, DEMONSTRATION) != DEMONSTRATION:
+            table.setdefault(key, [])  # splits are the demonstration set's
+    for name, cls in TABLES.items():
+        if name in values:
+            values[name] = _made(cls, values[name], f"{where}, [{name}]")
+    judge = (values.get("judges") or DEFAULT_JUDGES)[0]
+    tables = values.get("attacks", {})
+    values["attacks"] = {
+        name: _attack(name, table, f"{where}, [attacks.{name}]", judge)
+        for name, table in tables.items()
+    }
+    values["imports"] = [
+        _made(ImportChoice, row, f"{where}, [[imports]] {n}")
+        for n, row in enumerate(values.get("imports", []), start=1)
+    ]
+    config: SweepConfig = _made(SweepConfig, values, where)
+    _check(config, where)
+    return config
+
+
+def _check(config: SweepConfig, where: str) -> None:
+    """What concerns several tables."""
+    need_source = [name for name, (a, _) in config.attacks.items() if a.sources != "none"]
+    if not config.targets or (not config.sources and need_source):
+        raise AttackPlaneError("no targets, or no sources for these attacks", where=where)
+    if not config.attacks and not config.imports:
+        raise AttackPlaneError("nothing to do: no attacks and no imports", where=where)
+    _check_baselines(config, where)
+    for spec in [*config.sources, *config.read_models]:
+        parse_spec(spec)
+    contrast_set(config.directions)
+    load_behaviours(config.plane.anchors, splits=config.plane.anchor_splits)
+    for judge in [*config.judges, config.directions.judge]:
+        judge_kind(judge)
+
+
+def _check_baselines(config: SweepConfig, where: str) -> None:
+    """One baseline must serve all attacks: the same seeds, suffix and system prompt."""
+    bench, known = Workbench(), dict[str, Any]()
+    for name, (attack, settings) in config.attacks.items():
+        for baseline, own in attack.baselines(settings):
+            chosen = ATTACKS.get(baseline)
+            for key, _ in chosen.keys_of(own, SAMPLE, bench):
+                identity = chosen.identity(bench, own, key)
+                if known.setdefault(key, identity) != identity:
+                    raise AttackPlaneError(
+                        f"the attacks start from different settings of their baseline {key}",
+                        where=f"{where}, [attacks.{name}]",
+                        got=f"{identity} and {known[key]}",
+                        remedy="give the same to each, or sweep them one after another",
+                    )
+
+
+SAMPLE = Behaviour("sample", "a request", "a target", "none", "harmful", "none")
+"""Stands for any request where only the names of what would be made are asked for."""
+
+
+def behaviours_of(config: SweepConfig) -> list[Behaviour]:
+    """The behaviours that are attacked."""
+    choice = config.behaviours
+    behaviours = to_attack(choice.set, choice.label, choice.splits)
+    return behaviours[:: choice.every][: choice.limit]

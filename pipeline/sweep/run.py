@@ -1,0 +1,245 @@
+"""Do a sweep: attacks on each source, imports, then transfer, directions, plane and pictures.
+
+What is there already is not made again. A cell that fails is written into ``failures.jsonl`` with
+its reason, shown as missing in the matrix, and tried again by the same command.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from core.errors import AttackPlaneError
+from core.models import ModelHandle, OpenModel
+from core.records import NO_SOURCE, AttackArtifact, Behaviour
+from core.store import ATTACKS, FAILURES, RunFolder, write_atomically
+from interchange.foreign import Hints
+from interchange.importer import ImportResult, import_file
+from pipeline.campaign import Cells, Plan, make_bench
+from pipeline.directions import directions
+from pipeline.plane import plane
+from pipeline.sweep.config import SweepConfig, behaviours_of
+from pipeline.sweep.plan import Part, Step, attack_steps, total_seconds
+from pipeline.transfer import MATRIX, Transfer, write_matrix
+from transfer.matrix import Cell
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class SweepResult:
+    """What a sweep gave. ``failures`` are the cells that could not be made, with their reasons."""
+
+    matrix: list[Cell] = field(default_factory=list)
+    imports: dict[str, ImportResult] = field(default_factory=dict)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    has_plane: bool = False
+
+
+def sweep(
+    config: SweepConfig, parts: Sequence[Part], *, open_model: OpenModel = ModelHandle
+) -> SweepResult:
+    """Do what is missing of a sweep; ``parts`` is its plan, for the progress bar."""
+    path, result = Path(config.run), SweepResult()
+    with Progress(parts) as progress:
+        with RunFolder(path) as run:
+            work = Sweep(config, run, open_model, progress, result)
+            work.attack()
+            work.import_prompts()
+            work.replay()
+            result.matrix = write_matrix(run, config.targets)
+        with work.failures.guard("plane", targets=", ".join(config.targets)):
+            estimators = (config.plane.estimator,)
+            read = directions(
+                path, config.read_models, estimators, config.directions, open_model=open_model
+            )
+            drawn = plane(path, config.targets, config.plane_config, open_model=open_model)
+            result.notes += [*read.notes, *drawn.notes]
+            result.files, result.has_plane = drawn.files, True
+        for spec in config.targets:
+            progress.done("directions, plane", spec)
+    work.failures.close()
+    result.failures = work.failures.rows
+    result.files = [path / MATRIX, *result.files]
+    return result
+
+
+class Failures:
+    """Cells that failed, with their reason. A cell's row stays until it is tried again."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.path = run.path / FAILURES
+        self.before = run.rows(FAILURES)
+        self.rows: list[dict[str, str]] = []
+
+    def note(self, stage: str, error: Exception, **cell: str) -> None:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        row = {"stage": stage, **cell}
+        self.rows.append({**row, "reason": reason})
+        self.before = [r for r in self.before if {**r, "reason": ""} != {**row, "reason": ""}]
+        self._write([*self.rows, *self.before])
+        log.warning("%s failed: %s; %s", stage, ", ".join(cell.values()), reason[:200])
+
+    @contextmanager
+    def guard(self, stage: str, **cell: str) -> Iterator[None]:
+        """Note what fails inside instead of stopping the sweep."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  whatever it was, the other cells go on
+            self.note(stage, error, **cell)
+
+    def close(self) -> None:
+        """All cells have been tried: what failed now is what is left."""
+        self.before = []
+        self._write(self.rows)
+
+    def _write(self, rows: list[dict[str, Any]]) -> None:
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Progress:
+    """One bar over the whole sweep, in per cent of the estimated time; stages' bars below it."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.seconds = {(part.what, part.source): part.seconds for part in parts}
+        self.bar = tqdm(
+            total=total_seconds(parts),
+            desc="sweep",
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left",
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.close()
+
+    def done(self, what: str, source: str) -> None:
+        """A part of the plan is done."""
+        seconds = self.seconds.pop((what, source), 0.0)
+        self.bar.update(min(seconds, self.bar.total - self.bar.n))
+
+
+@dataclass
+class Sweep:
+    """The parts of a sweep within its run folder."""
+
+    config: SweepConfig
+    run: RunFolder
+    open_model: OpenModel
+    progress: Progress
+    result: SweepResult
+
+    def __post_init__(self) -> None:
+        self.behaviours = behaviours_of(self.config)
+        self.failures = Failures(self.run)
+
+    def attack(self) -> None:
+        """Every attack on every source, then those that need none."""
+        for spec in self.config.sources:
+            self._attack_on(spec)
+        for step in attack_steps(self.config, with_source=False):
+            self._attack_with(step, ())
+
+    def _attack_on(self, spec: str) -> None:
+        """All attacks of one source; its model is gone when this returns."""
+        steps = attack_steps(self.config, with_source=True)
+        try:
+            source = self.open_model(spec)
+            if any(self._lacks(step, source) for step in steps):
+                source.loaded  # noqa: B018  a model that cannot be loaded fails here, once
+        except Exception as error:  # noqa: BLE001  no attack of this source can be tried
+            for behaviour in self.behaviours:
+                cell = {"attack": "all", "source": spec, "behaviour": behaviour.behaviour_id}
+                self.failures.note("attack", error, **cell)
+            return
+        for step in steps:
+            self._attack_with(step, (source,))
+
+    def _cells(self, step: Step, sources: tuple[ModelHandle, ...]) -> Cells:
+        plan = Plan(*step, sources)
+        seed, open_model = self.config.seed, self.open_model
+        return Cells(self.run, plan, make_bench(self.run, plan, self.behaviours, seed, open_model))
+
+    def _lacks(self, step: Step, source: ModelHandle) -> bool:
+        """Whether the run lacks something of an attack, or that cannot be told."""
+        cells = self._cells(step, (source,))
+        try:
+            done = set(self.run.each(ATTACKS, "artifact_id"))
+            return bool(cells.missing(cells.fitting(), done))
+        except AttackPlaneError:
+            return True
+
+    def _attack_with(self, step: Step, sources: tuple[ModelHandle, ...]) -> None:
+        attack, config = step
+        source = sources[0].spec if sources else NO_SOURCE
+        cells = self._cells(step, sources)
+        names = [attack.name]
+        try:
+            names = list(dict.fromkeys(n for b in self.behaviours for n, _ in cells.keys(b)))
+            for name in names:
+                cells.identity(name)
+            attack.check(cells.bench, config)
+        except Exception as error:  # noqa: BLE001  no cell of this attack can be tried
+            for behaviour in self.behaviours:
+                cell = {"attack": names[0], "source": source, "behaviour": behaviour.behaviour_id}
+                self.failures.note("attack", error, **cell)
+        else:
+            cells.begin()  # another configuration in the same run is the user's to settle
+            self._attack_all(cells, source)
+        for name in names if attack.command else [attack.name]:
+            self.progress.done(name, source)
+
+    def _attack_all(self, cells: Cells, source: str) -> None:
+        """One attack on all behaviours; what fails is noted cell by cell."""
+
+        def failed(behaviour: Behaviour, error: Exception) -> None:
+            done = set(self.run.each(ATTACKS, "artifact_id"))
+            for name, variant in cells.keys(behaviour):
+                if cells.artifact_id(behaviour, (name, variant)) not in done:
+                    cell = {"attack": name, "source": source}
+                    cell |= {"behaviour": behaviour.behaviour_id}
+                    cell |= {"variant": variant} if variant else {}
+                    self.failures.note("attack", error, **cell)
+
+        fit = cells.fitting()
+        for behaviour in self.behaviours:
+            if behaviour not in fit:
+                failed(behaviour, AttackPlaneError("no target string"))
+        cells.attack(fit, on_failure=failed)
+
+    def import_prompts(self) -> None:
+        for choice in self.config.imports:
+            with self.failures.guard("import", file=choice.file, format=choice.format):
+                hints = Hints(choice.request, choice.model, choice.attack, choice.target_string)
+                self.result.imports[choice.file] = import_file(
+                    self.run,
+                    Path(choice.file),
+                    choice.format,
+                    hints,
+                    behaviours=list(self.behaviours),
+                    only_these=True,
+                )
+
+    def replay(self) -> None:
+        stage = Transfer(self.run, self.config.judges, self.config.replay)
+        for spec in self.config.targets:
+            with self.failures.guard("replay", target=spec):
+                stage.replay_on(self.open_model(spec), self._not_sent(spec))
+            self.progress.done("replays", spec)
+
+    def _not_sent(self, target: str) -> Callable[[AttackArtifact, Exception], None]:
+        def note(artifact: AttackArtifact, error: Exception, target: str) -> None:
+            self.failures.note("replay", error, artifact=artifact.artifact_id, target=target)
+
+        return partial(note, target=target)

@@ -1,0 +1,55 @@
+"""Checkpoints, which are targets like any other."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.generate import complete
+from core.models import LoadedModel
+from core.prompt import Conversation, Renderer
+from evaluation.behaviours import DEMONSTRATION, load_behaviours
+from evaluation.refusals import refusal_replies
+from training.sft import LOSSES, SFTConfig, train
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """Checkpoint folders, and the losses (nats per reply token) step by step."""
+
+    checkpoints: list[Path]
+    losses: list[dict[str, float]]
+
+
+def train_sft(
+    spec: str, out: Path, config: SFTConfig, behaviours: str = DEMONSTRATION
+) -> TrainResult:
+    """Refusal fine-tuning on the training split of a behaviour set; checkpoints ``out/step-N``."""
+    harmful = load_behaviours(behaviours, label="harmful", splits=["train"])
+    harmless = load_behaviours(behaviours, label="harmless", splits=["train"])
+    phrases = refusal_replies()
+    refusals = [(b.request, phrases[i % len(phrases)]) for i, b in enumerate(harmful)]
+    requests = [b.request for b in harmless]
+    checkpoints = train(spec, refusals, requests, config, out, own_replies=own_replies)
+    with open(out / LOSSES, newline="") as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    return TrainResult(checkpoints, rows)
+
+
+def own_replies(
+    loaded: LoadedModel, requests: Sequence[str], tokens: int
+) -> list[tuple[str, bool]]:
+    """The base model's greedy replies, and whether each came to its end."""
+    renderer = Renderer(loaded)
+    texts = [renderer.text(Conversation.build(request)) for request in requests]
+    replies = complete(
+        renderer,
+        texts,
+        max_new_tokens=tokens,
+        batch_size=32,
+        description="base model's replies",
+    )
+    lengths = [len(ids) for ids in renderer.tokenise(replies)]
+    return [(reply, n < tokens - 1) for reply, n in zip(replies, lengths, strict=True)]

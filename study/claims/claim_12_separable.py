@@ -1,0 +1,44 @@
+"""Claim 12: attack classes occupy separable regions of the plane.
+
+The attack classes of one target in its own frame, without the plain requests.
+"""
+
+from __future__ import annotations
+
+from core.records import PLAIN
+from geometry.separability import separability
+from study.claims.evidence import Evidence
+from study.claims.registry import CLAIMS, ClaimTest
+from study.verdicts import Check, Claim
+
+
+def measure(evidence: Evidence) -> Claim:
+    r = separability([p for p in evidence.points if p.attack != PLAIN])
+    if r is None:
+        why = "fewer than two attack classes or three behaviours on the plane"
+        return TEST.claim(evidence, (), why, False)
+    low, high = r["interval"]
+    check = Check(
+        "held-out balanced accuracy of telling the classes apart",
+        r["accuracy"],
+        low,
+        high,
+        r["null_95"],
+        "above",
+        "share",
+        r["n"],
+        {"permuted_95": r["null_95"], "chance": r["chance"]},
+        r["null_mean"],
+    )
+    note = f"{len(r['classes'])} classes, {r['behaviours']} behaviours, p {r['p']:.3f}"
+    return TEST.claim(evidence, (check,), note)
+
+
+TEST = CLAIMS.add(
+    ClaimTest(
+        number=12,
+        title="Attack classes occupy separable regions of the plane",
+        measure=measure,
+        needs_attacks=True,
+    )
+)

@@ -1,0 +1,77 @@
+"""What claims are measured on: one studied model, its attacked prompts and its place on the plane.
+
+What several claims need is made once: the interventions on held-out prompts, the response side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from core.records import AttackArtifact, PlanePoint, Replay
+from geometry.carriers import Carrier
+from geometry.controls import design
+from geometry.interventions import MODES
+from study.outcomes import measure, site_of
+from study.replies import Responses, responses
+from study.study import Study
+
+REPLY_TOKENS = 20
+"""Of replies under interventions: enough for a refusal to show."""
+REFUSED = 5
+"""Held-out harmful prompts that a model must refuse by itself before it can be reopened."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """``artifacts``, ``replays`` and ``points`` (own frame) are of behaviours that no direction was
+    estimated on; they are there for claims that need attacks."""
+
+    study: Study
+    artifacts: Sequence[AttackArtifact] = ()
+    replays: Sequence[Replay] = ()
+    points: Sequence[PlanePoint] = ()
+
+    @cached_property
+    def interventions(self) -> list[dict[str, Any]]:
+        """Outcome rows: ablation of every mode at all layers on held-out harmful prompts, and
+        refusal added to held-out harmless ones, each with its controls."""
+        study = self.study
+        ablate, made_from = site_of(study, None)
+        seed, n = study.config.seed, study.config.controls
+        edits = [
+            edit
+            for mode in MODES
+            for edit in design(mode, "ablate", 1.0, ablate, controls=n, seed=seed)
+        ]
+        rows = measure(study, edits, study.held_out("harmful"), REPLY_TOKENS, made_from)
+        steer, made_from = site_of(study, None, operation="steer")
+        edits = design("R", "steer", 1.0, steer, controls=n, seed=seed)
+        return rows + measure(study, edits, study.held_out("harmless"), 0, made_from)
+
+    @cached_property
+    def responses(self) -> Responses:
+        """Response-side contrasts.
+
+        Raises:
+            AttackPlaneError: too few replies of a kind.
+        """
+        return responses(self.study)
+
+    def setting(self) -> str:
+        """What the reader of a claim about carriers must know."""
+        study = self.study
+        h, r = study.carrier("H"), study.carrier("R")
+        positions = f"{len(study.field('H'))} and {len(study.field('R'))} positions"
+        return (
+            f"refuses {study.refusal_rate:.0%} of the harmful contrast prompts; "
+            f"refusal estimator {study.estimator}; "
+            f"carriers H {_place(h)}, R {_place(r)}, looked for at {positions}"
+        )
+
+
+def _place(carrier: Carrier) -> str:
+    admissible = "" if carrier.admissible else ", not admissible"
+    return f"{carrier.position} layer {carrier.layer} (KL {carrier.kl:.2f}{admissible})"

@@ -1,0 +1,124 @@
+"""Interventions on models, their controls and effects: rows, summary, table and picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import AttackPlaneError
+from core.models import ModelHandle, OpenModel
+from core.store import RunFolder
+from geometry.controls import design
+from geometry.effects import summary
+from geometry.interventions import touched
+from pipeline.runs import check_specs, write_rows
+from plots import interventions_png
+from study.outcomes import measure, site_of
+from study.study import Study, StudyConfig
+
+ROWS, SUMMARY = "interventions.jsonl", "interventions_summary.jsonl"
+SWEEP = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``layers``: None for the default of the operation, empty for all. ``limit``: prompts of each
+    label."""
+
+    modes: tuple[str, ...] = ("H", "R", "R-H")
+    operation: str = "ablate"
+    strengths: tuple[float, ...] = (1.0,)
+    layers: tuple[int, ...] | None = None
+    where: str = "all"
+    labels: tuple[str, ...] = ("harmful", "harmless", "pseudo_harmful")
+    limit: int | None = None
+    max_new_tokens: int = 20
+
+
+@dataclass
+class InterveneResult:
+    """Effects (rows of ``SUMMARY``), files, and the carriers that were used, in words."""
+
+    effects: list[dict[str, Any]]
+    files: list[Path]
+    notes: list[str]
+
+
+def intervene(
+    path: Path,
+    specs: Sequence[str],
+    config: StudyConfig,
+    plan: Plan,
+    *,
+    open_model: OpenModel = ModelHandle,
+) -> InterveneResult:
+    """Run the plan on every model, and write rows, effects and picture."""
+    check_specs(specs)
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    with RunFolder(path) as run:
+        settings = asdict(config) | {"plan": asdict(plan)}
+        run.begin_stage("intervene", settings, {}, derived=True)
+        for spec in specs:
+            study = Study(run, open_model(spec), config)
+            fingerprint = {spec: study.model.fingerprint}
+            run.begin_stage("intervene", settings, fingerprint, derived=True)
+            rows += of_model(study, plan, notes)
+            del study
+        # what the model said stays in the run's measurements
+        silent = ({k: v for k, v in row.items() if k != "reply"} for row in rows)
+        effects = summary(rows)
+        files = [write_rows(path / ROWS, silent), write_rows(path / SUMMARY, effects)]
+    return InterveneResult(effects, [*files, interventions_png.draw(path)], notes)
+
+
+def of_model(study: Study, plan: Plan, notes: list[str]) -> list[dict[str, Any]]:
+    """Outcome rows of one model; what should be told is added to ``notes``."""
+    every = tuple(range(study.loaded.n_layers + 1))
+    layers = every if plan.layers == () else plan.layers
+    outside = [layer for layer in layers or () if layer not in every]
+    if outside:
+        raise AttackPlaneError(
+            "no such layer", where=study.spec, got=outside, remedy=f"0 to {every[-1]}"
+        )
+    touched(study.prompts[0], plan.where)  # a refusal comes before the work
+    held_out = {}
+    for label in plan.labels:
+        try:
+            held_out[label] = study.held_out(label)[: plan.limit]
+        except AttackPlaneError as error:
+            if plan.labels != Plan.labels or label == "harmful":
+                raise
+            notes.append(f"no {label} prompts: {error}")
+    site, made_from = site_of(study, layers, where=plan.where, operation=plan.operation)
+    notes += [carrier_text(study, kind) for kind in "HR"]
+    edits = [
+        edit
+        for mode in dict.fromkeys(plan.modes)
+        for strength in dict.fromkeys(plan.strengths)
+        for edit in design(
+            mode,
+            plan.operation,
+            strength,
+            site,
+            controls=study.config.controls,
+            seed=study.config.seed,
+        )
+    ]
+    rows: list[dict[str, Any]] = []
+    for behaviours in held_out.values():
+        rows += measure(study, edits, behaviours, plan.max_new_tokens, made_from)
+    return rows
+
+
+def carrier_text(study: Study, kind: str) -> str:
+    """A carrier in words: place, KL, and how it moves refusals (nats per token)."""
+    c = study.carrier(kind)
+    admissible = "" if c.admissible else " (none is admissible)"
+    estimator = study.estimator if kind == "R" else "harc"
+    return (
+        f"{study.spec}: {kind} carrier {c.position}, layer {c.layer}, KL {c.kl:.3f}{admissible}, "
+        f"comply {c.comply:+.2f}, refuse {c.refuse:+.2f} nats per token; estimator {estimator}"
+    )

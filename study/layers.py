@@ -1,0 +1,282 @@
+"""Directions at every position and layer of each model, how far they can be trusted, and which
+layer each criterion takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.errors import AttackPlaneError
+from core.models import ModelHandle, OpenModel
+from core.statistics import auroc
+from core.store import RunFolder
+from geometry.carriers import candidates, scored
+from geometry.contrasts import (
+    SMALLEST_CLASS,
+    Contrast,
+    cosine,
+    cosine_statistics,
+    held_out_separation,
+    percentiles,
+    permuted_sides,
+    reliability,
+    resampled,
+    spearman_brown,
+)
+from geometry.layers import arditi_layers, choose, eq6
+from pipeline.runs import check_specs, write_rows
+from plots import layers_png
+from study.replies import responses
+from study.study import Study, StudyConfig
+
+FIELD, PROFILE, SELECTION, SIZES, ACROSS = (
+    f"layers_{name}.jsonl" for name in ("field", "profile", "selection", "sizes", "across")
+)
+HALVES = 100
+"""Random splits of a reliability."""
+ARDITI_PROMPTS = 8
+
+
+@dataclass
+class LayersResult:
+    """Rows by file name (``FIELD``, ``PROFILE``, ``SELECTION``, ``SIZES``, ``ACROSS``)."""
+
+    rows: dict[str, list[dict[str, Any]]]
+    files: list[Path]
+
+
+def layers(
+    path: Path,
+    specs: Sequence[str],
+    config: StudyConfig,
+    *,
+    open_model: OpenModel = ModelHandle,
+) -> LayersResult:
+    """Measure every model, write ``layers_*.jsonl`` and ``layers.png``."""
+    check_specs(specs)
+    names = (FIELD, PROFILE, SELECTION, SIZES, ACROSS)
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    known: dict[str, tuple[Contrast, Contrast]] = {}
+    with RunFolder(path) as run:
+        run.begin_stage("layers", asdict(config), {}, derived=True)
+        for spec in specs:
+            study = Study(run, open_model(spec), config)
+            fingerprint = {spec: study.model.fingerprint}
+            run.begin_stage("layers", asdict(config), fingerprint, derived=True)
+            rows[FIELD] += field_rows(study)
+            profile, selection = profile_rows(study)
+            rows[PROFILE] += profile
+            rows[SELECTION].append(selection)
+            rows[SIZES] += size_rows(study)
+            for other, pair in known.items():
+                rows[ACROSS] += across_rows(study, other, pair)
+            # copies: a view would keep the residuals of all positions
+            h, r = (
+                replace(c, resid=c.resid.clone())
+                for c in (study.harmfulness, study.contrast("harm", "-1"))
+            )
+            known[spec] = h, r
+            del study
+        files = [write_rows(path / name, found) for name, found in rows.items()]
+    return LayersResult(rows, [*files, layers_png.draw(path)])
+
+
+def _generator(study: Study) -> torch.Generator:
+    return torch.Generator().manual_seed(study.config.seed)
+
+
+def _contrasts(study: Study) -> Iterator[tuple[str, str, Contrast]]:
+    """(kind, position, contrast): harmful against harmless, and refused against accepted where
+    there are enough of both."""
+    for position in study.positions:
+        yield "harmful - harmless", position, study.contrast("harm", position)
+        by_reply = study.contrast("refusal", position)
+        if by_reply.size >= SMALLEST_CLASS:
+            yield "refused - accepted", position, by_reply
+
+
+def field_rows(study: Study) -> list[dict[str, Any]]:
+    """One row a kind, position and layer: length, held-out AUROC, stability, split-half
+    reliability, each with its null."""
+    found = []
+    for kind, position, c in _contrasts(study):
+        g, draws = _generator(study), study.config.resamples
+        shuffled = permuted_sides([c], draws, g)[0]
+        separation = c.separation(auroc)
+        null = held_out_separation(c.resid, *shuffled, auroc).quantile(0.95, dim=0)
+        stability = percentiles(cosine(resampled([c], draws, g)[0], c.direction))
+        halves = reliability(c, c.size // 2, HALVES, g)
+        chance = reliability(c, c.size // 2, HALVES, g, shuffle=True).quantile(0.95, dim=0)
+        norm = c.difference.norm(dim=-1)
+        for layer in range(study.loaded.n_layers + 1):
+            r = float(halves[:, layer].mean())
+            found.append(
+                {
+                    "model": study.spec,
+                    "kind": kind,
+                    "position": position,
+                    "layer": layer,
+                    "n": [len(c.positive), len(c.negative)],
+                    "alive": bool(c.alive[layer]),
+                    "norm": float(norm[layer]),
+                    "auroc": float(separation[layer]),
+                    "auroc_null_95": float(null[layer]),
+                    "stability": stability[layer].tolist(),
+                    "split_half": r,
+                    "split_half_interval": halves[:, layer]
+                    .quantile(torch.tensor([0.025, 0.975]))
+                    .tolist(),
+                    "split_half_null_95": float(chance[layer]),
+                    "cosine_with_truth": spearman_brown(r),
+                }
+            )
+    return found
+
+
+def arditi_rows(study: Study) -> list[dict[str, float]]:
+    """KL, induced refusal and compliance of the refusal direction at t_post_inst, layer by
+    layer."""
+    tried = candidates({"-1": study.refusal}, study.loaded.n_layers, study.config.carrier_every)
+
+    def make() -> list[dict[str, Any]]:
+        bad, good = (
+            [p for p, h in zip(study.prompts, study.harmful, strict=True) if h is kind][
+                :ARDITI_PROMPTS
+            ]
+            for kind in (True, False)
+        )
+        return [c.to_row() for c in scored(study.loaded, tried, bad, good, study.refusal_ids)]
+
+    depends = [
+        study.estimator_identity,
+        study.config.carrier_every,
+        study.refusal_ids,
+        study.set_identity,
+    ]
+    return sorted(study.kept("arditi", depends, make), key=lambda row: row["layer"])
+
+
+def profile_rows(study: Study) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Statistics by layer, and the layer that each criterion takes (by its name in
+    ``geometry/layers.py``)."""
+    h, r, own = study.harmfulness, study.contrast("harm", "-1"), study.refusal
+    pairs: dict[str, tuple[Contrast, Contrast]] = {"H, R harc": (h, r)}
+    by_reply = study.contrast("refusal", "-1")
+    if by_reply.size >= SMALLEST_CLASS:
+        pairs |= {"H, R zhao": (h, by_reply), "R harc, R zhao": (r, by_reply)}
+    separation = sum(c.separation(auroc) for c in (h, r)) / 2
+    assert isinstance(separation, Tensor)
+    scores = {
+        "separation": separation,
+        "eq6_prompt": study.prompt_score,
+    }
+    note = ""
+    try:
+        replies = responses(study)
+    except AttackPlaneError as error:
+        note = f"no eq6: {error}"
+    else:
+        paper, code = replies.refusal_paper, replies.refusal_code
+        pairs |= {
+            "H prompt, H response": (h, replies.harmfulness),
+            "R prompt, R response (paper)": (own, paper),
+            "R prompt, R response (code)": (own, code),
+        }
+        for name, side in (("eq6", paper), ("eq6_code", code)):
+            scores[name] = eq6(
+                h.direction, own.direction, replies.harmfulness.direction, side.direction
+            )
+        note = (
+            "refusals of the response side are ours, the model's own are too few"
+            if replies.forced
+            else ""
+        )
+    statistics = {
+        name: cosine_statistics(*pair, study.config.resamples, _generator(study))
+        for name, pair in pairs.items()
+    }
+    tried = arditi_rows(study)
+    chosen: dict[str, int | None] = dict(choose(scores, study.loaded.n_layers))
+    passed = arditi_layers(tried, study.loaded.n_layers)
+    chosen["arditi"] = passed[0] if passed else None
+    by_layer = {int(row["layer"]): row for row in tried}
+    rows = []
+    for layer in range(study.loaded.n_layers + 1):
+        row: dict[str, Any] = {"model": study.spec, "layer": layer}
+        row["cosines"] = {
+            name: {
+                "value": float(s["value"][layer]),
+                "interval": s["interval"][layer].tolist(),
+                "null_permuted_95": float(s["null_permuted"][layer]),
+                "null_random_95": float(s["null_random"][layer]),
+            }
+            for name, s in statistics.items()
+        }
+        row["scores"] = {
+            name: float(score[layer]) if score[layer].isfinite() else None
+            for name, score in scores.items()
+        }
+        if layer in by_layer:
+            row["arditi"] = {k: by_layer[layer][k] for k in ("kl", "refuse", "comply")}
+        rows.append(row)
+    about = {"estimator": study.estimator, "refusal_rate": study.refusal_rate, "note": note}
+    return rows, {"model": study.spec, "layers": chosen, "passed_arditi": passed, **about}
+
+
+def size_rows(study: Study) -> list[dict[str, Any]]:
+    """Reliability at the study's layer from n prompts a side, up to half of them."""
+    found = []
+    for name, c in (("H", study.harmfulness), ("R", study.refusal)):
+        for size in sorted(
+            {n for n in (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= c.size // 2}
+            | {c.size // 2}
+        ):
+            g = _generator(study)
+            values = reliability(c, size, HALVES, g)[:, study.layer]
+            null = reliability(c, size, HALVES, g, shuffle=True)[:, study.layer]
+            found.append(
+                {
+                    "model": study.spec,
+                    "direction": name,
+                    "layer": study.layer,
+                    "n": size,
+                    "cosine": float(values.mean()),
+                    "interval": values.quantile(torch.tensor([0.025, 0.975])).tolist(),
+                    "null_95": float(null.quantile(0.95)),
+                }
+            )
+    return found
+
+
+def across_rows(
+    study: Study, other: str, theirs: tuple[Contrast, Contrast]
+) -> list[dict[str, Any]]:
+    """Cosines of this model's harc directions with another's of equal width, layer by layer up to
+    the shallower one."""
+    if theirs[0].resid.shape[2] != study.loaded.d_model:
+        return []
+    found = []
+    for name, mine, their in zip(
+        "HR", (study.harmfulness, study.contrast("harm", "-1")), theirs, strict=True
+    ):
+        depth = min(mine.resid.shape[1], their.resid.shape[1])
+        cut = [c.up_to(depth) for c in (mine, their)]
+        s = cosine_statistics(cut[0], cut[1], study.config.resamples, _generator(study))
+        found += [
+            {
+                "models": [other, study.spec],
+                "direction": name,
+                "layer": layer,
+                "cosine": float(s["value"][layer]),
+                "interval": s["interval"][layer].tolist(),
+                "null_permuted_95": float(s["null_permuted"][layer]),
+                "null_random_95": float(s["null_random"][layer]),
+            }
+            for layer in range(depth)
+        ]
+    return found

@@ -1,0 +1,207 @@
+"""Which published claims hold on these models? One run folder, JSON lines and a picture.
+
+1. Claims about attacks take the run's own prompts; a run without any gets the prompt-level attacks
+   on the held-out harmful behaviours first.
+2. Each model is loaded once. While it is there, it replies to the prompts, its directions are
+   estimated, its plane is read, and every claim is measured on it.
+3. The matrix, the plane, ``claims.jsonl`` and ``claims.png`` are written; claims of other models
+   and numbers stay in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from attacks.templates import ATTACK as TEMPLATES
+from attacks.templates import TemplatesConfig
+from core.errors import AttackPlaneError
+from core.models import ModelHandle, OpenModel
+from core.records import AttackArtifact, PlanePoint
+from core.store import ATTACKS, PLANE, REPLAYS, RunFolder, read_rows
+from evaluation.behaviours import load_behaviours
+from pipeline.campaign import Plan, baseline_plans, campaign
+from pipeline.contrast_reading import contrast_set
+from pipeline.directions import begin_directions
+from pipeline.plane import PlaneConfig, PlaneStage
+from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows
+from pipeline.transfer import STAGE as TRANSFER
+from pipeline.transfer import Transfer, write_matrix
+from plots import claims_png
+from study.claims.evidence import Evidence
+from study.claims.registry import CLAIMS, ClaimTest
+from study.study import Study, StudyConfig
+from study.verdicts import Claim
+from transfer.matrix import Cell
+from transfer.replay import ReplayConfig
+
+CLAIMS_FILE, STAGE = "claims.jsonl", "claims"
+OWN_ATTACKS = "claims_attacks"
+CLASSES = (
+    "nested_fiction",
+    "code_completion",
+    "persuasion",
+    "persona",
+    "refusal_suppression",
+    "past_tense",
+)
+"""Prompt-level attacks that a run without prompts gets."""
+
+
+@dataclass
+class ClaimsResult:
+    claims: list[Claim] = field(default_factory=list)
+    matrix: list[Cell] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def chosen_tests(numbers: Sequence[int]) -> list[ClaimTest]:
+    """The claims of these numbers, all without any.
+
+    Raises:
+        AttackPlaneError: a number that no claim has.
+    """
+    known = {test.number: test for test in CLAIMS.all().values()}
+    unknown = [n for n in numbers if n not in known]
+    if unknown:
+        there = ", ".join(map(str, sorted(known)))
+        raise AttackPlaneError(
+            "no such claim here", got=unknown, remedy=f"claims that can be measured: {there}"
+        )
+    return [known[n] for n in sorted(numbers or known)]
+
+
+def claims(
+    path: Path,
+    specs: Sequence[str],
+    numbers: Sequence[int],
+    config: StudyConfig,
+    *,
+    open_model: OpenModel = ModelHandle,
+) -> ClaimsResult:
+    """Measure the claims ``numbers`` on every model."""
+    check_specs(specs)
+    tests = chosen_tests(numbers)
+    on_attacks = any(test.needs_attacks for test in tests)
+    with RunFolder(path) as run:  # a refusal comes before hours of work
+        run.begin_stage(STAGE, asdict(config), {})
+        begin_directions(run, config.directions)
+    if on_attacks:
+        make_attacks(path, config, open_model)
+    with RunFolder(path) as run:
+        stage = _Claims(run, specs, tests, config, on_attacks)
+        models = [open_model(spec) for spec in specs]
+        for model in models:
+            stage.measure(model, models)
+            model.release()
+        return stage.write(models)
+
+
+def make_attacks(path: Path, config: StudyConfig, open_model: OpenModel) -> None:
+    """Prompt-level attacks on the held-out harmful behaviours, in a run without prompts."""
+    with RunFolder(path) as run:
+        ours = not (path / ATTACKS).exists() or OWN_ATTACKS in run.manifest["stages"]
+        if ours:  # noted first: what a stopped command has begun the same command finishes
+            run.begin_stage(OWN_ATTACKS, {"templates": list(CLASSES)}, {})
+    if ours:
+        splits = config.held_out_splits
+        behaviours = load_behaviours(config.held_out, label="harmful", splits=splits)
+        plan = Plan(TEMPLATES, TemplatesConfig(CLASSES, system_prompt=config.system_prompt))
+        plans = [*baseline_plans(plan), plan]
+        campaign(path, behaviours, plans, seed=config.seed, open_model=open_model)
+
+
+class _Claims:
+    """The stage within one run folder."""
+
+    def __init__(
+        self,
+        run: RunFolder,
+        specs: Sequence[str],
+        tests: Sequence[ClaimTest],
+        config: StudyConfig,
+        on_attacks: bool,
+    ) -> None:
+        self.run, self.specs, self.tests, self.config = run, specs, tests, config
+        self.result = ClaimsResult()
+        self.transfer = self.plane = None
+        if on_attacks:
+            self.transfer = Transfer(run, *_replay_settings(run, config))
+            anchors = {"anchors": config.held_out, "anchor_splits": config.held_out_splits}
+            self.plane = PlaneStage(run, specs, PlaneConfig(**anchors))
+            self.seen = self._contrast_behaviours()
+
+    def _contrast_behaviours(self) -> set[str]:
+        """Ids of attacked behaviours that directions were estimated on: nothing is claimed
+        there."""
+        known = {b.request for b in contrast_set(self.config.directions)}
+        seen = {a.behaviour_id for a in artifacts_of(self.run) if a.request in known}
+        if seen:
+            self.result.notes.append(
+                f"note: {len(seen)} attacked behaviours are contrast prompts and are left out of "
+                "the claims about attacks"
+            )
+        return seen
+
+    def measure(self, model: ModelHandle, models: Sequence[ModelHandle]) -> None:
+        """Everything that is asked of one model."""
+        study = Study(self.run, model, self.config)
+        stage = {model.spec: model.fingerprint}
+        self.run.begin_stage(STAGE, asdict(self.config), stage)
+        if any(not test.needs_attacks for test in self.tests):
+            study.held_out("harmful"), study.held_out("harmless")  # a refusal before the work
+        evidence = Evidence(study)
+        if self.transfer and self.plane:
+            self.transfer.replay_on(model, self._not_sent)
+            _ = study.directions  # the plane needs them in the run
+            if not self.plane.is_done(models):
+                self.plane.read(model)
+            evidence = Evidence(study, *self._attacked(model.spec))
+        self.result.claims += [test.measure(evidence) for test in self.tests]
+
+    def _attacked(self, spec: str) -> tuple[list, list, list]:
+        """Artifacts, replies and points of behaviours that no direction was estimated on."""
+        assert self.plane is not None
+        points = self.plane.points or [
+            PlanePoint.from_row(row) for row in read_rows(self.run.path / PLANE)
+        ]
+        own = [
+            p
+            for p in points
+            if (p.target, p.kind, p.frame) == (spec, "attack", "own")
+            and p.behaviour_id not in self.seen
+        ]
+        artifacts = [a for a in artifacts_of(self.run) if a.behaviour_id not in self.seen]
+        return artifacts, replays_of(self.run), own
+
+    def _not_sent(self, artifact: AttackArtifact, error: Exception) -> None:
+        what = f"{artifact.attack} {artifact.behaviour_id} {artifact.artifact_id}"
+        self.result.notes.append(f"not sent: {what}. {error}")
+
+    def write(self, models: Sequence[ModelHandle]) -> ClaimsResult:
+        """Matrix and plane, then the claims beside those of other models and numbers."""
+        result, path = self.result, self.run.path
+        if self.plane:
+            result.matrix = write_matrix(self.run)
+            if self.plane.points:
+                self.plane.write(models)
+            result.notes += self.plane.result.notes
+        order = list(self.specs)
+        result.claims.sort(key=lambda c: (c.number, order.index(c.model)))
+        new = {(c.number, c.model): c.to_row() for c in result.claims}
+        old = {(r["number"], r["model"]): r for r in read_rows(path / CLAIMS_FILE)}
+        rows = sorted((old | new).values(), key=lambda row: row["number"])
+        result.files = [write_rows(path / CLAIMS_FILE, rows), claims_png.draw(path)]
+        return result
+
+
+def _replay_settings(run: RunFolder, config: StudyConfig) -> tuple[tuple[str, ...], ReplayConfig]:
+    """Judges and settings of the run's replies; those of the study where it has none."""
+    stages = run.manifest["stages"]
+    if (run.path / REPLAYS).exists() and TRANSFER in stages:
+        before = dict(stages[TRANSFER])
+        return tuple(before.pop("judges")), ReplayConfig(**before)
+    judges = tuple(dict.fromkeys([config.judge, "target_prefix"]))
+    return judges, ReplayConfig(config.reply_tokens, 0.0, config.seed)

@@ -1,0 +1,306 @@
+"""One model in front of the contrast set: fields, carriers, and what was measured on it.
+
+What takes long is kept in the run folder under a hash of all it depends on, so that a command goes
+on where it was stopped and several commands share it. Replies under refusal ablation stay in the
+run folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from core.errors import AttackPlaneError
+from core.models import LoadedModel, ModelHandle
+from core.prompt import Conversation, Prompt, Renderer
+from core.records import Behaviour, Directions, content_hash
+from core.store import RunFolder
+from evaluation.behaviours import DEMONSTRATION, load_behaviours
+from evaluation.judges import DEFAULT_JUDGE, Exchange, Judge, make_judge, outcomes
+from evaluation.refusals import refusal_openings
+from geometry.activations import POSITIONS as DIRECTION_POSITIONS
+from geometry.activations import collect
+from geometry.carriers import Carrier, candidates, screened
+from geometry.contrasts import SMALLEST_CLASS, Contrast, indices
+from geometry.directions import best_layers, refused_and_accepted
+from pipeline.contrast_reading import (
+    CONTRAST_SPLITS,
+    HELD_OUT_SPLITS,
+    ContrastReading,
+    DirectionsConfig,
+)
+from pipeline.directions import directions_of
+
+MEASURED = "measured.jsonl"
+TAIL = ("-5", "-4", "-3", "-2", "-1")
+POSITIONS = ("t_first", *DIRECTION_POSITIONS, *TAIL)
+ESTIMATORS = ("auto", "harc", "zhao")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What a model is studied on, and how.
+
+    ``estimator`` of the refusal contrast: auto is zhao where the model refuses and accepts enough,
+    else harc. ``carrier_prompts`` of each label, and every ``carrier_every``-th layer, are tried
+    for carriers. ``refusals``: how many texts the log-probability of a refusal is a mean over.
+    ``controls``: random directions of each kind. ``judge`` says refused or complied.
+    """
+
+    contrast: str = DEMONSTRATION
+    splits: tuple[str, ...] = CONTRAST_SPLITS
+    held_out: str = DEMONSTRATION
+    held_out_splits: tuple[str, ...] = HELD_OUT_SPLITS
+    estimator: str = "auto"
+    reply_tokens: int = 32
+    resamples: int = 200
+    controls: int = 5
+    carrier_prompts: int = 12
+    carrier_every: int = 3
+    refusals: int = 2
+    seed: int = 0
+    system_prompt: str | None = None
+    judge: str = DEFAULT_JUDGE
+
+    @property
+    def directions(self) -> DirectionsConfig:
+        return DirectionsConfig(
+            contrast=self.contrast,
+            splits=self.splits,
+            reply_tokens=self.reply_tokens,
+            resamples=self.resamples,
+            seed=self.seed,
+            system_prompt=self.system_prompt,
+            judge=self.judge,
+        )
+
+
+class Study:
+    """A model and what was measured on it, lazily. Use within the run's lock."""
+
+    def __init__(self, run: RunFolder, model: ModelHandle, config: StudyConfig) -> None:
+        self.run, self.model, self.spec, self.config = run, model, model.spec, config
+        self.reading = ContrastReading(run, model, config.directions, positions=POSITIONS)
+        self.behaviours, self.harmful = self.reading.behaviours, self.reading.harmful
+        self._carriers: dict[str, list[Carrier]] = {}
+        self._known = {row["key"]: row["value"] for row in run.rows(MEASURED)}
+
+    @property
+    def loaded(self) -> LoadedModel:
+        return self.reading.loaded
+
+    @property
+    def renderer(self) -> Renderer:
+        return self.reading.renderer
+
+    # --- what is kept -----------------------------------------------------------------------------
+    def kept(self, what: str, depends: Any, make: Callable[[], Any]) -> Any:
+        """``make()`` as JSON, from the run where the same was made before."""
+        key = content_hash([what, self.model.fingerprint, depends])
+        if key not in self._known:
+            self._known[key] = make()
+            row = {"key": key, "what": what, "model": self.spec, "value": self._known[key]}
+            self.run.append(MEASURED, row)
+        return self._known[key]
+
+    @property
+    def set_identity(self) -> list[Any]:
+        """Stands for the contrast set and what was said to it."""
+        requests = [(b.request, b.label) for b in self.behaviours]
+        return [self.config.system_prompt, self.config.reply_tokens, requests]
+
+    # --- prompts and replies ----------------------------------------------------------------------
+    def held_out(self, label: str) -> list[Behaviour]:
+        """Behaviours that no direction was estimated on.
+
+        Raises:
+            AttackPlaneError: none has this label, or some are contrast prompts.
+        """
+        source, splits = self.config.held_out, self.config.held_out_splits
+        behaviours = load_behaviours(source, label=label, splits=splits)
+        both = {b.request for b in behaviours} & {b.request for b in self.behaviours}
+        if both:
+            raise AttackPlaneError(
+                "held-out prompts are among those that directions are estimated on",
+                where=source,
+                got=sorted(both)[0],
+                remedy="give other splits or another file",
+            )
+        return behaviours
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return self.reading.prompts
+
+    @property
+    def replies(self) -> list[str]:
+        return self.reading.replies
+
+    @property
+    def refused(self) -> list[bool | None]:
+        return self.reading.refused
+
+    @cached_property
+    def judge(self) -> Judge:
+        return make_judge(self.config.judge)
+
+    def outcomes(self, exchanges: Sequence[tuple[str, str]]) -> list[str | None]:
+        """What the judge says of (request, reply) pairs: refused, degenerate, complied or None."""
+        return outcomes(self.judge, [Exchange(request, reply) for request, reply in exchanges])
+
+    @property
+    def refusal_rate(self) -> float:
+        """Share of harmful contrast prompts that the model refuses by itself."""
+        pairs = zip(self.refused, self.harmful, strict=True)
+        judged = [r for r, harmful in pairs if harmful and r is not None]
+        return sum(judged) / max(1, len(judged))
+
+    @cached_property
+    def refusal_ids(self) -> list[tuple[int, ...]]:
+        """Token ids of the refusals whose log-probability is measured."""
+        first = self.behaviours[0].request
+        conversation = Conversation.build(first, system=self.config.system_prompt)
+        texts = refusal_openings(self.config.refusals)
+        return [self.renderer.render(conversation, target=text).target_ids for text in texts]
+
+    @cached_property
+    def directions(self) -> Directions:
+        """The run's harc directions of this model; they are estimated where it has none."""
+        return directions_of(self.reading, ("harc",)).directions[0]
+
+    # --- contrasts --------------------------------------------------------------------------------
+    @cached_property
+    def estimator(self) -> str:
+        """Of the refusal contrast."""
+        enough = min(map(len, refused_and_accepted(self.refused))) >= SMALLEST_CLASS
+        if self.config.estimator == "zhao" and not enough:
+            raise AttackPlaneError(
+                "too few replies for the zhao estimator",
+                where=self.spec,
+                got=(
+                    f"{sum(r is True for r in self.refused)} refused, "
+                    f"{sum(r is False for r in self.refused)} accepted"
+                ),
+                remedy="use the estimator harc",
+            )
+        if self.config.estimator != "auto":
+            return self.config.estimator
+        return "zhao" if enough else "harc"
+
+    @property
+    def estimator_identity(self) -> list[Any]:
+        """The estimator, and for zhao who refused, which depends on the judge."""
+        return [self.estimator, self.refused if self.estimator == "zhao" else None]
+
+    @property
+    def refusal_kind(self) -> str:
+        """The kind of ``contrast`` that the estimator takes for refusal."""
+        return "harm" if self.estimator == "harc" else "refusal"
+
+    def contrast(self, kind: str, position: str) -> Contrast:
+        """``harm``: harmful against harmless prompts at a position; ``refusal``: refused against
+        accepted ones."""
+        sides = (
+            (indices(self.harmful), indices(not h for h in self.harmful))
+            if kind == "harm"
+            else refused_and_accepted(self.refused)
+        )
+        units = tuple(b.behaviour_id for b in self.behaviours)
+        return Contrast(
+            f"{kind} at {position}", self.reading.activations.at(position), *sides, units
+        )
+
+    @property
+    def positions(self) -> tuple[str, ...]:
+        """Where contrasts are read: t_post_inst is -1."""
+        return tuple(p for p in self.reading.activations.positions if p != "t_post_inst")
+
+    @property
+    def tail(self) -> list[str]:
+        """Of -5..-1 those that stand after the user content in every prompt."""
+        return [p for p in TAIL if all(int(p) >= -len(q.tail) for q in self.prompts)] or ["-1"]
+
+    @cached_property
+    def harmfulness(self) -> Contrast:
+        return self.contrast("harm", "t_inst")
+
+    @cached_property
+    def refusal(self) -> Contrast:
+        """The refusal contrast at t_post_inst by this study's estimator."""
+        return self.contrast(self.refusal_kind, "-1")
+
+    @property
+    def layer(self) -> int:
+        """The best inner layer by ``eq6_prompt`` of the run's harc directions: prompts decide."""
+        return best_layers(self.directions)[0]
+
+    @property
+    def prompt_score(self) -> torch.Tensor:
+        """(layer,) ``eq6_prompt``."""
+        return self.directions.statistics["layer_score"]
+
+    # --- carriers ---------------------------------------------------------------------------------
+    def field(self, kind: str) -> dict[str, Contrast]:
+        """Contrasts that carriers are looked for in: H at t_inst, R at the template's tokens by
+        this study's estimator."""
+        if kind == "H":
+            return {"t_inst": self.harmfulness}
+        return {p: self.contrast(self.refusal_kind, p) for p in self.tail}
+
+    def carriers(self, kind: str) -> list[Carrier]:
+        """Scored candidates of one field, best first; their vectors are made anew from the
+        residuals."""
+        if kind not in self._carriers:
+            self._carriers[kind] = self._scored(kind)
+        return self._carriers[kind]
+
+    def _scored(self, kind: str) -> list[Carrier]:
+        field, n = self.field(kind), self.config.carrier_prompts
+        tried = candidates(field, self.loaded.n_layers, self.config.carrier_every)
+
+        def make() -> list[dict[str, Any]]:
+            harmful = [p for p, h in zip(self.prompts, self.harmful, strict=True) if h][:n]
+            harmless = [p for p, h in zip(self.prompts, self.harmful, strict=True) if not h][:n]
+            return [
+                c.to_row()
+                for c in screened(self.loaded, tried, harmful, harmless, self.refusal_ids)
+            ]
+
+        every = self.config.carrier_every
+        depends = [*self.set_identity, kind, self.estimator_identity, n, every, self.refusal_ids]
+        by_place = {(c.position, c.layer): c for c in tried}
+        return [
+            replace(
+                by_place[row["position"], row["layer"]],
+                **{name: row[name] for name in ("comply", "refuse", "kl")},
+            )
+            for row in self.kept("carriers", depends, make)
+        ]
+
+    def carrier(self, kind: str) -> Carrier:
+        """The best admissible carrier of a field, else the one with the lowest KL (``admissible``
+        says which)."""
+        return self.carriers(kind)[0]
+
+    def place(self, carrier: Carrier) -> list[Any]:
+        """What a carrier's vector depends on besides the contrast set."""
+        return [carrier.position, carrier.layer, self.estimator_identity]
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.loaded.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+
+    def prompts_of(self, contents: Sequence[tuple[str, str | None]]) -> list[Prompt]:
+        """(user content, system prompt) pairs, rendered."""
+        return [
+            self.renderer.render(Conversation(c, system=s), allow_trim=True) for c, s in contents
+        ]
+
+    def residuals(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """(prompt, layer, d_model) at t_inst."""
+        return collect(
+            self.loaded, prompts, [str(i) for i in range(len(prompts))], positions=("t_inst",)
+        ).at("t_inst")
