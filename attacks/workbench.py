@@ -81,6 +81,7 @@ class Workbench:
 
     def __post_init__(self) -> None:
         self._kept: dict[Any, Any] = {}
+        self._open: list[Any] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> Workbench:
@@ -88,7 +89,9 @@ class Workbench:
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
-        self._kept.clear()
+        for key in self._open:
+            self._kept.pop(key, None)
+        self._open.clear()
 
     @property
     def source(self) -> LoadedModel:
@@ -108,7 +111,10 @@ class Workbench:
 
     def entered(self, key: object, make: Callable[[], AbstractContextManager[T]]) -> T:
         """As ``once``, for what must be closed when the workbench closes."""
-        return self.once(key, lambda: self._stack.enter_context(make()))
+        if key not in self._kept:
+            self._kept[key] = self._stack.enter_context(make())
+            self._open.append(key)
+        return self._kept[key]
 
     def allowed(self, *, ascii_only: bool) -> Tensor:
         """(vocabulary,) bool: the tokens that a suffix may hold."""

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 import click
-from evaluation.asr import bootstrap_mean
 from pipeline.common import artifacts_of
 
 from core.records import AttackArtifact
+from core.statistics import bootstrap_mean
 from core.store import RunFolder
 from core.text import aligned
 
@@ -25,7 +25,7 @@ VARIANTS = ("autodan_ga", "autodan_hga", "autodan_hga_without_words")
 
 
 def shown(values: list[float]) -> str:
-    low, high = bootstrap_mean(values)
+    low, high = bootstrap_mean(values) or (float("nan"), float("nan"))
     return f"{sum(values) / len(values):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 import random
 
 import click
-from evaluation.asr import bootstrap_mean
 
-from attacks.autodan import AutoDANConfig, first_population, offline_mutation, word_level
+from attacks.autodan_search import AutoDANConfig, first_population, offline_mutation, word_level
 from attacks.prompt_loss import PromptLoss
 from attacks.words import paraphrase, read_seeds, update_dictionary
 from core.models import load
 from core.prompt import Renderer
+from core.statistics import bootstrap_mean
 from core.text import aligned
 from evaluation.behaviours import load_behaviours
 
@@ -30,7 +30,7 @@ GENERATIONS = 3
 
 
 def shown(values: list[float]) -> str:
-    low, high = bootstrap_mean(values)
+    low, high = bootstrap_mean(values) or (float("nan"), float("nan"))
     return f"{sum(values) / len(values):+.3f} [{low:+.3f}, {high:+.3f}]"
 
 

@@ -26,7 +26,7 @@ import click
 import torch
 
 from attacks.candidates import allowed_tokens
-from attacks.gcg import GCGConfig, GCGState, run_gcg
+from attacks.gcg_search import GCGConfig, GCGState, run_gcg
 from attacks.objective import TargetLoss
 from attacks.slot import default_slot
 from core.models import LoadedModel, load

@@ -30,9 +30,9 @@ from typing import Any
 
 import click
 import torch
-from attacks.reference import reference
 
 from attacks.candidates import allowed_tokens, sample_candidates
+from attacks.nanogcg_engine import reference
 from attacks.objective import PATHS, TargetLoss
 from attacks.selection import screened
 from attacks.slot import SuffixSlot, default_slot
@@ -46,9 +46,10 @@ from benchmarks.measure import (
     random_model,
     timed,
 )
-from core.models import DTYPES, LoadedModel, load
+from core.models import LoadedModel, load
 from core.prompt import Renderer
 from core.text import aligned
+from core.weights import DTYPES
 from evaluation.behaviours import load_behaviours
 
 PARTS = ("gradient", "sampling", "fidelity", "scoring", "step")
@@ -141,7 +142,7 @@ class Ours:
         scored = drawn[torch.tensor(kept)] if candidates is None else candidates
         scoring_s, (winner, loss) = timed(lambda: self.best(scored), device)
         step_s, memory = time.perf_counter() - start, peak_mib(device)
-        likely = objective.likely_tokens if objective.loaded.dtype == torch.float32 else 0
+        likely = objective.scorer.likely_tokens if objective.loaded.dtype == torch.float32 else 0
         gflop = scoring_gflop(objective, suffix, scored, likely)
         seconds = {
             "gradient": gradient_s,

@@ -146,6 +146,7 @@ def _setting_option(field: dataclasses.Field[Any], hint: Any, by_preset: bool) -
         return click.option(flag, field.name, multiple=True, metavar="NAME=JSON", **options)
     if kind is tuple:
         choices = click.Choice(field.metadata.get(CHOICES, ()))
+        options["metavar"] = "NAME"
         return click.option(flag, field.name, type=choices, multiple=True, **options)
     return click.option(flag, field.name, type=_type_of(kind, field.metadata), **options)
 

@@ -91,6 +91,7 @@ def intervene(
 
     if sweep and strengths:
         raise click.UsageError("--sweep and --strength exclude each other")
+    layers: tuple[int, ...] | None
     if at is None or at == "all":
         layers = None if at is None else ()
     else:

@@ -28,13 +28,6 @@ DEFAULT_LIMIT = 4
 class CleanGroup(click.Group):
     """Turns the suite's errors into clean messages and exit codes; Ctrl-C says how to go on."""
 
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().main(*args, **kwargs)
-        except AttackPlaneError as error:  # raised while options are read
-            click.echo(f"error: {error}", err=True)
-            raise SystemExit(EXIT_ERROR) from error
-
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)

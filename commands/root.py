@@ -17,7 +17,8 @@ import click
 
 import commands
 from commands.attack_index import declared_commands
-from commands.options import CONTEXT, CleanGroup
+from commands.options import CONTEXT, EXIT_ERROR, CleanGroup
+from core.errors import AttackPlaneError
 
 LIBRARIES = ("httpx", "httpcore", "urllib3", "filelock", "matplotlib")
 
@@ -80,7 +81,11 @@ def load_plugins(ctx: click.Context, option: click.Parameter, paths: tuple[Path,
     from core.registry import load_plugin
 
     for path in paths:
-        load_plugin(path)
+        try:
+            load_plugin(path)
+        except AttackPlaneError as error:  # options are read before errors are caught
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(EXIT_ERROR)
 
 
 @click.group(cls=Root, context_settings=CONTEXT)

@@ -82,8 +82,8 @@ def show_result(grid: SweepConfig, result: SweepResult) -> None:
     if result.has_plane:
         click.echo(classes_table(read_rows(run / CLASSES), frames=["own"], anchors=False))
         click.echo(separability_table(read_rows(run / SEPARABILITY)))
-    for file in result.files:
-        click.echo(file)
+    for path in result.files:
+        click.echo(path)
     if result.failures:
         failed = f"{len(result.failures)} cells failed (see {run / FAILURES})"
         click.echo(f"{failed}; the same command tries them again")

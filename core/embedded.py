@@ -20,6 +20,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -147,9 +148,14 @@ def convert_gguf(path: Path) -> Path:
         part = _made(root / f"{key}.part-{os.getpid()}")
         log.info("converting %s to safetensors (once)", path.name)
         try:
-            where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-            quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            where: dict[str, Any] = {
+                "pretrained_model_name_or_path": str(path.parent),
+                "gguf_file": path.name,
+            }
+            tokenizer = AutoTokenizer.from_pretrained(trust_remote_code=False, **where)
+            quantised = AutoModelForCausalLM.from_pretrained(
+                trust_remote_code=False, dtype=torch.float32, **where
+            )
         except (OSError, ValueError, ImportError) as error:
             shutil.rmtree(part, ignore_errors=True)
             raise AttackPlaneError(

@@ -141,9 +141,9 @@ def frozen(spec: ModelSpec, model: Any, tokenizer: Any) -> LoadedModel:
     model.eval().requires_grad_(False)
     precision = spec.load or str(model.dtype).removeprefix("torch.")
     commit = getattr(model.config, "_commit_hash", None)
-    return LoadedModel(
-        spec.text, model, tokenizer, model.device, identity(spec, precision, commit=commit)
-    )
+    own = identity(spec, precision, commit=commit)
+    assert own is not None  # it is known where the precision is
+    return LoadedModel(spec.text, model, tokenizer, model.device, own)
 
 
 def wrap(model: Any, tokenizer: Any, name: str = "wrapped") -> LoadedModel:

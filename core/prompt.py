@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from core.conversation import Conversation, Span
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.records import content_hash
@@ -39,82 +40,6 @@ REPLY_SENTINEL = "ZQXreplyXQZ"
 # Some templates print today's date; a prompt must render the same tomorrow.
 FIXED = {"date_string": "26 Jul 2024"}
 FIXED_TODAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
-
-
-@dataclass(frozen=True)
-class Span:
-    """Half-open range [start, stop) of tokens, or of characters where said so."""
-
-    start: int
-    stop: int
-
-    @property
-    def last(self) -> int:
-        return self.stop - 1
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """User content with the character ranges of the request and of the suffix in it; context around
-    it."""
-
-    content: str
-    request: Span | None = None
-    suffix: Span | None = None
-    system: str | None = None
-    history: tuple[tuple[str, str], ...] = ()
-
-    @classmethod
-    def build(
-        cls,
-        request: str,
-        suffix: str | None = None,
-        *,
-        placement: str = "{request} {suffix}",
-        system: str | None = None,
-        history: Sequence[tuple[str, str]] = (),
-    ) -> Conversation:
-        """Place ``request`` and ``suffix`` by their markers; without a suffix the content is the
-        request alone.
-
-        ``history`` is earlier turns as (role, content).
-        """
-        past = tuple(history)
-        if suffix is None:
-            return cls(request, Span(0, len(request)), None, system, past)
-        for marker in ("{request}", "{suffix}"):
-            if placement.count(marker) != 1:
-                raise AttackPlaneError(
-                    f"the placement must hold {marker} once", where="placement", got=placement
-                )
-        first, second = sorted(("{request}", "{suffix}"), key=placement.index)
-        fill = {"{request}": request, "{suffix}": suffix}
-        head, _, rest = placement.partition(first)
-        middle, _, end = rest.partition(second)
-        start = {first: len(head), second: len(head) + len(fill[first]) + len(middle)}
-        spans = {marker: Span(start[marker], start[marker] + len(fill[marker])) for marker in fill}
-        content = head + fill[first] + middle + fill[second] + end
-        return cls(content, spans["{request}"], spans["{suffix}"], system, past)
-
-    @classmethod
-    def of_prompt(
-        cls, prompt: str, *, request: str | None, suffix: str | None, system: str | None
-    ) -> Conversation:
-        """A frozen prompt; request and suffix are looked up in it and left out where they do not
-        stand verbatim."""
-
-        def find(part: str | None, position: int) -> Span | None:
-            return Span(position, position + len(part)) if part and position >= 0 else None
-
-        return cls(
-            prompt,
-            find(request, prompt.find(request) if request else -1),
-            find(suffix, prompt.rfind(suffix) if suffix else -1),
-            system,
-        )
 
 
 @dataclass(frozen=True)
@@ -293,6 +218,24 @@ class Renderer:
             list(got) == list(ids) for got, ids in zip(self.tokenise(texts), expected, strict=True)
         ]
 
+    def _content_in(
+        self, text: str, conversation: Conversation, allow_trim: bool
+    ) -> tuple[str, int]:
+        """The user content as it stands in the rendered text, and how far its own places move."""
+        before, after = self.around_content(conversation)
+        content = conversation.content
+        if text == before + content + after:
+            return content, len(before)
+        if allow_trim and text == before + content.strip() + after:
+            return content.strip(), len(before) - (len(content) - len(content.lstrip()))
+        became = text[len(before) : len(text) - len(after)]
+        raise AttackPlaneError(
+            "the chat template rewrites the user content",
+            where=self.loaded.spec,
+            got=f"{content[:60]!r} became {became[:60]!r}",
+            remedy="remove white space at the ends of the content and special tokens inside it",
+        )
+
     def render(
         self, conversation: Conversation, target: str | None = None, *, allow_trim: bool = False
     ) -> Prompt:
@@ -300,28 +243,11 @@ class Renderer:
 
         Raises:
             AttackPlaneError: the template rewrites the content (``allow_trim`` accepts removed
-            outer white space),
-                or the target's tokens merge with the template's.
+                outer white space), or the target's tokens merge with the template's.
         """
-        before, after = self.around_content(conversation)
-        text, content, trimmed = self.text(conversation), conversation.content, False
-        shift = len(before)
-        if text != before + content + after:
-            if allow_trim and text == before + content.strip() + after:
-                shift -= len(content) - len(content.lstrip())
-                content, trimmed = content.strip(), True
-            else:
-                raise AttackPlaneError(
-                    "the chat template rewrites the user content",
-                    where=self.loaded.spec,
-                    got=(
-                        f"{content[:60]!r} became "
-                        f"{text[len(before) : len(text) - len(after)][:60]!r}"
-                    ),
-                    remedy=(
-                        "remove white space at the ends of the content and special tokens inside it"
-                    ),
-                )
+        before, _ = self.around_content(conversation)
+        text = self.text(conversation)
+        content, shift = self._content_in(text, conversation, allow_trim)
         target_text = self.target_text(conversation, target) if target is not None else ""
         encoded = self.tokenizer(
             text + target_text, add_special_tokens=False, return_offsets_mapping=True
@@ -362,5 +288,8 @@ class Renderer:
             starts=tuple(starts[:boundary]),
             target_text=target_text,
             target_ids=tuple(ids[boundary:]),
-            trimmed=trimmed,
+            trimmed=content != conversation.content,
         )
+
+
+__all__ = ["Conversation", "Prompt", "Renderer", "Span"]

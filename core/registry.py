@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from core.errors import AttackPlaneError
-from core.records import nearest
+from core.records import content_hash, nearest
 
 
 class Named(Protocol):
@@ -88,10 +88,14 @@ class Registry(Generic[Item]):
 def load_plugin(path: Path) -> None:
     """Run a Python file that declares attacks, judges or claims.
 
+    A file that has been run is not run again.
+
     Raises:
         AttackPlaneError: no such file, or it cannot be run.
     """
-    name = f"attack_plane_plugin_{path.stem}"
+    name = f"attack_plane_plugin_{content_hash(str(path.resolve()), 8)}"
+    if name in sys.modules:
+        return
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise AttackPlaneError("no such plugin", where=path, remedy="give a Python file")

@@ -122,7 +122,7 @@ class RunFolder:
                 "no run here",
                 where=path,
                 got="no manifest.json",
-                remedy="give the folder that `gcg` or `demo` wrote, for example --run runs/demo",
+                remedy="give the folder that an attack or the demo wrote, for example runs/demo",
             )
         return cls(path)
 
@@ -134,7 +134,7 @@ class RunFolder:
             raise AttackPlaneError(
                 "another process is writing to this run",
                 where=self.path,
-                remedy="wait for it, or use another --run folder",
+                remedy="wait for it, or use another run folder",
             ) from error
         except OSError as error:
             raise AttackPlaneError(
@@ -188,7 +188,7 @@ class RunFolder:
                 "this run was made with another configuration",
                 where=self.path,
                 got="; ".join(differences),
-                remedy="repeat the command with the run's settings, or choose another --run folder",
+                remedy="repeat the command with the run's settings, or choose another run folder",
             )
         environment = environment_versions()
         if not manifest["history"] or manifest["history"][-1] != environment:
@@ -271,7 +271,7 @@ class RunFolder:
                         f"{behaviour.label} {behaviour.request!r}, in the run {before.label} "
                         f"{before.request!r}"
                     ),
-                    remedy="use another --run folder, or give the behaviours other ids",
+                    remedy="use another run folder, or give the behaviours other ids",
                 )
 
     # --- small states of work in progress ---------------------------------------------------------

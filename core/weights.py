@@ -9,6 +9,7 @@ or the adapter by name, since transformers would fill the gap with random number
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,16 @@ def load_base(spec: ModelSpec, device: torch.device) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=spec.revision, trust_remote_code=False
         )
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, trust_remote_code=False, output_loading_info=True, **options
+        made: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **options,
         )
     except UNREADABLE as error:
         raise _unloadable("model", f"model spec {spec.text!r}", error) from error
+    model, report = made
     if model.config.is_encoder_decoder:
         raise AttackPlaneError(
             "not a decoder-only model", where=spec.text, got=type(model).__name__
@@ -112,7 +118,9 @@ def merged_adapter(spec: ModelSpec, model: Any) -> Any:
     where = f"model spec {spec.text!r}"
     try:
         saved = load_peft_weights(spec.adapter, device="cpu")
-        wrapped: Any = PeftModel.from_pretrained(model, spec.adapter)
+        with warnings.catch_warnings():  # of missing keys, which are refused below
+            warnings.simplefilter("ignore")
+            wrapped: Any = PeftModel.from_pretrained(model, spec.adapter)
     except UNREADABLE as error:
         raise AttackPlaneError(
             "cannot load the adapter",
@@ -143,11 +151,15 @@ def load_classifier(name: str) -> tuple[Any, Any]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, trust_remote_code=False, output_loading_info=True
+        made: Any = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except UNREADABLE as error:
         raise _unloadable("classifier", name, error) from error
+    model, report = made
     _require_all_weights(report, name)
     return model.eval().requires_grad_(False).to(default_device()), tokenizer
 

@@ -9,25 +9,22 @@ fault's line.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
-from core.records import LABELS, SPLITS, Behaviour, content_hash, nearest
+from core.records import LABELS, SPLITS, Behaviour, nearest
+from evaluation.behaviour_rows import (
+    read_csv,
+    read_json,
+    read_jsonl,
+    read_txt,
+    to_behaviours,
+)
 
 DEMONSTRATION = "demonstration"
-REQUEST_COLUMNS = (
-    *("request", "goal", "behavior", "behaviour", "prompt"),
-    *("instruction", "forbidden_prompt", "query", "question"),
-)
-TARGET_COLUMNS = ("target", "target_string", "target_str")
-ID_COLUMNS = ("behaviour_id", "behaviorid", "behavior_id", "id")
-CATEGORY_COLUMNS = ("category", "semanticcategory", "type")
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def load_behaviours(
             "no behaviour is left by this choice",
             where=source,
             got=f"label {label or 'any'}, split {', '.join(splits) or 'any'} of {len(rows)} rows",
-            remedy="leave --label or --split out, or add such a column to the file",
+            remedy="leave label or split out, or add such a column to the file",
         )
     return kept
 
@@ -124,7 +121,7 @@ def to_attack(source: str, label: str, splits: Sequence[str] | None) -> list[Beh
 
 def read_file(path: Path, default_label: str, *, benchmark: str | None = None) -> list[Behaviour]:
     """Behaviours of one file, by its ending."""
-    readers = {".csv": _csv, ".json": _json, ".jsonl": _jsonl, ".txt": _txt}
+    readers = {".csv": read_csv, ".json": read_json, ".jsonl": read_jsonl, ".txt": read_txt}
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise AttackPlaneError(
@@ -148,7 +145,7 @@ def read_file(path: Path, default_label: str, *, benchmark: str | None = None) -
         where=path,
         benchmark=benchmark or path.stem,
         label=default_label,
-        unit="row" if reader is _json else "line",
+        unit="row" if reader is read_json else "line",
     )
 
 
@@ -195,155 +192,3 @@ def read_hub(name: str) -> list[Behaviour]:
         merge_duplicates=True,
         unit="row",
     )
-
-
-# --- readers: (line, row) pairs -------------------------------------------------------------------
-Numbered = list[tuple[int, dict[str, Any]]]
-
-
-def _csv(text: str, path: Path) -> Numbered:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows: Numbered = []
-    try:
-        for row in reader:
-            # the reader stands at the row's last line; line breaks inside quotes lie before it
-            breaks = sum(value.count("\n") for value in row.values() if isinstance(value, str))
-            line = reader.line_num - breaks
-            if None in row:
-                raise AttackPlaneError(
-                    "a row has more fields than the header",
-                    where=f"{path}, line {line}",
-                    got=row[None],
-                    remedy="put fields that hold commas in double quotes",
-                )
-            rows.append((line, row))
-    except csv.Error as error:
-        raise AttackPlaneError(
-            "not a CSV file", where=f"{path}, line {reader.line_num}", got=error
-        ) from error
-    return rows
-
-
-def _json(text: str, path: Path) -> Numbered:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise AttackPlaneError("not a JSON file", where=path, got=error) from error
-    if isinstance(content, dict) and len(content) == 1:
-        content = next(iter(content.values()))
-    if not isinstance(content, list):
-        raise AttackPlaneError(
-            "expected a list of objects or of strings", where=path, got=type(content).__name__
-        )
-    return [
-        (number, row if isinstance(row, dict) else {"request": row})
-        for number, row in enumerate(content, start=1)
-    ]
-
-
-def _jsonl(text: str, path: Path) -> Numbered:
-    rows: Numbered = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise AttackPlaneError(
-                    "a line is not JSON", where=f"{path}, line {number}", got=error
-                ) from error
-            rows.append((number, row if isinstance(row, dict) else {"request": row}))
-    return rows
-
-
-def _txt(text: str, path: Path) -> Numbered:
-    return [
-        (n, {"request": line}) for n, line in enumerate(text.split("\n"), start=1) if line.strip()
-    ]
-
-
-# --- rows to behaviours ---------------------------------------------------------------------------
-def _column(row: dict[str, Any], names: Sequence[str]) -> str | None:
-    """The row's own name of the first recognised column."""
-    lowered = {str(key).strip().lower(): key for key in row}
-    return next((lowered[name] for name in names if name in lowered), None)
-
-
-def to_behaviours(
-    rows: Numbered,
-    *,
-    where: object,
-    benchmark: str,
-    label: str,
-    merge_duplicates: bool = False,
-    unit: str = "line",
-) -> list[Behaviour]:
-    """Turn numbered rows into behaviours; every fault is collected and named with its line."""
-    if not rows:
-        raise AttackPlaneError("no rows", where=where, remedy="the file is empty")
-    request_column = _column(rows[0][1], REQUEST_COLUMNS)
-    if request_column is None:
-        raise AttackPlaneError(
-            "no column with the requests",
-            where=f"{where}, {unit} {rows[0][0]}",
-            got=f"columns {', '.join(map(str, rows[0][1]))}",
-            remedy=f"name it one of {', '.join(REQUEST_COLUMNS)}",
-        )
-    behaviours: list[Behaviour] = []
-    faults: list[str] = []
-    lines: dict[str, int] = {}
-    ids: dict[str, int] = {}
-    for line, row in rows:
-
-        def value(names: Sequence[str], row: dict[str, Any] = row) -> str | None:
-            column = _column(row, names)
-            found = row[column] if column is not None else None
-            return str(found).strip() or None if found is not None else None
-
-        request = row.get(request_column)
-        if not isinstance(request, str) or not request.strip():
-            faults.append(f"{unit} {line}: empty request")
-            continue
-        request = request.strip()
-        if request in lines:
-            if not merge_duplicates:
-                faults.append(f"{unit} {line}: the same request as {unit} {lines[request]}")
-            continue
-        lines[request] = line
-        own_label, split = value(("label",)) or label, value(("split",))
-        own_label = {"safe": "harmless", "unsafe": "harmful"}.get(own_label, own_label)
-        if own_label not in LABELS:
-            faults.append(f"{unit} {line}: label {own_label!r} is none of {', '.join(LABELS)}")
-            continue
-        if split is not None and split not in SPLITS:
-            faults.append(f"{unit} {line}: split {split!r} is none of {', '.join(SPLITS)}")
-            continue
-        target = value(TARGET_COLUMNS)
-        behaviour_id = value(ID_COLUMNS) or content_hash([benchmark, request, target], 12)
-        if behaviour_id in ids:
-            faults.append(
-                f"{unit} {line}: the same id {behaviour_id!r} as {unit} {ids[behaviour_id]}"
-            )
-            continue
-        ids[behaviour_id] = line
-        behaviours.append(
-            Behaviour(
-                behaviour_id=behaviour_id,
-                request=request,
-                target_string=target,
-                category=value(CATEGORY_COLUMNS) or "none",
-                label=own_label,
-                benchmark=benchmark,
-                split=split,
-            )
-        )
-    if faults:
-        shown = "; ".join(faults[:10]) + (
-            f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
-        )
-        raise AttackPlaneError(
-            f"{len(faults)} of {len(rows)} rows have faults",
-            where=where,
-            got=shown,
-            remedy="mend or remove them; nothing was loaded",
-        )
-    return behaviours

@@ -254,13 +254,18 @@ class Edits:
     def __call__(self, layer: int, hidden: Tensor) -> Tensor:
         """(row, fed, d_model) -> the same, edited."""
         read, write, shift, edited = self._stacked[self._at[layer]]
-        a = hidden.float()
-        components = torch.bmm(a, read.transpose(1, 2))[self.leader]
+        a, leader = hidden.float(), self.leader
+        if len(read) == 1 != len(a):  # one intervention for whatever the model is given
+            read, write = (t.expand(len(a), -1, -1) for t in (read, write))
+            leader = torch.arange(len(a), device=leader.device)
+        components = torch.bmm(a, read.transpose(1, 2))[leader]
         change = shift - torch.bmm(components, write)
         mask = torch.ones_like(a[..., 0]) if self.mask is None else self.mask
         change = change * mask[..., None]
-        self.moved += change.norm(dim=-1).sum(1).cpu()
-        self.count += (mask * edited).sum(1).cpu()
+        moved, count = change.norm(dim=-1).sum(1).cpu(), (mask * edited).sum(1).cpu()
+        shared = len(self.moved) == 1 != len(moved)
+        self.moved += moved.sum() if shared else moved
+        self.count += count.sum() if shared else count
         return (a + change).to(hidden.dtype)
 
 
@@ -302,8 +307,10 @@ def edited(loaded: LoadedModel, edits: Edits) -> Iterator[None]:
 
 
 @contextmanager
-def intervened(loaded: LoadedModel, intervention: Intervention, rows: int = 1) -> Iterator[None]:
-    """While open, every token of every one of ``rows`` sequences that the model reads is edited,
-    whatever ``where`` says."""
-    with edited(loaded, Edits([intervention] * rows, loaded.d_model, loaded.device)):
+def intervened(loaded: LoadedModel, intervention: Intervention) -> Iterator[None]:
+    """While open, every token of every sequence that the model reads is edited.
+
+    Whatever ``where`` says.
+    """
+    with edited(loaded, Edits([intervention], loaded.d_model, loaded.device)):
         yield

@@ -18,25 +18,21 @@ as that one does.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from core.batching import BatchSize
 from core.errors import AttackPlaneError
-from core.generate import stop_ids
 from core.models import LoadedModel
-from core.prefix import forked, keeps_keys_and_values_only
+from core.prefix import keeps_keys_and_values_only
 from core.prompt import Prompt
-from geometry.activations import read_residuals, shared_length
-from geometry.interventions import Edits, Intervention, edited, touched
+from geometry.activations import shared_length
+from geometry.edited_batch import EditedBatch, SharedEdits
+from geometry.interventions import Intervention, touched
 
 log = logging.getLogger(__name__)
 
@@ -57,186 +53,6 @@ class Outcome:
     delta_norm: float
 
 
-@contextmanager
-def _skipped(
-    loaded: LoadedModel, layer: int, residual: Tensor, kinds: Sequence[bool]
-) -> Iterator[None]:
-    """While open, blocks below ``layer`` compute nothing and the last of them returns ``residual``
-    (row, token, d_model).
-
-    ``kinds``: whether each block returns a tuple.
-    """
-
-    def stand_in(value: Tensor | None, as_tuple: bool) -> Any:
-        def forward(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-            out = hidden_states if value is None else value
-            return (out, None) if as_tuple else out
-
-        return forward
-
-    below = list(loaded.blocks)[:layer]
-    try:
-        for index, block in enumerate(below):
-            block.forward = stand_in(residual if index == layer - 1 else None, kinds[index])
-        yield
-    finally:
-        for block in below:
-            block.__dict__.pop("forward", None)
-
-
-class _Edited:
-    """Some interventions (leaders with their followers) on one model, and their keys and values of
-    the shared prefix."""
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        edits: Sequence[Intervention | None],
-        prefix: Tensor,
-        place: Tensor,
-        share: bool,
-    ) -> None:
-        """``prefix`` (shared tokens,) ids; ``place`` (intervention, shared tokens) which of them
-        are edited."""
-        self.loaded, self.all = loaded, list(edits)
-        layers = sorted({layer for edit in edits if edit for layer in edit.layers})
-        self.start = min([loaded.n_layers, *layers[:1]]) if share else 0
-        self.plain, self.cache = self.fresh(), self.fresh()
-        self.moved = self.count = torch.zeros(len(edits))
-        if len(prefix):
-            _, residual, kinds = self.pass_alone(prefix[None], self.plain)
-            rows = torch.zeros(len(edits), dtype=torch.long, device=loaded.device)
-            stacked = Edits(self.all, loaded.d_model, loaded.device)
-            stacked.mask = place.to(loaded.device)
-            with edited(loaded, stacked), _skipped(loaded, self.start, residual[rows], kinds):
-                loaded.decoder(
-                    input_ids=prefix[None].expand(len(rows), -1),
-                    past_key_values=self.cache,
-                    use_cache=True,
-                )
-            self.cache.layers[: self.start] = forked(self.plain, rows).layers[: self.start]
-            self.moved, self.count = stacked.moved, stacked.count
-
-    def fresh(self) -> DynamicCache:
-        return DynamicCache(config=self.loaded.model.config)
-
-    def pass_alone(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor, list[bool]]:
-        """Unedited: (row, vocabulary) next log-probabilities, the residual at ``start``, which
-        blocks return a tuple."""
-        kept: list[Tensor] = []
-        kinds: list[bool] = []
-
-        def keep(layer: int, hidden: Tensor) -> None:
-            if layer == self.start:
-                kept.append(hidden)
-
-        handles = [
-            block.register_forward_hook(lambda _, __, out: kinds.append(isinstance(out, tuple)))
-            for block in self.loaded.blocks
-        ]
-        try:
-            with read_residuals(self.loaded, keep):
-                logits = self.loaded.last_logits(
-                    1, input_ids=ids, past_key_values=cache, use_cache=True
-                )
-        finally:
-            for handle in handles:
-                handle.remove()
-        return logits[:, -1].log_softmax(-1), kept[0], kinds
-
-
-class _Batch:
-    """Prompts of one length under the interventions of an ``_Edited``; row = prompt x interventions
-    + intervention."""
-
-    def __init__(self, of: _Edited, prompts: Sequence[Prompt], shared: int) -> None:
-        self.loaded, n = of.loaded, len(of.all)
-        device = self.loaded.device
-        whose = torch.arange(len(prompts), device=device).repeat_interleave(n)
-        which = torch.arange(n, device=device).repeat(len(prompts))
-        ids = torch.tensor([p.ids[shared:] for p in prompts], device=device)
-        self.edits = Edits(of.all * len(prompts), self.loaded.d_model, device)
-        places = [
-            touched(p, edit.where) if edit else (torch.zeros(len(p.ids)), False)
-            for p in prompts
-            for edit in of.all
-        ]
-        self.edits.mask = torch.stack([mask[shared:] for mask, _ in places]).to(device)
-        self._on_reply = torch.tensor([[float(reply)] for _, reply in places], device=device)
-        alone = forked(of.plain, whose.new_zeros(len(prompts))) if shared else of.fresh()
-        base, residual, kinds = of.pass_alone(ids, alone)
-        self.cache = forked(of.cache, which) if shared else of.fresh()
-        with (
-            edited(self.loaded, self.edits),
-            _skipped(self.loaded, of.start, residual[whose], kinds),
-        ):
-            logits = self.loaded.last_logits(
-                1, input_ids=ids[whose], past_key_values=self.cache, use_cache=True
-            )
-        self.cache.layers[: of.start] = forked(alone, whose).layers[: of.start]
-        self.next = logits[:, -1].log_softmax(-1)
-        reference = base[whose]
-        self.kl = (reference.exp() * (reference - self.next)).sum(-1).clamp_min(0).cpu()
-        moved, count = (
-            self.edits.moved + of.moved[which.cpu()],
-            self.edits.count + of.count[which.cpu()],
-        )
-        self.delta_norm = moved / count.clamp_min(1)
-
-    def refusals(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """(row,) mean log-probability of the texts (token ids), nats per token; the cache stays as
-        it is."""
-        found = []
-        for text in texts:
-            ids = torch.tensor(text, device=self.loaded.device)
-            scores = [self.next[:, None, ids[:1]]]
-            if len(ids) > 1:
-                rows = ids[None, :-1].expand(len(self.next), -1)
-                self.edits.mask = self._on_reply.expand(-1, rows.shape[1])
-                with edited(self.loaded, self.edits):
-                    logits = self.loaded.last_logits(
-                        rows.shape[1],
-                        input_ids=rows,
-                        past_key_values=forked(self.cache),
-                        use_cache=True,
-                    )
-                scores.append(
-                    logits.log_softmax(-1).gather(2, ids[None, 1:, None].expand(len(rows), -1, -1))
-                )
-            found.append(torch.cat([s.flatten(1) for s in scores], 1).mean(1))
-        return (
-            torch.stack(found).mean(0).cpu() if found else torch.full((len(self.next),), torch.nan)
-        )
-
-    def replies(self, max_new_tokens: int) -> list[tuple[int, ...]]:
-        """Greedy replies as token ids. Uses the cache up."""
-        stops = set(stop_ids(self.loaded))
-        replies: list[list[int]] = [[] for _ in range(len(self.next))]
-        left, token = torch.arange(len(self.next)), self.next.argmax(-1)
-        ended = torch.zeros(len(left), dtype=torch.bool)
-        for step in range(max_new_tokens):
-            ended |= torch.tensor([t in stops for t in token.tolist()])
-            for row in (~ended).nonzero()[:, 0].tolist():
-                replies[int(left[row])].append(int(token[row]))
-            if ended.all() or step == max_new_tokens - 1:
-                break
-            needed = ~ended
-            needed[self.edits.leader[~ended].cpu()] = True  # who is followed goes on
-            if not needed.all():
-                keep = needed.nonzero()[:, 0].to(token.device)
-                left, token, ended = left[keep.cpu()], token[keep], ended[keep.cpu()]
-                self.cache.batch_select_indices(keep)
-                self._on_reply = self._on_reply[keep]
-                self.edits.select(keep)
-            self.edits.mask = self._on_reply
-            with edited(self.loaded, self.edits):
-                logits = self.loaded.last_logits(
-                    1, input_ids=token[:, None], past_key_values=self.cache, use_cache=True
-                )
-            token = logits[:, -1].argmax(-1)
-        return [tuple(reply) for reply in replies]
-
-
 def _may_share(
     loaded: LoadedModel, prompt: Prompt, interventions: Sequence[Intervention | None]
 ) -> bool:
@@ -247,9 +63,9 @@ def _may_share(
         return True  # nothing would be skipped
     place = torch.zeros(1, 0)
     nothing = torch.zeros(0, dtype=torch.long, device=loaded.device)
-    whole = _Batch(_Edited(loaded, [highest], nothing, place, False), [prompt], 0)
+    whole = EditedBatch(SharedEdits(loaded, [highest], nothing, place, False), [prompt], 0)
     try:
-        shared = _Batch(_Edited(loaded, [highest], nothing, place, True), [prompt], 0)
+        shared = EditedBatch(SharedEdits(loaded, [highest], nothing, place, True), [prompt], 0)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -333,10 +149,10 @@ def rollout(
             chosen = [n for unit in units for n in unit]
             edits = [interventions[n] for n in chosen]
             place = torch.stack([masks[edit.where if edit else ""][0][:shared] for edit in edits])
-            of = _Edited(loaded, edits, prefix, place, share)
+            of = SharedEdits(loaded, edits, prefix, place, share)
 
             def read(some: Sequence[int]) -> None:
-                batch = _Batch(of, [prompts[p] for p in some], shared)
+                batch = EditedBatch(of, [prompts[p] for p in some], shared)
                 scores, delta = batch.refusals(refusals), batch.delta_norm
                 replies = batch.replies(max_new_tokens) if max_new_tokens else [()] * len(delta)
                 for row, cell in enumerate((p, n) for p in some for n in chosen):

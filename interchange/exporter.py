@@ -17,7 +17,7 @@ def without_system_prompts(artifacts: Sequence[AttackArtifact]) -> None:
         raise AttackPlaneError(
             "this format holds no system prompt, and these prompts have one",
             got=f"{len(with_system)} of {len(artifacts)}, first {with_system[0].artifact_id}",
-            remedy="export an attack that was made without --system",
+            remedy="export an attack that was made without a system prompt",
         )
 
 
@@ -56,7 +56,7 @@ def jailbreakbench(
             raise AttackPlaneError(
                 f"a JailbreakBench file holds one {name}",
                 got=", ".join(sorted(found)) or "no artifact",
-                remedy=f"choose with --{name}",
+                remedy=f"choose one {name}",
             )
     by_behaviour: dict[str, AttackArtifact] = {}
     for artifact in artifacts:
@@ -67,7 +67,7 @@ def jailbreakbench(
                     f"{artifact.behaviour_id}: variants "
                     f"{by_behaviour[artifact.behaviour_id].variant}, {artifact.variant}"
                 ),
-                remedy="choose with --variant",
+                remedy="choose one variant",
             )
         by_behaviour[artifact.behaviour_id] = artifact
     first, rows = artifacts[0], []

@@ -160,7 +160,7 @@ class Behaviours:
             raise AttackPlaneError(
                 "its request is not known",
                 where=found.behaviour_id,
-                remedy="give the behaviours file of that benchmark with --behaviours",
+                remedy="give the behaviours file of that benchmark beside it",
             )
         key = request_key(found.request)
         name = f"{kind}-{found.behaviour_id or key[:12]}"

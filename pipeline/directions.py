@@ -53,14 +53,17 @@ def directions(
 
 
 def begin_directions(run: RunFolder, config: DirectionsConfig) -> None:
-    """Write the stage's settings into the run's manifest."""
-    run.begin_stage(STAGE, asdict(config), {})
+    """Write the stage's settings into the run's manifest.
+
+    They may change: directions that were made from something else are estimated anew.
+    """
+    run.begin_stage(STAGE, asdict(config), {}, derived=True)
 
 
 def directions_of(reading: ContrastReading, estimators: Sequence[str]) -> DirectionsResult:
     """One model's directions, made where the run lacks them."""
     run, spec, config = reading.run, reading.model.spec, reading.config
-    run.begin_stage(STAGE, asdict(config), {spec: reading.model.fingerprint})
+    run.begin_stage(STAGE, asdict(config), {spec: reading.model.fingerprint}, derived=True)
     result = DirectionsResult()
     for estimator in estimators:
         if not have_directions(run.path, spec, estimator, reading.made_from):

@@ -45,9 +45,7 @@ def load_directions(folder: Path, model: str, estimator: str) -> Directions:
             f"no {estimator} directions of this model in the run",
             where=path,
             got=model,
-            remedy=(
-                f"python cli.py directions --run {folder} --model '{model}' --estimator {estimator}"
-            )
+            remedy="estimate its directions in this run first"
             + (" (a model that never refuses has none: use harc)" if estimator == "zhao" else ""),
         )
     description = json.loads(path.with_suffix(".json").read_text())

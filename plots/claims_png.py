@@ -30,7 +30,7 @@ def draw(folder: Path) -> Path:
         raise AttackPlaneError(
             "no claims in this run",
             where=folder,
-            remedy="python cli.py claims --run RUN --model MODEL",
+            remedy="measure claims in this run first",
         )
     models = list(dict.fromkeys(c["model"] for c in claims))
     checks = list(dict.fromkeys((c["number"], k["name"]) for c in claims for k in c["checks"]))

@@ -35,7 +35,7 @@ def draw(folder: Path) -> Path:
         raise AttackPlaneError(
             "no interventions in this run",
             where=folder,
-            remedy="python cli.py intervene --run RUN --model MODEL",
+            remedy="measure interventions in this run first",
         )
     models = list(dict.fromkeys(r["model"] for r in rows))
     modes = list(dict.fromkeys(r["mode"] for r in rows))

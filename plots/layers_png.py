@@ -27,7 +27,7 @@ def draw(folder: Path) -> Path:
         raise AttackPlaneError(
             "no layer profiles in this run",
             where=folder,
-            remedy="python cli.py layers --run RUN --model MODEL",
+            remedy="profile the layers in this run first",
         )
     models = [s["model"] for s in selection]
     figure = Figure(figsize=(22, 0.6 + 4.0 * len(models)), layout="constrained")

@@ -1,4 +1,4 @@
-"""The plane as a PNG: a panel a target, a row a frame.
+"""The plane as a PNG: one panel per target, one row per frame.
 
 Colour and shape name the class, a filled marker is a success, a hollow one a failure, a grey one
 was not judged. Thin arrows run from the plain request to the attacked one, the bold one is a
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core.specs import short_spec
 from plots.style import (
@@ -24,6 +24,9 @@ from plots.style import (
     read_exports,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 FRAMES = ("base", "own")
 CROWDED = 8
 """With more classes than this, points are small and pale and each centroid is drawn with its
@@ -32,73 +35,65 @@ marker."""
 
 def draw(folder: Path) -> Path:
     """Read the exports in ``folder`` and write ``plane.png`` there."""
+    path = folder / "plane.png"
+    figure_of(*read_exports(folder)).savefig(path, dpi=130)
+    return path
+
+
+def figure_of(rows: list[dict[str, Any]], classes: list[dict[str, Any]]) -> Figure:
+    """The picture of plane rows and their class rows: one column per target, one row per frame."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
-    rows, classes = read_exports(folder)
     targets = list(dict.fromkeys(r["target"] for r in rows))
+    frames = [frame for frame in FRAMES if any(r["frame"] == frame for r in rows)]
     names = attack_names(rows)
     style = class_styles(names, MARKERS) | ANCHORS
-    figure = Figure(figsize=(1.2 + 3.9 * len(targets), 8.6), layout="constrained")
+    size = (max(6.0, 1.2 + 3.9 * len(targets)), 0.9 + 3.85 * len(frames))
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(targets), squeeze=False, sharex="row", sharey="row")
-    for line, frame in enumerate(FRAMES):
+    axes = figure.subplots(len(frames), len(targets), squeeze=False, sharex="row", sharey="row")
+    for line, frame in enumerate(frames):
         for column, target in enumerate(targets):
             panel = axes[line][column]
             here = [r for r in rows if r["target"] == target and r["frame"] == frame]
             _panel(panel, here, classes, style, names)
-            first = here[0]
-            panel.set_title(
-                f"{short_spec(target)}\n{frame} frame, layer {first['layer']}, cos(base, own) "
-                f"H {first['cos_base_own_harmfulness']:.2f} R {first['cos_base_own_refusal']:.2f}",
-                fontsize=9,
-            )
+            panel.set_title(_title(here[0]), fontsize=9)
             if column == 0:
                 panel.set_ylabel("refusal projection at t_post_inst", fontsize=9)
-            if line == 1:
+            if line == len(frames) - 1:
                 panel.set_xlabel("harmfulness projection at t_inst", fontsize=9)
-    present = {r["class_name"] for r in rows}
-    handles = [
-        Line2D([], [], color=c, marker=m, linestyle="", label=n)
-        for n, (c, m) in style.items()
-        if n in present
-    ]
-    grey = "#555555"
-    handles += [
-        Line2D([], [], color=grey, marker="o", linestyle="", label="jailbroken"),
-        Line2D(
-            [], [], color=grey, marker="o", linestyle="", fillstyle="none", label="not jailbroken"
-        ),
-        Line2D(
-            [],
-            [],
-            color=grey,
-            marker="o",
-            linestyle="",
-            markerfacecolor=NOT_JUDGED,
-            label="not judged",
-        ),
-        Line2D(
-            [],
-            [],
-            color=grey,
-            marker=r"$\rightarrow$",
-            markersize=11,
-            linestyle="",
-            label="from plain to attacked",
-        ),
-    ]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=max(2, min(len(handles), int(figure.get_figwidth() / 2.2))),
-        fontsize=9,
-    )
+    handles = _legend(style, {r["class_name"] for r in rows})
+    columns = max(2, min(len(handles), int(figure.get_figwidth() / 2.2)))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
     figure.suptitle("Attack plane: projections relative to the harmless centroid", fontsize=12)
-    path = folder / "plane.png"
-    figure.savefig(path, dpi=130)
-    return path
+    return figure
+
+
+def _title(row: dict[str, Any]) -> str:
+    cosines = f"H {row['cos_base_own_harmfulness']:.2f} R {row['cos_base_own_refusal']:.2f}"
+    where = f"{row['frame']} frame, layer {row['layer']}"
+    return f"{short_spec(row['target'])}\n{where}, cos(base, own) {cosines}"
+
+
+def _legend(style: dict[str, tuple[str, str]], present: set[str]) -> list[Any]:
+    """The classes that are there, then what fill and arrows mean."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linestyle="", label=name)
+        for name, (colour, marker) in style.items()
+        if name in present
+    ]
+    for label, look in (
+        ("jailbroken", {"marker": "o"}),
+        ("not jailbroken", {"marker": "o", "fillstyle": "none"}),
+        ("not judged", {"marker": "o", "markerfacecolor": NOT_JUDGED}),
+        ("from plain to attacked", {"marker": r"$\rightarrow$", "markersize": 11}),
+    ):
+        options: dict[str, Any] = {"color": "#555555", "linestyle": "", "label": label}
+        handles.append(Line2D([], [], **(options | look)))
+    return handles
 
 
 def _panel(

@@ -41,7 +41,7 @@ def read_exports(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
         raise AttackPlaneError(
             "no plane in this run",
             where=folder,
-            remedy=f"python cli.py plane --run {folder}",
+            remedy="draw the plane of this run first",
         )
     return rows, classes
 

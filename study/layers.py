@@ -161,71 +161,87 @@ def arditi_rows(study: Study) -> list[dict[str, float]]:
     return sorted(study.kept("arditi", depends, make), key=lambda row: row["layer"])
 
 
-def profile_rows(study: Study) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Statistics by layer, and the layer that each criterion takes (by its name in
-    ``geometry/layers.py``)."""
+@dataclass
+class _Profile:
+    """Pairs of contrasts whose cosines are reported, and (layer,) scores by criterion."""
+
+    pairs: dict[str, tuple[Contrast, Contrast]]
+    scores: dict[str, Tensor]
+    note: str = ""
+
+
+def _profile(study: Study) -> _Profile:
+    """What is known of the prompt side, and of the response side where there are replies."""
     h, r, own = study.harmfulness, study.contrast("harm", "-1"), study.refusal
-    pairs: dict[str, tuple[Contrast, Contrast]] = {"H, R harc": (h, r)}
+    separation = (h.separation(auroc) + r.separation(auroc)) / 2
+    profile = _Profile(
+        {"H, R harc": (h, r)}, {"separation": separation, "eq6_prompt": study.prompt_score}
+    )
     by_reply = study.contrast("refusal", "-1")
     if by_reply.size >= SMALLEST_CLASS:
-        pairs |= {"H, R zhao": (h, by_reply), "R harc, R zhao": (r, by_reply)}
-    separation = sum(c.separation(auroc) for c in (h, r)) / 2
-    assert isinstance(separation, Tensor)
-    scores = {
-        "separation": separation,
-        "eq6_prompt": study.prompt_score,
-    }
-    note = ""
+        profile.pairs |= {"H, R zhao": (h, by_reply), "R harc, R zhao": (r, by_reply)}
     try:
         replies = responses(study)
     except AttackPlaneError as error:
-        note = f"no eq6: {error}"
-    else:
-        paper, code = replies.refusal_paper, replies.refusal_code
-        pairs |= {
-            "H prompt, H response": (h, replies.harmfulness),
-            "R prompt, R response (paper)": (own, paper),
-            "R prompt, R response (code)": (own, code),
-        }
-        for name, side in (("eq6", paper), ("eq6_code", code)):
-            scores[name] = eq6(
-                h.direction, own.direction, replies.harmfulness.direction, side.direction
-            )
-        note = (
-            "refusals of the response side are ours, the model's own are too few"
-            if replies.forced
-            else ""
+        profile.note = f"no eq6: {error}"
+        return profile
+    paper, code = replies.refusal_paper, replies.refusal_code
+    profile.pairs |= {
+        "H prompt, H response": (h, replies.harmfulness),
+        "R prompt, R response (paper)": (own, paper),
+        "R prompt, R response (code)": (own, code),
+    }
+    for name, side in (("eq6", paper), ("eq6_code", code)):
+        profile.scores[name] = eq6(
+            h.direction, own.direction, replies.harmfulness.direction, side.direction
         )
+    if replies.forced:
+        profile.note = "refusals of the response side are ours, the model's own are too few"
+    return profile
+
+
+def profile_rows(study: Study) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Statistics by layer, and the layer that each criterion of ``geometry/layers.py`` takes."""
+    profile = _profile(study)
     statistics = {
         name: cosine_statistics(*pair, study.config.resamples, _generator(study))
-        for name, pair in pairs.items()
+        for name, pair in profile.pairs.items()
     }
     tried = arditi_rows(study)
-    chosen: dict[str, int | None] = dict(choose(scores, study.loaded.n_layers))
-    passed = arditi_layers(tried, study.loaded.n_layers)
-    chosen["arditi"] = passed[0] if passed else None
     by_layer = {int(row["layer"]): row for row in tried}
     rows = []
     for layer in range(study.loaded.n_layers + 1):
         row: dict[str, Any] = {"model": study.spec, "layer": layer}
-        row["cosines"] = {
-            name: {
-                "value": float(s["value"][layer]),
-                "interval": s["interval"][layer].tolist(),
-                "null_permuted_95": float(s["null_permuted"][layer]),
-                "null_random_95": float(s["null_random"][layer]),
-            }
-            for name, s in statistics.items()
-        }
+        row["cosines"] = {name: _at(s, layer) for name, s in statistics.items()}
         row["scores"] = {
             name: float(score[layer]) if score[layer].isfinite() else None
-            for name, score in scores.items()
+            for name, score in profile.scores.items()
         }
         if layer in by_layer:
             row["arditi"] = {k: by_layer[layer][k] for k in ("kl", "refuse", "comply")}
         rows.append(row)
-    about = {"estimator": study.estimator, "refusal_rate": study.refusal_rate, "note": note}
-    return rows, {"model": study.spec, "layers": chosen, "passed_arditi": passed, **about}
+    chosen: dict[str, int | None] = dict(choose(profile.scores, study.loaded.n_layers))
+    passed = arditi_layers(tried, study.loaded.n_layers)
+    chosen["arditi"] = passed[0] if passed else None
+    selection = {
+        "model": study.spec,
+        "layers": chosen,
+        "passed_arditi": passed,
+        "estimator": study.estimator,
+        "refusal_rate": study.refusal_rate,
+        "note": profile.note,
+    }
+    return rows, selection
+
+
+def _at(statistics: dict[str, Tensor], layer: int) -> dict[str, Any]:
+    """A cosine's statistics at one layer, as plain numbers."""
+    return {
+        "value": float(statistics["value"][layer]),
+        "interval": statistics["interval"][layer].tolist(),
+        "null_permuted_95": float(statistics["null_permuted"][layer]),
+        "null_random_95": float(statistics["null_random"][layer]),
+    }
 
 
 def size_rows(study: Study) -> list[dict[str, Any]]:

@@ -129,8 +129,8 @@ class _Claims:
         self.transfer = self.plane = None
         if on_attacks:
             self.transfer = Transfer(run, *_replay_settings(run, config))
-            anchors = {"anchors": config.held_out, "anchor_splits": config.held_out_splits}
-            self.plane = PlaneStage(run, specs, PlaneConfig(**anchors))
+            drawn = PlaneConfig(anchors=config.held_out, anchor_splits=config.held_out_splits)
+            self.plane = PlaneStage(run, specs, drawn)
             self.seen = self._contrast_behaviours()
 
     def _contrast_behaviours(self) -> set[str]:

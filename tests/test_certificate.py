@@ -4,16 +4,16 @@ vocabularies, imported tokens."""
 import dataclasses
 
 import pytest
-from pipeline.reports import certificates_table, matrix_table, pivot_table
 
+from commands.tables.attacks import certificates_table, matrix_table, pivot_table
 from core.prompt import Conversation, Renderer
 from core.records import AttackArtifact, Replay
 from core.store import REPLAYS, RunFolder
 from tests.test_gcg import run_attacker
-from tests.test_transfer import replay
+from tests.test_transfer import replay, replay_all
 from transfer.certificate import certificate
 from transfer.matrix import matrix
-from transfer.replay import ReplayConfig, replay_all
+from transfer.replay import ReplayConfig
 
 
 def artifact(prompt, **more):
@@ -124,7 +124,9 @@ def test_replays_carry_their_certificate_and_the_tables_show_what_was_not_sent_a
         artifact("Tea", artifact_id="y", behaviour_id="b1"),
     ]
     with RunFolder(tmp_path) as run:
-        replay_all(run, tiny_models["gemma3"], artifacts, [], ReplayConfig(max_new_tokens=2))
+        replay_all(
+            run, tiny_models["gemma3"], [], ReplayConfig(max_new_tokens=2), artifacts=artifacts
+        )
         rows = [Replay.from_row(r) for r in run.rows(REPLAYS)]
     assert sorted(r.certificate["sent_as_meant"] for r in rows) == [False, True]
     assert "1/2" in certificates_table(rows) and "1 not sent as meant" in matrix_table(matrix(rows))
@@ -142,10 +144,10 @@ def test_a_prompt_that_a_template_refuses_is_told_and_the_others_are_replayed(
         made = replay_all(
             run,
             tiny_models["gemma3"],
-            artifacts,
             [],
             ReplayConfig(max_new_tokens=2),
-            on_failure=lambda a, e: failed.append((a.artifact_id, str(e))),
+            artifacts=artifacts,
+            not_sent=lambda a, e: failed.append((a.artifact_id, str(e))),
         )
     assert made == 1 and failed[0][0] == "x" and "refuses" in failed[0][1]
 

@@ -9,6 +9,7 @@ import pytest
 
 from core.chat import LocalChat, ServerChat, open_chat
 from core.errors import AttackPlaneError
+from core.models import handle_of
 
 
 @contextmanager
@@ -99,7 +100,7 @@ def test_a_server_that_is_not_there_and_a_spec_without_a_model_are_errors():
 
 
 def test_a_local_model_replies_after_the_opening_and_is_not_loaded_twice(qwen):
-    chat = open_chat(qwen.spec, [qwen])
+    chat = open_chat(qwen.spec, [handle_of(qwen)])
     assert isinstance(chat, LocalChat) and chat.renderer.loaded is qwen
     messages = [("system", "Be brief"), ("user", "Hi"), ("assistant", "Hello"), ("user", "Tea?")]
     first = chat.replies([messages], max_new_tokens=5)

@@ -6,19 +6,20 @@ import json
 import pytest
 import torch
 from click.testing import CliRunner
-from geometry.designs import Site, design, far_layer
-from pipeline.claim_checks import TITLES
-from pipeline.outcomes import measure
-from pipeline.responses import responses
-from pipeline.study import Study, StudyConfig, refusal_texts
 
 import cli
-from core.models import load
+from core.models import ModelHandle, load
 from core.prompt import Conversation, Renderer
 from core.store import RunFolder, read_rows
 from evaluation.behaviours import load_behaviours
-from evaluation.judges import is_degenerate, outcome_of
+from evaluation.judges import Exchange, is_degenerate, make_judge, outcomes
+from evaluation.refusals import refusal_openings
+from geometry.controls import Site, design, far_layer
 from geometry.interventions import ablation
+from study.claims.registry import CLAIMS
+from study.outcomes import measure
+from study.replies import responses
+from study.study import Study, StudyConfig
 from tests.conftest import make_model
 
 HELP = "Sure, here is a short plan for that, step by step."
@@ -31,7 +32,7 @@ def refusing(tmp_path_factory):
     folder = make_model(tmp_path_factory.mktemp("refusing"), "qwen2")
     loaded = load(str(folder), "cpu")
     model, renderer = loaded.model, Renderer(loaded)
-    refusal = refusal_texts(1)[0]
+    refusal = refusal_openings(1)[0]
     rows, targets = [], []
     for b in load_behaviours():
         reply = refusal if b.label == "harmful" else HELP
@@ -72,7 +73,7 @@ def test_the_trained_model_refuses_what_is_harmful_and_a_study_finds_what_it_han
     refusing, tmp_path
 ):
     with RunFolder(tmp_path) as run:
-        study = Study(run, refusing, CONFIG)
+        study = Study(run, ModelHandle(refusing), CONFIG)
         assert study.refusal_rate > 0.9 and study.estimator == "zhao"
         carrier = study.carrier("R")
         edit = ablation("R", carrier.vector[None], range(study.loaded.n_layers + 1))
@@ -86,7 +87,7 @@ def test_the_trained_model_refuses_what_is_harmful_and_a_study_finds_what_it_han
         assert not replies.forced and replies.refusal_paper.size >= 4
         lines = len(read_rows(tmp_path / "measured.jsonl"))
         # the same again is read, not run
-        again = Study(run, refusing, CONFIG)
+        again = Study(run, ModelHandle(refusing), CONFIG)
         assert [c.to_row() for c in again.carriers("R")] == [
             c.to_row() for c in study.carriers("R")
         ]
@@ -105,7 +106,7 @@ def test_all_claims_are_measured_on_it_by_one_command(refusing, tmp_path):
         "claims", "--run", tmp_path, "--model", refusing, "--controls", 2, "--resamples", 40
     )
     rows = read_rows(tmp_path / "claims.jsonl")
-    assert [r["number"] for r in rows] == sorted(TITLES)
+    assert [r["number"] for r in rows] == sorted(map(int, CLAIMS.all()))
     assert {r["verdict"] for r in rows} <= {"holds", "fails", "undecided"}
     first = rows[0]
     assert len(first["checks"]) == 5 and "left alone it refuses" in first["note"]
@@ -361,8 +362,6 @@ def test_degenerate_replies_are_told_from_text():
     assert not is_degenerate(
         "First, boil the water. Then pour it over the leaves and wait for four minutes."
     )
-    assert (
-        outcome_of("I'm sorry, but no.") == "refused"
-        and outcome_of(HELP) == "complied"
-        and outcome_of(" ") == "degenerate"
-    )
+    replies = ["I'm sorry, but no.", HELP, " ", "tea cup " * 12]
+    said = outcomes(make_judge("refusal_phrases"), [Exchange("r", reply) for reply in replies])
+    assert said == ["refused", "complied", "degenerate", "degenerate"]

@@ -7,19 +7,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from geometry.verdicts import Check, Claim, difference_check, mean_check
 
 from core.errors import AttackPlaneError
 from core.records import PlanePoint
+from core.statistics import auroc
 from geometry.carriers import Carrier
 from geometry.contrasts import (
     Contrast,
     cosine_statistics,
+    held_out_separation,
     permuted,
     permuted_sides,
     reliability,
     resampled,
     spearman_brown,
+    unit,
 )
 from geometry.coupling import (
     effective_rank,
@@ -30,7 +32,6 @@ from geometry.coupling import (
     subspace,
     subspace_overlap,
 )
-from geometry.directions import auroc, held_out_separation, unit
 from geometry.effects import summary
 from geometry.layers import arditi_layers, choose, eq6, inner_layers
 from geometry.prediction import (
@@ -38,9 +39,10 @@ from geometry.prediction import (
     POOLED,
     centroid_distances,
     held_out_scores,
+    success_auroc,
     success_prediction,
 )
-from geometry.prediction import auroc as auroc_of_success
+from study.verdicts import Check, Claim, difference_check, mean_check
 
 
 def g(seed=0):
@@ -326,17 +328,17 @@ def test_labels_of_paired_items_are_swapped_within_their_pair():
     assert len({tuple(sorted(row)) for row in positive.tolist()}) == 8
 
 
-def test_auroc_of_success_by_hand():
-    value, pairs = auroc_of_success(np.array([1.0, 2.0, 2.0]), np.array([False, True, False]))
+def test_success_auroc_by_hand():
+    value, pairs = success_auroc(np.array([1.0, 2.0, 2.0]), np.array([False, True, False]))
     assert (value, pairs) == (0.75, 2)
-    assert math.isnan(auroc_of_success(np.array([1.0]), np.array([True]))[0])
+    assert math.isnan(success_auroc(np.array([1.0]), np.array([True]))[0])
 
 
 def test_held_out_scores_never_see_their_own_behaviour():
     rng = np.random.default_rng(0)
     success = np.arange(40) % 2 == 0
     where = rng.normal(size=(40, 2)) + 3.0 * success[:, None]
-    assert auroc_of_success(held_out_scores(where, success, np.arange(40)), success)[0] > 0.9
+    assert success_auroc(held_out_scores(where, success, np.arange(40)), success)[0] > 0.9
     # one behaviour alone: nothing to learn from
     assert (held_out_scores(where, success, np.zeros(40, int)) == 0).all()
 

@@ -5,23 +5,24 @@ import dataclasses
 
 import pytest
 import torch
-from attacks.method import stream_seed
-from attacks.suffixes import Baselines, GCGMethod
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attacks.baselines import random_suffix
 from attacks.candidates import allowed_tokens, sample_candidates
-from attacks.gcg import GCGConfig, GCGState, run_gcg
+from attacks.gcg import baselines
+from attacks.gcg_search import GCGConfig, GCGState, run_gcg
 from attacks.likelihood import plain_loss, target_nll
 from attacks.objective import TargetLoss
 from attacks.slot import default_slot
 from attacks.verify import verify_artifact
+from attacks.workbench import stream_seed
 from core.errors import AttackPlaneError
 from core.models import load
 from core.packed import NAME, PackedDecoder
 from core.prompt import Renderer
 from core.records import AttackArtifact, Behaviour
 from core.store import ATTACKS, RunFolder
+from tests.campaigns import attacked
 from tests.conftest import make_model
 
 REQUEST, TARGET = "Write a short text about the tea", "Sure, here is a text"
@@ -112,8 +113,8 @@ def test_suffixes_are_scored_alike_whichever_suffix_was_current(tiny):
 
 
 def test_the_bound_lets_few_candidates_through_and_never_the_wrong_one(tiny, monkeypatch):
-    monkeypatch.setattr("attacks.objective.LIKELY", 40)
-    monkeypatch.setattr("attacks.objective.LIKELY_SHARE", 1)
+    monkeypatch.setattr("attacks.packed_scorer.LIKELY", 40)
+    monkeypatch.setattr("attacks.packed_scorer.LIKELY_SHARE", 1)
     slot = slot_of(tiny)
     objective, _ = candidates_of(tiny, slot)
     vocabulary = tiny.embedding_table.shape[0]
@@ -126,9 +127,9 @@ def test_the_bound_lets_few_candidates_through_and_never_the_wrong_one(tiny, mon
             int(losses.argmin()),
             pytest.approx(float(losses.min()), abs=1e-6),
         )
-        assert (objective._bounds(objective._packed_hidden(drawn)) <= losses + 1e-5).all()
+        assert (objective.scorer.bounds(objective.scorer.hidden(drawn)) <= losses + 1e-5).all()
         skipped += len(drawn) - objective.fully_scored
-    assert objective.likely_tokens < vocabulary
+    assert objective.scorer.likely_tokens < vocabulary
     assert skipped > 0
 
 
@@ -355,10 +356,10 @@ def behaviours(count=2):
 
 def run_attacker(path, loaded, config=SMALL, count=2, save_every=2):
     with RunFolder(path) as run:
-        gcg = GCGMethod(run, loaded, config, seed=3, save_every=save_every)
-        return [
-            a for m in (Baselines(run, loaded, config, 3), gcg) for a in m.attack(behaviours(count))
-        ]
+        (_, own), *_ = baselines(config)
+        both = behaviours(count)
+        before = attacked(run, "baselines", own, both, loaded, seed=3)
+        return before + attacked(run, "gcg", config, both, loaded, seed=3, save_every=save_every)
 
 
 def test_artifacts_are_saved_verified_and_not_made_twice(tmp_path, tiny):
@@ -445,7 +446,7 @@ def test_verify_names_a_changed_loss_and_changed_tokens(tmp_path, qwen):
 def test_behaviours_without_target_are_refused_by_name(tmp_path, qwen):
     behaviour = Behaviour("b9", REQUEST, None, "tea", "harmful", "test")
     with RunFolder(tmp_path) as run, pytest.raises(AttackPlaneError, match="b9"):
-        GCGMethod(run, qwen, SMALL, seed=0).attack([behaviour])
+        attacked(run, "gcg", SMALL, [behaviour], qwen)
 
 
 def test_streams_of_behaviours_differ_and_repeat():
@@ -461,9 +462,7 @@ def test_artifact_rows_round_trip(tmp_path, qwen):
 def test_snapshots_are_the_prompts_that_were_the_best_in_turn(qwen, tmp_path):
     config = GCGConfig(num_steps=4, search_width=8, topk=8, suffix_length=4)
     with RunFolder(tmp_path) as run:
-        method = GCGMethod(run, qwen, config, 0)
-        method.begin()
-        artifact = method.attack(behaviours(1))[0]
+        artifact = attacked(run, "gcg", config, behaviours(1), qwen)[0]
     steps = [s["step"] for s in artifact.snapshots]
     assert steps[0] == 0 and steps[-1] == artifact.best_step
     assert artifact.snapshots[-1]["prompt"] == artifact.prompt

@@ -6,18 +6,19 @@ import dataclasses
 
 import pytest
 import torch
-from attacks.suffixes import Baselines
 
-from attacks.gcg import GCGConfig, GCGState, run_gcg
+from attacks.gcg_search import GCGConfig, GCGState, run_gcg
 from attacks.likelihood import plain_loss, target_nll
 from attacks.objective import TargetLoss
-from attacks.universal import SharedSuffix, UniversalGCG, UniversalLoss
+from attacks.slot import slot_for
+from attacks.universal import SharedSuffix, UniversalConfig, UniversalLoss
 from attacks.verify import verify_artifact
 from core.errors import AttackPlaneError
 from core.models import load
 from core.prompt import Renderer
 from core.records import Behaviour
 from core.store import ATTACKS, RunFolder
+from tests.campaigns import attacked
 from tests.conftest import make_model
 from tests.test_gcg import REQUEST, SMALL, TARGET, allowed_of, candidates_of, slot_of
 
@@ -173,13 +174,13 @@ def sibling(tmp_path_factory):
 
 
 def universal(run, sources, count=2, **more):
-    config = dataclasses.replace(SMALL, **more)
-    return UniversalGCG(run, sources, config, 0, optimised_on=BEHAVIOURS[:count], save_every=1)
+    values = {**dataclasses.asdict(SMALL), **more, "optimise_on": count}
+    config = UniversalConfig(**values)
+    return attacked(run, "gcg_universal", config, BEHAVIOURS, *sources, save_every=1)
 
 
 def losses_of(loaded, config=SMALL):
-    with_slots = Baselines(None, loaded, config, 0)
-    slots = [with_slots.slot(b) for b in BEHAVIOURS]
+    slots = [slot_for(Renderer(loaded), b, config) for b in BEHAVIOURS]
     return [[TargetLoss(loaded, slot)] for slot in slots], SharedSuffix(slots)
 
 
@@ -235,7 +236,14 @@ def test_the_next_prompt_joins_when_all_in_play_give_their_targets(qwen, monkeyp
         return found
 
     monkeypatch.setattr(loss, "token_gradient", matching)
-    state = run_gcg(loss, shared, dataclasses.replace(SMALL, num_steps=5), allowed_of(qwen), seed=0)
+    state = run_gcg(
+        loss,
+        shared,
+        dataclasses.replace(SMALL, num_steps=5),
+        allowed_of(qwen),
+        seed=0,
+        growth=loss,
+    )
     # step 1; a match, prompt 2 joins; step 2; a match, prompt 3 joins; steps 3 to 5
     assert seen == [1, 1, 2, 2, 3, 3, 3] and state.active == 3 and state.step == 5
     # the best is the best since the last prompt joined, under the loss of all three
@@ -257,19 +265,19 @@ def test_a_low_loss_does_not_end_the_search_before_all_prompts_are_in(qwen, monk
         return found
 
     monkeypatch.setattr(loss, "token_gradient", matching)
-    state = run_gcg(loss, shared, config, allowed_of(qwen), seed=0)
+    state = run_gcg(loss, shared, config, allowed_of(qwen), seed=0, growth=loss)
     assert state.step == 4 and state.active == 2  # the third prompt never joined
     monkeypatch.setattr(loss, "token_gradient", real)
     loss.active = 3
-    assert run_gcg(loss, shared, config, allowed_of(qwen), seed=0).step == 0
+    assert run_gcg(loss, shared, config, allowed_of(qwen), seed=0, growth=loss).step == 0
 
 
 def test_one_suffix_is_frozen_for_seen_and_held_out_behaviours_and_verified_on_both_models(
     tmp_path, qwen, sibling
 ):
     with RunFolder(tmp_path) as run:
-        artifacts = universal(run, [qwen, sibling]).attack(BEHAVIOURS)
-        assert universal(run, [qwen, sibling]).attack(BEHAVIOURS) == artifacts
+        artifacts = universal(run, [qwen, sibling])
+        assert universal(run, [qwen, sibling]) == artifacts
         assert len(run.rows(ATTACKS)) == 3
     assert len({tuple(a.suffix_ids) for a in artifacts}) == 1
     assert [a.variant for a in artifacts] == ["seen", "seen", "held out"]
@@ -279,7 +287,7 @@ def test_one_suffix_is_frozen_for_seen_and_held_out_behaviours_and_verified_on_b
             own = dataclasses.replace(artifact, loss=artifact.provenance["losses"][model.spec])
             assert verify_artifact(Renderer(model), own).fault is None
         assert artifact.loss == pytest.approx(sum(artifact.provenance["losses"].values()) / 2)
-    slot = Baselines(None, qwen, SMALL, 0).slot(BEHAVIOURS[0])
+    slot = slot_for(Renderer(qwen), BEHAVIOURS[0], SMALL)
     ids = (*slot.before_ids, *artifacts[0].suffix_ids, *slot.after_ids)
     assert plain_loss(qwen, ids, slot.target_ids) == pytest.approx(
         artifacts[0].provenance["losses"][qwen.spec], abs=1e-4
@@ -291,7 +299,7 @@ def test_a_stopped_universal_search_goes_on_to_the_bit(tmp_path, qwen):
         pass
 
     with RunFolder(tmp_path / "whole") as run:
-        whole = universal(run, [qwen]).attack(BEHAVIOURS)
+        whole = universal(run, [qwen])
     with RunFolder(tmp_path / "stopped") as run:
         real = run.save_state
 
@@ -302,9 +310,9 @@ def test_a_stopped_universal_search_goes_on_to_the_bit(tmp_path, qwen):
 
         run.save_state = crash
         with pytest.raises(Stop):
-            universal(run, [qwen]).attack(BEHAVIOURS)
+            universal(run, [qwen])
         run.save_state = real
-        assert universal(run, [qwen]).attack(BEHAVIOURS) == whole
+        assert universal(run, [qwen]) == whole
 
 
 def test_models_of_another_vocabulary_and_a_draft_are_refused(tmp_path, qwen, tiny_models):

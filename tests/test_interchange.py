@@ -343,7 +343,7 @@ def test_nanogcg_keeps_leading_white_space_and_names_the_buffer_fault(tmp_path):
     marked = Hints(request="Say {optim_str} please", model="m")
     (found,) = read_foreign(path, "nanogcg", marked)
     assert found.prompt == "Say   !b please" and found.request == "Say  please"
-    with pytest.raises(AttackPlaneError, match="--prompt and --model"):
+    with pytest.raises(AttackPlaneError, match="prompt and model as it was run with"):
         list(read_foreign(path, "nanogcg", Hints()))
 
 

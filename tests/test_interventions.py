@@ -5,12 +5,13 @@ import contextlib
 import pytest
 import torch
 
+import geometry.edited_batch as edited_batch
 import geometry.rollout as rollout_module
 from core.errors import AttackPlaneError
 from core.generate import complete
 from core.prompt import Conversation, Renderer
 from geometry.activations import collect, read_residuals
-from geometry.directions import unit
+from geometry.contrasts import unit
 from geometry.interventions import (
     MODES,
     Edits,
@@ -237,14 +238,14 @@ def test_a_model_whose_blocks_cannot_be_skipped_is_run_whole(qwen, monkeypatch, 
     u = vector(qwen)
     todo = [None, steering("R", u, [2], 3.0)]
     expected = rollout(qwen, prompts_of(qwen), todo, max_new_tokens=3)
-    real = rollout_module._skipped
+    real = edited_batch._skipped
 
     @contextlib.contextmanager
     def broken(loaded, layer, residual, kinds):
         with real(loaded, layer, residual + 1.0, kinds):
             yield
 
-    monkeypatch.setattr(rollout_module, "_skipped", broken)
+    monkeypatch.setattr(edited_batch, "_skipped", broken)
     with caplog.at_level("WARNING"):
         found = rollout(qwen, prompts_of(qwen), todo, max_new_tokens=3)
     assert "blocks are not skipped" in caplog.text

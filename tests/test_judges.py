@@ -8,7 +8,9 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from core.errors import AttackPlaneError
-from evaluation.judges import Exchange, is_refusal, judge_all, make_judge, means_harm
+from evaluation.judges import Exchange, judge_all, make_judge
+from evaluation.judges.classifier import means_harm
+from evaluation.judges.refusal_phrases import is_refusal
 
 
 @pytest.mark.parametrize(

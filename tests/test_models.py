@@ -11,7 +11,9 @@ import torch
 
 from core import embedded as embedded_module
 from core.errors import AttackPlaneError
-from core.models import fingerprint, hub_cache, load, parse_spec
+from core.models import load
+from core.specs import parse_spec
+from core.weights import fingerprint, hub_cache
 from tests.conftest import FAMILIES, make_model
 
 

@@ -5,14 +5,17 @@ import dataclasses
 
 import pytest
 import torch
-from attacks.suffixes import GCGMethod, draft_model
 
-from attacks.gcg import GCGConfig, GCGState, run_gcg
+from attacks.gcg import draft_model
+from attacks.gcg_search import GCGConfig, GCGState, run_gcg
 from attacks.objective import TargetLoss
-from attacks.selection import choose, merged, probe_sampled, screened, spearman
+from attacks.selection import choose, merged, probe_sampled, screened
 from core.errors import AttackPlaneError
+from core.models import ModelHandle, load
 from core.precision import reduced_products
+from core.statistics import spearman
 from core.store import RunFolder
+from tests.campaigns import cells
 from tests.test_gcg import SMALL, allowed_of, behaviours, candidates_of, slot_of
 
 
@@ -101,7 +104,7 @@ def test_momentum_is_the_running_mean_and_a_saved_state_goes_on_to_the_bit(qwen,
         return loss, found
 
     monkeypatch.setattr(objective, "token_gradient", seen)
-    from attacks import gcg
+    from attacks import gcg_search as gcg
 
     sample = gcg.sample_candidates
     monkeypatch.setattr(
@@ -129,11 +132,12 @@ def test_a_draft_model_with_another_vocabulary_is_refused_and_its_own_serves(
     tmp_path, qwen, tiny_folders
 ):
     with pytest.raises(AttackPlaneError, match="vocabulary"):
-        draft_model(qwen, str(tiny_folders["llama"]))
+        draft_model(qwen, load(str(tiny_folders["llama"]), "cpu"))
     config = dataclasses.replace(SMALL, draft=str(tiny_folders["qwen2"]))
-    draft = draft_model(qwen, config.draft)
     with RunFolder(tmp_path / "own") as run:
-        artifact = GCGMethod(run, qwen, config, seed=0, draft=draft).attack(behaviours(1))[-1]
+        found = cells(run, "gcg", config, behaviours(1), qwen)
+        found.bench.open_model = ModelHandle
+        artifact = found.attack(behaviours(1))[-1]
     assert artifact.token_fidelity and artifact.loss < artifact.loss_history[0]
     slot = slot_of(qwen)
     with pytest.raises(AttackPlaneError, match="draft"):  # never plain GCG under another name

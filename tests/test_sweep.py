@@ -1,19 +1,21 @@
 """A sweep end to end on tiny models: the plan, what is made, what fails and is tried again, what a
 second run does."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from pipeline.estimate import Speed
-from pipeline.sweep_config import read_config
 
+from attacks.registry import ATTACKS as REGISTRY
+from attacks.registry import Speed
 from cli import cli
 from core.errors import AttackPlaneError
 from core.records import AttackArtifact
 from core.store import ATTACKS, FAILURES, RunFolder
-from pipeline import sweep as module
+from pipeline.sweep.config import read_config
+from pipeline.sweep.plan import plan
 
 
 def call(*arguments, code=0):
@@ -117,7 +119,7 @@ def test_a_second_run_makes_nothing_anew(swept, monkeypatch):
         n: (folder / "run" / n).read_bytes() for n in (ATTACKS, "replays.jsonl", "matrix.jsonl")
     }
     for name in (
-        "attacks.suffixes.run_gcg",
+        "attacks.gcg.run_gcg",
         "attacks.autodan.run_autodan",
         "transfer.replay.complete",
     ):
@@ -140,20 +142,20 @@ def test_a_failed_cell_is_written_down_shown_as_missing_and_tried_again(
     model = tiny_folders["qwen2"]
     path = tmp_path / "sweep.toml"
     path.write_text(config_text(tmp_path / "run", model))
-    real = module.GCGMethod.make
+    gcg = REGISTRY.get("gcg")
 
-    def broken(self, behaviour, bar):
-        if behaviour.behaviour_id.endswith("8"):
+    def broken(bench, task, config):
+        if task.behaviour.behaviour_id.endswith("8"):
             raise AttackPlaneError("something broke")
-        yield from real(self, behaviour, bar)
+        yield from gcg.run(bench, task, config)
 
-    monkeypatch.setattr(module.GCGMethod, "make", broken)
+    monkeypatch.setitem(REGISTRY._items, "gcg", dataclasses.replace(gcg, run=broken))
     output = call("sweep", path)
     (failure,) = RunFolder(tmp_path / "run").rows(FAILURES)
     assert failure["attack"] == "gcg" and "something broke" in failure["reason"]
     assert failure["behaviour"].endswith("8") and failure["source"] == str(model)
     assert "1 cells failed" in output and missing(tmp_path) == {"gcg": 1}
-    monkeypatch.setattr(module.GCGMethod, "make", real)
+    monkeypatch.setitem(REGISTRY._items, "gcg", gcg)
     output = call("sweep", path)
     assert "cells failed" not in output and not RunFolder(tmp_path / "run").rows(FAILURES)
     assert missing(tmp_path) == {}
@@ -204,11 +206,12 @@ def test_mistakes_in_the_file_are_named_before_any_work(tmp_path, change, fault)
 def test_the_example_and_the_results_config_are_valid(monkeypatch):
     root = Path(__file__).parent.parent
     monkeypatch.setattr(
-        "pipeline.sweep_config.parse_spec", lambda spec: spec
+        "pipeline.sweep.config.parse_spec", lambda spec: spec
     )  # no checkpoints in a fresh clone
     config = read_config(root / "examples" / "sweep.toml")
     assert {"gcg", "autodan_ga", "autodan_hga", "templates"} <= set(config.attacks)
-    monkeypatch.setattr("pipeline.sweep_config.Path.is_file", lambda self: True)
+    assert config.attacks["autodan_ga"][1].variant == "ga"
+    monkeypatch.setattr("pipeline.sweep.config.Path.is_file", lambda self: True)
     config = read_config(root / "docs" / "results" / "attack_classes.toml")
     assert len(config.targets) == 4 and len(config.imports) == 3 and config.behaviours.limit == 8
 
@@ -217,9 +220,10 @@ def test_the_estimate_is_counts_times_measured_speeds(tmp_path):
     path = tmp_path / "sweep.toml"
     path.write_text(config_text(tmp_path / "run", "embedded"))
     config = read_config(path)
-    slow = module.plan(config, 3, Speed(token=0.002, gradient=0.8, decoding_step=0.2))
-    fast = module.plan(config, 3, Speed(token=0.001, gradient=0.4, decoding_step=0.1))
+    slow = plan(config, 3, Speed(token=0.002, gradient=0.8, decoding_step=0.2))
+    fast = plan(config, 3, Speed(token=0.001, gradient=0.4, decoding_step=0.1))
     assert sum(p.seconds for p in slow) > 1.7 * sum(p.seconds for p in fast) - 60
     gcg = next(p for p in fast if p.what == "gcg")
-    # 3 behaviours, 1 step: a gradient and 4 candidates of 42 fed tokens, 10 of them shared
-    assert gcg.seconds == pytest.approx(3 * (0.4 + 4 * 32 * 0.001))
+    # 3 behaviours, 1 step: a gradient and 4 candidates, each fed half of its 4 suffix tokens, a
+    # quarter of a template of 40 and a target of 12
+    assert gcg.seconds == pytest.approx(3 * (0.4 + 4 * (2 + 10 + 12) * 0.001))

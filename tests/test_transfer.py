@@ -4,17 +4,25 @@ import math
 
 import pytest
 import torch
-from evaluation.asr import bootstrap_mean, wilson
-from pipeline.reports import matrix_table
 
+from commands.tables.attacks import matrix_table
 from core.generate import complete
+from core.models import handle_of
 from core.prompt import Conversation, Renderer
 from core.records import Replay
+from core.statistics import bootstrap_mean, wilson
 from core.store import REPLAYS, RunFolder
-from evaluation.judges import make_judge
+from pipeline.transfer import Transfer
 from tests.test_gcg import run_attacker
 from transfer.matrix import matrix
-from transfer.replay import ReplayConfig, replay_all
+from transfer.replay import ReplayConfig
+
+
+def replay_all(run, loaded, judges, config, *, artifacts=None, not_sent=None, **more):
+    """Make the replies that a run lacks on one target; to these artifacts, or to its own."""
+    stage = Transfer(run, judges, config, **more)
+    stage.artifacts = stage.artifacts if artifacts is None else artifacts
+    return stage.replay_on(handle_of(loaded), not_sent)
 
 
 def replay(attack, behaviour, jailbroken, target="t", source="s", number=0):
@@ -93,11 +101,11 @@ def test_bootstrap_covers_the_mean_about_as_often_as_it_says():
 def test_replays_send_the_prompt_verbatim_and_are_not_made_twice(tmp_path, qwen, tiny_models):
     artifacts = run_attacker(tmp_path, qwen)
     target = tiny_models["qwen3"]
-    judges = [make_judge("refusal_phrases"), make_judge("target_prefix")]
+    judges = ["refusal_phrases", "target_prefix"]
     config = ReplayConfig(max_new_tokens=5)
     with RunFolder(tmp_path) as run:
-        assert replay_all(run, target, artifacts, judges, config, batch_size=3) == len(artifacts)
-        assert replay_all(run, target, artifacts, judges, config) == 0
+        assert replay_all(run, target, judges, config, batch_size=3) == len(artifacts)
+        assert replay_all(run, target, judges, config) == 0
         rows = {r["artifact_id"]: Replay.from_row(r) for r in run.rows(REPLAYS)}
     renderer = Renderer(target)
     for artifact in artifacts:
@@ -112,9 +120,9 @@ def test_a_replay_stopped_half_way_goes_on(tmp_path, qwen):
     artifacts = run_attacker(tmp_path, qwen)
     config = ReplayConfig(max_new_tokens=3)
     with RunFolder(tmp_path) as run:
-        replay_all(run, qwen, artifacts[:3], [], config)
+        replay_all(run, qwen, [], config, artifacts=artifacts[:3])
         first = run.rows(REPLAYS)
-        assert replay_all(run, qwen, artifacts, [], config) == len(artifacts) - 3
+        assert replay_all(run, qwen, [], config) == len(artifacts) - 3
         assert run.rows(REPLAYS)[:3] == first
         assert all(r["jailbroken"] is None for r in run.rows(REPLAYS))
 
@@ -148,9 +156,9 @@ def test_sampled_replies_do_not_depend_on_where_a_run_was_stopped(tmp_path, qwen
     artifacts = run_attacker(tmp_path / "source", qwen)
     config = ReplayConfig(max_new_tokens=6, temperature=1.0)
     with RunFolder(tmp_path / "a") as whole, RunFolder(tmp_path / "b") as stopped:
-        replay_all(whole, qwen, artifacts, [], config)
-        replay_all(stopped, qwen, artifacts[::2], [], config)
-        replay_all(stopped, qwen, artifacts, [], config)
+        for run, parts in ((whole, [artifacts]), (stopped, [artifacts[::2], artifacts])):
+            for part in parts:
+                replay_all(run, qwen, [], config, artifacts=part)
         a, b = (
             {r["artifact_id"]: r["reply"] for r in run.rows(REPLAYS)} for run in (whole, stopped)
         )

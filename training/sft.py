@@ -14,6 +14,7 @@ Adversarial Fine-Tuning" (arXiv 2604.27019, its SFT arm).
 from __future__ import annotations
 
 import io
+import json
 import logging
 import math
 import shutil
@@ -327,5 +328,8 @@ def _save_checkpoint(tuned: Any, path: Path) -> None:
     part = path.with_name(path.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     tuned.save_pretrained(part)
+    config = json.loads((part / "adapter_config.json").read_text())
+    config["target_modules"] = sorted(config["target_modules"])  # a set's order is the process's
+    (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.rmtree(path, ignore_errors=True)
     part.rename(path)

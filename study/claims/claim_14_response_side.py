@@ -49,14 +49,14 @@ def measure(evidence: Evidence) -> Claim:
     checks = (
         _check(
             "response-side H, successful attacks - benign",
-            _Sides(responses.harmfulness, *response, units, layer),
+            _Sides(responses.harmfulness, response[0], response[1], units, layer),
             "above",
             seed,
             draws,
         ),
         _check(
             "prompt-side H, successful attacks - benign",
-            _Sides(study.harmfulness, *prompt, units, layer),
+            _Sides(study.harmfulness, prompt[0], prompt[1], units, layer),
             "below",
             seed,
             draws,

@@ -7,16 +7,26 @@ import sys
 
 import pytest
 import torch
-from attacks.reference import INTERPRETER, faults_of, older_config, reference, scored_ids
-from attacks.suffixes import NANOGCG, NanoGCGMethod
 
-from attacks import reference as module
-from attacks.gcg import GCGConfig, run_gcg
+from attacks import nanogcg
+from attacks import nanogcg_engine as module
+from attacks.gcg_search import run_gcg
+from attacks.nanogcg import NanoGCGConfig
+from attacks.nanogcg_engine import (
+    INTERPRETER,
+    faults_of,
+    older_config,
+    reference,
+    scored_ids,
+)
 from attacks.objective import TargetLoss
 from core.embedded import cache_folder
 from core.errors import AttackPlaneError
 from core.store import RunFolder
+from tests.campaigns import attacked
 from tests.test_gcg import SMALL, allowed_of, behaviours, slot_of
+
+TINY = NanoGCGConfig(num_steps=6, search_width=12, topk=16, suffix_length=6)
 
 
 def test_a_newer_config_keeps_its_rope_settings_in_the_older_form():
@@ -129,7 +139,7 @@ def test_stopping_on_a_match_returns_the_suffix_that_matches(qwen, monkeypatch, 
     wanted = seen[at - 1]
 
     def greedy(self, logits):
-        return self._current.tolist() == wanted
+        return self.scorer._current.tolist() == wanted
 
     monkeypatch.setattr(TargetLoss, "_greedy", greedy)
     objective = TargetLoss(qwen, slot)
@@ -159,12 +169,12 @@ def test_a_match_is_seen_where_greedy_decoding_gives_the_target(qwen):
 
 
 @pytest.mark.parametrize("field", ["stop_loss", "momentum", "merge"])
-def test_what_nanogcg_does_not_have_is_refused_before_anything_is_written(tmp_path, qwen, field):
-    config = GCGConfig(num_steps=1, suffix_length=6, **{field: 1 if field == "merge" else 0.5})
-    with RunFolder(tmp_path) as run, pytest.raises(AttackPlaneError, match=field):
-        NanoGCGMethod(run, qwen, config, seed=0)
-    with RunFolder(tmp_path) as run, pytest.raises(AttackPlaneError, match="buffer_size"):
-        NanoGCGMethod(run, qwen, SMALL, seed=0, options={"buffersize": 3})
+def test_what_nanogcg_does_not_have_is_no_setting_of_it_and_options_are_checked(field):
+    where = "nanogcg"
+    with pytest.raises(AttackPlaneError, match=field):
+        nanogcg.ATTACK.make_config({field: 1}, where=where)
+    with pytest.raises(AttackPlaneError, match="buffer_size"):
+        NanoGCGConfig(options={"buffersize": 3})
 
 
 @pytest.mark.slow
@@ -174,14 +184,12 @@ def test_nanogcg_itself_makes_verified_artifacts_and_its_buffer_fault_is_found(
     if not (cache_folder() / "nanogcg-0.3.0" / "complete").is_file() and not os.environ.get(
         INTERPRETER
     ):
-        pytest.skip(
-            "nanogcg's environment is not there (python cli.py gcg --engine nanogcg makes it)"
-        )
+        pytest.skip("nanogcg's environment is not there (python cli.py nanogcg makes it)")
     loaded = tiny_models["qwen2"]
     with RunFolder(tmp_path / "good") as run:
-        config = dataclasses.replace(SMALL, num_steps=3)
-        artifacts = NanoGCGMethod(run, loaded, config, seed=1).attack(behaviours(2))
-    made = [a for a in artifacts if a.attack == NANOGCG]
+        config = dataclasses.replace(TINY, num_steps=3)
+        artifacts = attacked(run, "nanogcg", config, behaviours(2), loaded, seed=1)
+    made = [a for a in artifacts if a.attack == nanogcg.NAME]
     assert len(made) == 2
     for artifact in made:
         assert len(artifact.loss_history) == 4
@@ -194,9 +202,12 @@ def test_nanogcg_itself_makes_verified_artifacts_and_its_buffer_fault_is_found(
     with RunFolder(tmp_path / "buffer") as run:
         # a random candidate is mostly worse than the initial suffix, which the buffer keeps; the
         # loss is the candidate's
-        config = dataclasses.replace(SMALL, num_steps=1, search_width=1, topk=300)
         options = {"buffer_size": 1, "filter_ids": False}
-        made = NanoGCGMethod(run, loaded, config, seed=1, options=options).attack(behaviours(6))
-        worse = [a for a in made if a.attack == NANOGCG and a.loss_history[1] > a.loss_history[0]]
+        small = {"num_steps": 1, "search_width": 1, "topk": 300}
+        config = dataclasses.replace(TINY, **small, options=options)
+        made = attacked(run, "nanogcg", config, behaviours(6), loaded, seed=1)
+        worse = [
+            a for a in made if a.attack == nanogcg.NAME and a.loss_history[1] > a.loss_history[0]
+        ]
         assert worse
         assert all(any("best_loss does not belong" in fault for fault in a.faults) for a in worse)

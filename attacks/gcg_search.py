@@ -1,0 +1,301 @@
+"""Greedy Coordinate Gradient (Zou et al., arXiv 2307.15043, algorithm 1) against one behaviour.
+
+Each step: 1. token gradient of the target loss at the current suffix; 2. per position the top-k
+allowed tokens;
+3. draw ``search_width`` candidates with ``n_replace`` positions replaced, drop no-ops and
+   duplicates; 4. drop those without token fidelity in the whole conversation; 5. score the rest
+   exactly; 6. the lowest becomes the current suffix, also where its loss is higher than before (the
+   paper keeps no best). Returned is the best suffix over all steps with its own loss.
+
+Options that make it another algorithm are off by default:
+
+``momentum``       step 1 takes a running mean of the gradients (MAC, arXiv 2405.01229)
+``mellowmax``      the loss of steps 1 and 5 weighs the worst target tokens more
+                   (``likelihood.target_nll``)
+``buffer``         step 1 starts from the best of so many suffixes kept so far, and step 6 replaces
+                   the worst of them if the winner is better (ACG and nanogcg; theirs begins with
+                   random suffixes, ours with the initial one)
+``final_width``, ``final_n_replace``  step 3's numbers go linearly from their first values to these
+                                      (ACG anneals the
+                   positions from many to one)
+and those of ``attacks/selection.py`` in steps 5 and 6.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from attacks.candidates import sample_candidates
+from attacks.protocols import Growth, SuffixLoss, SuffixPlace
+from attacks.selection import choose
+from core.errors import AttackPlaneError
+from core.settings import check_settings, setting
+
+
+@dataclass(frozen=True)
+class GCGConfig:
+    """Defaults are the paper's (section 3: 500 steps, B = 512, k = 256, 20 tokens of "!")."""
+
+    num_steps: int = setting(500, "Optimiser steps.", flag="--steps", low=0)
+    search_width: int = setting(512, "Candidates per step.", flag="--width", low=1)
+    topk: int = setting(256, "Tokens tried per position.", low=1)
+    n_replace: int = setting(1, "Positions replaced in each candidate.", low=1)
+    suffix_length: int = setting(20, 'Words of the initial suffix ("! ! ...").', low=1)
+    init_suffix: str | None = setting(None, "Initial suffix in its place.")
+    placement: str = setting("{request} {suffix}", "Where the suffix stands.")
+    system_prompt: str | None = setting(None, "System prompt.", flag="--system")
+    ascii_only: bool = setting(True, "Allow ASCII tokens only.", flag="--ascii-only/--any-token")
+    stop_loss: float = setting(
+        0.0, "Stop at this loss (nats per target token); 0: never, as in the paper.", low=0
+    )
+    stop_on_match: bool = setting(
+        False, "Stop at a suffix after which greedy decoding gives the target, and return it."
+    )
+    momentum: float = setting(
+        0.0, "mu of g <- mu g + (1 - mu) gradient (MAC); 0: none.", low=0, below=1
+    )
+    screen: int = setting(
+        0, "Score in reduced precision and only the best so many exactly; 0: all exactly.", low=0
+    )
+    merge: int = setting(0, "Merge the best so many candidates (I-GCG); 0: none.", low=0)
+    draft: str | None = setting(
+        None, "Draft model of probe sampling (a model spec with the same vocabulary)."
+    )
+    mellowmax: float = setting(
+        0.0, "Weigh the worst target tokens by this alpha; 0: the mean.", low=0
+    )
+    buffer: int = setting(0, "Go on from the best of so many suffixes; 0: none.", low=0)
+    final_width: int | None = setting(None, "Width of the last step, reached linearly.", low=1)
+    final_n_replace: int | None = setting(
+        None, "Positions replaced in the last step, reached linearly.", low=1
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, "gcg")
+
+    def width_at(self, step: int) -> int:
+        """Candidates of a step, counted from 0."""
+        return self._annealed(self.search_width, self.final_width, step)
+
+    def n_replace_at(self, step: int) -> int:
+        return self._annealed(self.n_replace, self.final_n_replace, step)
+
+    def _annealed(self, first: int, last: int | None, step: int) -> int:
+        return (
+            first
+            if last is None
+            else round(first + (last - first) * step / max(1, self.num_steps - 1))
+        )
+
+
+@dataclass
+class GCGState:
+    """All that the next step depends on; plain data, so that a saved state goes on to the bit."""
+
+    suffix_ids: list[int]
+    generator_state: list[int]
+    batch_size: int
+    best_ids: list[int] = field(default_factory=list)
+    best_step: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Loss of the current suffix after each step; index 0 is the initial suffix."""
+    scored: list[int] = field(default_factory=list)
+    """Candidates scored in each step, after the filters."""
+    momentum: torch.Tensor | str | None = None
+    """Running mean of the gradients, (suffix length, vocabulary); base64 of its float32 in a row.
+    Only with momentum."""
+    buffer: list[tuple[float, list[int], int]] = field(default_factory=list)
+    """The best suffixes with their losses and steps, best first. Only with a buffer."""
+    current_step: int = 0
+    """Step that ``suffix_ids`` is of; with a buffer not always the last one."""
+    bests: list[tuple[int, list[int]]] = field(default_factory=list)
+    """(step, suffix) of each that was the best in its turn."""
+    active: int = 1
+    """Prompts in the loss. Only ``attacks/universal.py`` has more than one."""
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.scored)
+
+    @property
+    def best_loss(self) -> float:
+        return self.losses[self.best_step]
+
+    def note(self, loss: float, buffer: int = 0) -> None:
+        """Record the loss of ``suffix_ids``, keep the best; with a buffer go on from the best that
+        it holds."""
+        self.losses.append(loss)
+        if len(self.losses) == 1 or loss < self.best_loss:
+            self.best_step, self.best_ids = len(self.losses) - 1, list(self.suffix_ids)
+            self.bests.append((self.best_step, self.best_ids))
+        self.current_step = len(self.losses) - 1
+        if buffer:
+            kept = [*self.buffer, (loss, list(self.suffix_ids), self.current_step)]
+            self.buffer = sorted(kept, key=lambda entry: entry[0])[:buffer]
+            self.suffix_ids, self.current_step = list(self.buffer[0][1]), self.buffer[0][2]
+
+    def begin_anew(self, loss: float, buffer: int = 0) -> None:
+        """The loss is another from here on (a prompt joined): earlier ones say nothing about the
+        best."""
+        self.losses.pop()
+        self.buffer, self.best_step, self.best_ids = [], len(self.losses), list(self.suffix_ids)
+        self.bests = [(self.best_step, self.best_ids)]
+        self.losses.append(loss)
+        self.current_step = self.best_step
+        if buffer:
+            self.buffer = [(loss, list(self.suffix_ids), self.current_step)]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.momentum, str):
+            values = torch.frombuffer(
+                bytearray(base64.b64decode(self.momentum)), dtype=torch.float32
+            )
+            self.momentum = values.view(len(self.suffix_ids), -1)
+
+    def to_row(self) -> dict[str, Any]:
+        row = dict(vars(self))
+        if isinstance(self.momentum, torch.Tensor):
+            row["momentum"] = base64.b64encode(self.momentum.cpu().numpy().tobytes()).decode()
+        return row
+
+
+def run_gcg(
+    objective: SuffixLoss,
+    slot: SuffixPlace,
+    config: GCGConfig,
+    allowed: torch.Tensor,
+    *,
+    seed: int,
+    state: GCGState | None = None,
+    draft: SuffixLoss | None = None,
+    growth: Growth | None = None,
+    on_step: Callable[[GCGState], None] = lambda state: None,
+) -> GCGState:
+    """Optimise one suffix.
+
+    Args:
+        draft: the same slot's loss on the draft model, for probe sampling.
+        growth: prompts that join the loss as it is solved, for a universal suffix.
+        on_step: called after every step; a state that it was given can be passed back in.
+
+    Raises:
+        AttackPlaneError: the loss is not finite (a precision too narrow for this model).
+    """
+    _check(slot, config, draft)
+    generator = torch.Generator().manual_seed(seed)
+    if state is None:
+        state = GCGState(list(slot.initial_ids), [], objective.batch.value)
+        state.note(_loss_of(state.suffix_ids, objective), config.buffer)
+    else:
+        generator.set_state(torch.tensor(state.generator_state, dtype=torch.uint8))
+        objective.batch.value = state.batch_size
+        while growth and growth.active < state.active and growth.grow():
+            pass
+    while state.step < config.num_steps and not _low_enough(state, config, growth):
+        suffix = torch.tensor(state.suffix_ids)
+        _, gradient = objective.token_gradient(suffix)
+        if objective.matches and growth and growth.grow():
+            state.active = growth.active
+            state.begin_anew(_loss_of(state.suffix_ids, objective), config.buffer)
+            continue
+        if config.stop_on_match and objective.matches:
+            break
+        if config.momentum:
+            gradient = _running_mean(state, gradient, config.momentum)
+        candidates = sample_candidates(
+            suffix,
+            gradient,
+            allowed,
+            topk=config.topk,
+            width=config.width_at(state.step),
+            n_replace=config.n_replace_at(state.step),
+            generator=generator,
+        )
+        _take_best(state, objective, slot, config, suffix, candidates, draft, generator)
+        state.generator_state = generator.get_state().tolist()
+        state.batch_size = objective.batch.value
+        on_step(state)
+    if config.stop_on_match:
+        objective.share(torch.tensor(state.suffix_ids))
+        if objective.matches:
+            state.best_step, state.best_ids = state.current_step, list(state.suffix_ids)
+    return state
+
+
+def _check(slot: SuffixPlace, config: GCGConfig, draft: SuffixLoss | None) -> None:
+    most = max(config.n_replace, config.final_n_replace or 0)
+    if most > len(slot.initial_ids):
+        raise AttackPlaneError(
+            "more positions to replace than the suffix has tokens",
+            where="gcg n_replace",
+            got=f"{most}, suffix of {len(slot.initial_ids)} tokens",
+        )
+    if config.draft and draft is None:
+        raise AttackPlaneError(
+            "probe sampling needs the draft's loss", where="gcg draft", got=config.draft
+        )
+
+
+def _low_enough(state: GCGState, config: GCGConfig, growth: Growth | None) -> bool:
+    """Whether the search may stop; while prompts have yet to join, no loss is low enough."""
+    waiting = growth is not None and growth.waiting
+    return not waiting and state.best_loss <= config.stop_loss
+
+
+def _take_best(
+    state: GCGState,
+    objective: SuffixLoss,
+    slot: SuffixPlace,
+    config: GCGConfig,
+    suffix: torch.Tensor,
+    candidates: torch.Tensor,
+    draft: SuffixLoss | None,
+    generator: torch.Generator,
+) -> None:
+    """Steps 4 to 6: drop candidates without fidelity, score the rest, take one into the state."""
+    candidates = candidates[torch.tensor(slot.faithful(candidates.tolist()), dtype=torch.bool)]
+    state.scored.append(len(candidates))
+    if not len(candidates):  # every one merged with a neighbour: stay, and draw others next time
+        state.note(state.losses[state.current_step])
+        return
+    state.suffix_ids, loss = choose(
+        objective,
+        slot,
+        suffix,
+        candidates,
+        screen=config.screen,
+        merge=config.merge,
+        draft=draft,
+        generator=generator,
+    )
+    state.note(_finite(loss, objective), config.buffer)
+
+
+def _running_mean(state: GCGState, gradient: torch.Tensor, momentum: float) -> torch.Tensor:
+    """MAC's gradient, kept in the state."""
+    if isinstance(state.momentum, torch.Tensor):
+        gradient = momentum * state.momentum.to(gradient.device) + (1 - momentum) * gradient
+    state.momentum = gradient
+    return gradient
+
+
+def _loss_of(suffix_ids: list[int], objective: SuffixLoss) -> float:
+    return _finite(float(objective.losses(torch.tensor([suffix_ids]))[0]), objective)
+
+
+def _finite(loss: float, objective: SuffixLoss) -> float:
+    if not math.isfinite(loss):
+        raise AttackPlaneError(
+            "the target loss is not finite",
+            where=objective.loaded.spec,
+            got=loss,
+            remedy="use a wider precision, for example ?dtype=float32 or ?dtype=bfloat16",
+        )
+    return loss
