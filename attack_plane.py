@@ -8,8 +8,7 @@
     directions = ap.directions(model, harmful, harmless)
     ap.plot_plane(ap.project([result], directions))   # a matplotlib figure
 
-Nothing here needs a run folder or prints; ``pipeline/`` adds saving, resume and ids. Importing this
-module loads no torch. A user's own model is left as it was found.
+Nothing here needs a run folder or prints. Importing this module loads no torch.
 """
 
 from __future__ import annotations
