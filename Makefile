@@ -1,12 +1,13 @@
 # make demo   sets up and runs the whole pipeline on the embedded model (under 15 minutes on 2 CPU cores)
 # make test   sets up and runs linter, type checker and fast tests (needs no network once set up)
 # make slow   the long tests
+# make docs   builds the site into build/site; a broken link is an error
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test slow format clean
+.PHONY: setup demo test slow docs format clean
 
 setup: $(VENV)/.ready
 	@$(BIN)/python cli.py models --fetch
@@ -28,6 +29,10 @@ test: setup
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
+
+docs: setup
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 format: setup
 	$(BIN)/ruff check --fix .

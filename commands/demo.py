@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -28,33 +29,48 @@ def demo(run: Path) -> None:
     Example:
       python cli.py demo
     """
-    from commands.tables.attacks import attack_table, matrix_table
-    from commands.tables.plane import classes_table
-    from commands.tables.study import directions_table
-    from core.store import read_rows
-    from geometry.directions import best_layers
     from pipeline.demo import demo as whole
-    from pipeline.plane_files import CLASSES
 
     start = time.monotonic()
     result = whole(
         run,
         open_model=open_model,
         on_stage=lambda title: click.echo(click.style(title, bold=True)),
+        on_result=lambda result: show(result, run),
     )
-    echo_notes(result.notes)
-    last = result.training.losses[-1]
-    click.echo(f"training: {last['loss']:.3f} nats per reply token at step {last['step']:.0f}")
-    click.echo(attack_table(result.attacks.artifacts))
-    for estimated in result.directions:
-        click.echo(directions_table(estimated, best_layers(estimated, BEST_LAYERS)))
-    rows = read_rows(run / CLASSES)
-    click.echo(classes_table(rows, frames=["own"], anchors=False))
-    click.echo(matrix_table(result.matrix))
     for path in result.files:
         click.echo(path)
     minutes = (time.monotonic() - start) / 60
     click.echo(f"{minutes:.1f} minutes; python cli.py verify --run {run}")
+
+
+def show(result: Any, run: Path) -> None:
+    """Print what a stage gave, in the way of its own command."""
+    from commands.tables.attacks import attack_table, matrix_table
+    from commands.tables.plane import classes_table
+    from commands.tables.study import directions_table
+    from core.store import read_rows
+    from geometry.directions import best_layers
+    from pipeline.campaign import CampaignResult
+    from pipeline.directions import DirectionsResult
+    from pipeline.plane_files import CLASSES
+    from pipeline.train import TrainResult
+    from pipeline.transfer import TransferResult
+
+    if isinstance(result, TrainResult):
+        last = result.losses[-1]
+        click.echo(f"{last['loss']:.3f} nats per reply token at step {last['step']:.0f}")
+        return
+    echo_notes(result.notes)
+    if isinstance(result, CampaignResult):
+        click.echo(attack_table(result.artifacts))
+    elif isinstance(result, TransferResult):
+        click.echo(matrix_table(result.cells))
+    elif isinstance(result, DirectionsResult):
+        for estimated in result.directions:
+            click.echo(directions_table(estimated, best_layers(estimated, BEST_LAYERS)))
+    else:
+        click.echo(classes_table(read_rows(run / CLASSES), frames=["own"], anchors=False))
 
 
 command = demo

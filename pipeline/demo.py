@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from attacks.gcg import ATTACK, GCGConfig
 from core.models import ModelHandle, OpenModel
@@ -68,10 +69,12 @@ def demo(
     *,
     open_model: OpenModel = ModelHandle,
     on_stage: Callable[[str], None] = lambda title: None,
+    on_result: Callable[[Any], None] = lambda result: None,
 ) -> DemoResult:
-    """Run everything; ``on_stage`` is told what begins."""
+    """Run everything; ``on_stage`` is told what begins, ``on_result`` what a stage gave."""
     on_stage("1/5 train: LoRA refusal fine-tuning of the embedded model")
     trained = train_sft(MODEL, path / "checkpoints", config.sft)
+    on_result(trained)
     targets = [MODEL, *(f"{MODEL}+{c}" for c in trained.checkpoints)]
     source = targets[1]
 
@@ -80,16 +83,20 @@ def demo(
     chosen = test[:: len(test) // config.behaviours][: config.behaviours]
     plan = Plan(ATTACK, config.gcg, (open_model(source),))
     attacked = campaign(path, chosen, [*baseline_plans(plan), plan], open_model=open_model)
+    on_result(attacked)
     del plan  # and its model, before the targets are loaded
 
     on_stage("3/5 transfer: frozen prompts on the base and every checkpoint")
     replayed = transfer(path, targets, DEFAULT_JUDGES, config.replay, open_model=open_model)
 
+    on_result(replayed)
     on_stage("4/5 directions of every target")
     estimated = directions(path, targets, ESTIMATORS, DirectionsConfig(), open_model=open_model)
 
+    on_result(estimated)
     on_stage("5/5 plane: project, export, draw")
     drawn = plane(path, targets, PlaneConfig(), open_model=open_model)
+    on_result(drawn)
     written = [path / ATTACKS, path / REPLAYS, path / MATRIX, path / "directions", *drawn.files]
     notes = [*attacked.notes, *replayed.notes, *estimated.notes, *drawn.notes]
     return DemoResult(trained, attacked, replayed.cells, estimated.directions, written, notes)
