@@ -8,20 +8,20 @@
     directions = ap.directions(model, harmful, harmless)
     ap.plot_plane(ap.project([result], directions))   # a matplotlib figure
 
-Nothing here needs a run folder or prints. Importing this module loads no torch.
+Nothing here needs a run folder, and nothing is printed or drawn on the terminal: progress is told
+to a function, where one is given. What a user can mend is raised as ``AttackPlaneError``. Importing
+this module loads no torch.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
     from matplotlib.figure import Figure
 
     from attacks.autodan import AutoDANConfig
@@ -29,10 +29,16 @@ if TYPE_CHECKING:
     from attacks.pair import PAIRConfig
     from attacks.result import AttackResult
     from attacks.templates import TemplatesConfig
+    from attacks.universal import UniversalConfig
     from attacks.workbench import Progress
     from core.models import LoadedModel
+    from core.models import load as load
+    from core.models import wrap as wrap
+    from core.progress import OnProgress
     from core.records import Behaviour
     from evaluation.judges import Judge
+    from geometry.steering import ablate as ablate
+    from geometry.steering import steer as steer
     from pipeline.in_memory import ModelDirections
 
 ROOMS = (
@@ -44,12 +50,16 @@ LAZY = {
     "attacks.result": ("AttackResult",),
     "attacks.autodan": ("AutoDANConfig",),
     "attacks.gcg": ("GCGConfig",),
+    "attacks.nanogcg": ("NanoGCGConfig",),
     "attacks.pair": ("PAIRConfig",),
     "attacks.templates": ("TemplatesConfig",),
+    "attacks.universal": ("UniversalConfig",),
+    "attacks.workbench": ("Progress",),
     "core.errors": ("AttackPlaneError",),
-    "core.models": ("LoadedModel",),
-    "core.records": ("Behaviour", "Directions"),
-    "evaluation.judges": ("JUDGES", "Exchange", "JudgeKind"),
+    "core.models": ("LoadedModel", "load", "wrap"),
+    "core.records": ("AttackArtifact", "Behaviour", "Directions"),
+    "evaluation.judges": ("JUDGES", "Exchange", "Judge", "JudgeKind"),
+    "geometry.steering": ("ablate", "steer"),
     "pipeline.in_memory": ("ModelDirections",),
     "study.claims.registry": ("CLAIMS", "ClaimTest"),
 }
@@ -57,16 +67,17 @@ LAZY = {
 
 
 def _check_rooms() -> None:
-    """Say so where another package stands in the place of one of ours."""
+    """Say so where another package or module stands in the place of one of ours."""
     here = Path(__file__).resolve().parent
     for room in ROOMS.split():
         spec = importlib.util.find_spec(room)
-        places = list(spec.submodule_search_locations or ()) if spec else []
+        locations = (spec.submodule_search_locations or [spec.origin or ""]) if spec else []
+        places = [place for place in locations if place]
         if here / room not in [Path(place).resolve() for place in places]:
             raise ImportError(
                 f"attack_plane's package {room!r} is hidden by another one of that name: expected "
                 f"{here / room}, found {places[0] if places else 'nothing'}. Uninstall or rename "
-                "the other package, or put attack_plane's folder first on the path."
+                "the other one, or put attack_plane's folder first on the path."
             )
 
 
@@ -84,46 +95,23 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *(name for names in LAZY.values() for name in names)})
 
 
-def load(spec: str, device: str | None = None) -> LoadedModel:
-    """Load a model by its spec: ``embedded``, ``ORG/NAME``, a folder or a GGUF file.
-
-    Each form may be followed by ``+ADAPTER_FOLDER`` and by ``?dtype=bfloat16`` or ``?load=4bit``.
-    No code from a folder runs, and weights that do not fit refuse the model by name.
-
-    Args:
-        device: for example ``"cuda:1"``; None takes CUDA, else MPS, else the CPU.
-    """
-    from core.models import load as load_model
-
-    return load_model(spec, device)
-
-
-def wrap(model: Any, tokenizer: Any, name: str = "wrapped") -> LoadedModel:
-    """Attack a model of your own: what ``AutoModelForCausalLM`` and ``AutoTokenizer`` gave.
-
-    Both are left as they were found: training mode, gradients, hooks, tokenizer. A peft model is
-    read with its active adapter.
-
-    Args:
-        name: what results call the model.
-    """
-    from core.models import wrap as wrap_model
-
-    return wrap_model(model, tokenizer, name)
-
-
 def behaviours(
-    source: str = "demonstration", *, label: str | None = None, splits: Sequence[str] = ()
+    source: str = "demonstration", *, label: str | None = None, splits: Sequence[str] | str = ()
 ) -> list[Behaviour]:
-    """Requests with labels and target strings: the built-in set, a file, or a set of the hub.
+    """Requests with labels and target strings.
 
     Args:
-        label: only ``harmful``, ``harmless`` or ``pseudo_harmful`` ones. splits: only those of
-            ``train``, ``validation`` or ``test``.
+        source: ``demonstration`` (the built-in set), a file, or a set of the hub by name.
+        label: only ``harmful``, ``harmless`` or ``pseudo_harmful`` ones.
+        splits: only those of ``train``, ``validation`` or ``test``.
+
+    Raises:
+        AttackPlaneError: no such set, rows that cannot be read, or none that fits.
     """
     from evaluation.behaviours import load_behaviours
 
-    return load_behaviours(source, label=label, splits=splits)
+    chosen = [splits] if isinstance(splits, str) else splits
+    return load_behaviours(source, label=label, splits=chosen)
 
 
 OnStep = Callable[["Progress"], None]
@@ -138,29 +126,35 @@ def attack(
     *,
     source: LoadedModel | None = None,
     config: Any = None,
+    preset: str = "paper",
     seed: int = 0,
     on_step: OnStep | None = None,
 ) -> list[AttackResult]:
-    """Run any attack of the registry, plugins included, on one request.
+    """Run any attack on one request, for example ``gcg``, ``templates`` or one of your plugin.
 
     Args:
-        name: for example ``gcg`` or ``persona``'s attack ``templates``. request: a text, or a
-            ``Behaviour``, whose id then names the random stream as the command line does.
+        name: the attack's name, or that of one of its forms, such as ``autodan_ga``.
+        request: a text or a ``Behaviour``. A behaviour's id names the random stream, so it gives
+            what the command line gives with the same settings and seed.
         target: how the reply should begin; None takes the behaviour's own.
-        source: the model that is attacked, for attacks that need one.
-        config: the attack's own config; None is the paper's settings.
+        source: the model that is attacked. Templates need none.
+        config: the attack's own config.
+        preset: settings where there is no config: ``paper`` (the published ones, hours on a CPU)
+            or ``quick`` (minutes, what the commands take on a CPU).
+        seed: of the random stream.
         on_step: called with a ``Progress`` after every step.
 
+    Returns:
+        The attack's prompts for this request, most attacks make one.
+
     Raises:
-        AttackPlaneError: unknown attack, no source model or target where one is needed.
+        AttackPlaneError: unknown attack, a config of another class, no source model or target
+            where one is needed.
     """
-    return _run(name, request, target, source, config, seed, on_step)
-
-
-def _run(name: str, *arguments: Any) -> list[AttackResult]:
     from pipeline.in_memory import run_attack
 
-    return run_attack(name, *arguments)
+    options = {"source": source, "config": config, "preset": preset}
+    return run_attack(name, request, target, **options, seed=seed, on_step=on_step)
 
 
 def gcg(
@@ -168,14 +162,33 @@ def gcg(
     request: str | Behaviour,
     target: str | None = None,
     config: GCGConfig | None = None,
+    **options: Any,
+) -> AttackResult:
+    """Optimise a suffix for one request (GCG, arXiv 2307.15043).
+
+    Arguments, further options (``preset``, ``seed``, ``on_step``) and errors are those of
+    ``attack``. Losses are nats per target token.
+    """
+    return attack("gcg", request, target, source=source, config=config, **options)[0]
+
+
+def gcg_universal(
+    sources: Sequence[LoadedModel],
+    requests: Sequence[Behaviour],
+    config: UniversalConfig | None = None,
     *,
+    preset: str = "paper",
     seed: int = 0,
     on_step: OnStep | None = None,
-) -> AttackResult:
-    """Optimise a suffix for one request (GCG, arXiv 2307.15043)."""
-    return attack("gcg", request, target, source=source, config=config, seed=seed, on_step=on_step)[
-        0
-    ]
+) -> list[AttackResult]:
+    """Optimise one suffix for several requests and models (universal GCG, arXiv 2307.15043).
+
+    The suffix is optimised on the first ``config.optimise_on`` requests. Every request gets a
+    result; its ``variant`` is ``seen`` or ``held out``. Other arguments are those of ``attack``.
+    """
+    from pipeline.in_memory import run_attacks
+
+    return run_attacks("gcg_universal", requests, sources, config, preset, seed, on_step)
 
 
 def autodan(
@@ -183,12 +196,10 @@ def autodan(
     request: str | Behaviour,
     target: str | None = None,
     config: AutoDANConfig | None = None,
-    *,
-    seed: int = 0,
-    on_step: OnStep | None = None,
+    **options: Any,
 ) -> AttackResult:
-    """Evolve a readable prompt for one request (AutoDAN, arXiv 2310.04451)."""
-    return _run("autodan", request, target, source, config, seed, on_step)[0]
+    """Evolve a readable prompt for one request (AutoDAN, arXiv 2310.04451); as ``gcg``."""
+    return attack("autodan", request, target, source=source, config=config, **options)[0]
 
 
 def pair(
@@ -196,18 +207,20 @@ def pair(
     request: str | Behaviour,
     target: str | None = None,
     config: PAIRConfig | None = None,
-    *,
-    seed: int = 0,
-    on_step: OnStep | None = None,
+    **options: Any,
 ) -> AttackResult:
-    """Let a model write and improve prompts for one request (PAIR, arXiv 2310.08419)."""
-    return _run("pair", request, target, source, config, seed, on_step)[0]
+    """Let a model write and improve prompts for one request (PAIR, arXiv 2310.08419); as ``gcg``.
+
+    No target is needed. The config names the attacker and the judge; by default the attacked model
+    is its own attacker. ``Progress.loss`` is 1 minus the judge's score from 0 to 1.
+    """
+    return attack("pair", request, target, source=source, config=config, **options)[0]
 
 
 def templates(
     request: str | Behaviour, config: TemplatesConfig | None = None, *, seed: int = 0
 ) -> list[AttackResult]:
-    """Wrap one request in the known prompt-level attacks; no model is needed."""
+    """Wrap one request in the known prompt-level attacks; no model is needed, losses are None."""
     return attack("templates", request, config=config, seed=seed)
 
 
@@ -215,47 +228,71 @@ def replay(
     prompts: Sequence[Prompt],
     target: LoadedModel,
     *,
-    judges: Sequence[str | Judge] = ("refusal_phrases",),
+    judges: Sequence[str | Judge] | str = ("refusal_phrases",),
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    on_progress: OnProgress | None = None,
 ) -> list[dict[str, Any]]:
     """Send prompts, verbatim, to a model; its replies and what the judges say.
 
+    Args:
+        prompts: results, artifacts, behaviours (their plain requests) or texts.
+        target: the model that replies.
+        judges: specs or objects. The first one decides ``jailbroken``.
+        max_new_tokens: length of the replies.
+        temperature: 0 is greedy.
+        seed: of the sampling.
+        on_progress: called with (what, done, total).
+
     Returns:
         One row per prompt, in their order: attack, request, prompt, target_model, reply, jailbroken
-        (the first judge's verdict, None where it cannot say), one score per judge under its name.
+        (None where the judge cannot say), and one score per judge under its name. A score is 1
+        where the model did what was asked, 0 where it did not.
     """
     from pipeline.in_memory import replayed
     from transfer.replay import ReplayConfig
 
-    return replayed(prompts, target, judges, ReplayConfig(max_new_tokens, temperature, seed))
+    config = ReplayConfig(max_new_tokens, temperature, seed)
+    return replayed(prompts, target, judges, config, on_progress)
 
 
 def directions(
     model: LoadedModel,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Sequence[str | Behaviour],
+    harmless: Sequence[str | Behaviour],
     *,
     estimator: str = "harc",
     judge: str | Judge = "refusal_phrases",
     resamples: int = 200,
     seed: int = 0,
     system_prompt: str | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ModelDirections:
     """Estimate the harmfulness and the refusal direction at every layer.
 
     Args:
-        estimator: ``harc`` contrasts the two sets at both positions; ``zhao`` goes by the model's
-            own replies, which ``judge`` calls refused or accepted.
-        resamples: bootstrap samples, permutations and random directions each.
+        model: the model that reads the requests.
+        harmful: requests of one side of the contrast, at least four.
+        harmless: requests of the other side, at least four.
+        estimator: ``harc`` contrasts the two sets at both positions; ``zhao`` contrasts for refusal
+            what the model itself refused with what it accepted.
+        judge: says refused or accepted, for ``zhao``.
+        resamples: number of bootstrap samples, of permutations and of random directions.
+        seed: of these.
+        system_prompt: stands before every request.
+        on_progress: called with (what, done, total).
+
+    Raises:
+        AttackPlaneError: fewer than four requests, or for ``zhao`` replies, on a side.
     """
     from geometry.directions import EstimateConfig
     from pipeline.in_memory import ModelDirections, estimated
 
     config = EstimateConfig(resamples, seed)
-    found = estimated(model, harmful, harmless, estimator, judge, config, system_prompt)
-    return ModelDirections(model, found)
+    sets = (harmful, harmless)
+    made = estimated(model, *sets, estimator, judge, config, system_prompt, on_progress)
+    return ModelDirections(model, made)
 
 
 def project(
@@ -266,6 +303,7 @@ def project(
     layer: int | None = None,
     jailbroken: Sequence[bool | None] | None = None,
     with_plain: bool = True,
+    on_progress: OnProgress | None = None,
 ) -> list[dict[str, Any]]:
     """Where prompts lie on the (harmfulness, refusal) plane of a model.
 
@@ -274,77 +312,29 @@ def project(
     residual stream.
 
     Args:
-        directions: of the model that reads the prompts. base: another model's, for a second frame.
+        prompts: results, artifacts or texts; a ``Behaviour`` is an anchor of its label. Texts and
+            anchors get the directions' system prompt.
+        directions: of the model that reads the prompts.
+        base: another model's, for a second frame.
         layer: None is the best one of ``base``, or of ``directions``.
-        jailbroken: what ``replay`` found, one per prompt.
+        jailbroken: what ``replay`` said, one per prompt.
         with_plain: also project the plain request of every attacked prompt.
+        on_progress: called with (what, done, total).
 
     Returns:
-        Rows as ``pandas.DataFrame`` takes them, with the fields of ``core.records.PlanePoint``. A
-        ``Behaviour`` is an anchor of its label, a text is a plain request.
+        Rows as ``pandas.DataFrame`` takes them, with the fields of ``core.records.PlanePoint``: per
+        frame one row per prompt, then the plain requests that were added.
     """
     from pipeline.in_memory import projected
 
     frame = base or directions
-    points = projected(
-        prompts,
-        directions.model,
-        directions.directions,
-        frame.directions,
-        frame.layer if layer is None else layer,
-        jailbroken,
-        with_plain,
-    )
+    chosen = frame.layer if layer is None else layer
+    points = projected(prompts, directions, frame, chosen, jailbroken, with_plain, on_progress)
     return [point.to_row() for point in points if base or point.frame == "own"]
 
 
-def plot_plane(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Draw rows of ``project`` as a matplotlib figure: one panel per target and frame."""
-    from core.records import PlanePoint
-    from geometry.classes import describe_classes
-    from plots.plane_png import figure_of
+def plot_plane(rows: Sequence[dict[str, Any]] | Any) -> Figure:
+    """Draw rows of ``project``, or a frame of them, as a matplotlib figure."""
+    from pipeline.in_memory import plane_figure
 
-    points = [PlanePoint.from_row(row) for row in rows]
-    return figure_of(list(rows), describe_classes(points))
-
-
-@contextmanager
-def ablate(
-    model: LoadedModel,
-    direction: torch.Tensor,
-    *,
-    layers: Sequence[int] | None = None,
-    strength: float = 1.0,
-) -> Iterator[None]:
-    """While open, the component along ``direction`` (d_model,) is taken out of the residual.
-
-    At every token of whatever the model reads and writes. Hooks are gone when it closes.
-
-    Args:
-        layers: residual layers; None: all of them. strength: the share that is taken out.
-    """
-    from geometry.contrasts import unit
-    from geometry.interventions import ablation, intervened
-
-    chosen = range(model.n_layers + 1) if layers is None else layers
-    rows = unit(direction.detach().float().cpu())[None]
-    with intervened(model, ablation("direction", rows, chosen, strength)):
-        yield
-
-
-@contextmanager
-def steer(
-    model: LoadedModel, direction: torch.Tensor, strength: float, *, layers: Sequence[int]
-) -> Iterator[None]:
-    """While open, ``strength`` times the unit vector along ``direction`` is added to the residual.
-
-    At every token of whatever the model reads and writes. Hooks are gone when it closes.
-
-    Args:
-        strength: in units of the residual; negative pushes the other way. layers: residual layers.
-    """
-    from geometry.interventions import intervened, steering
-
-    vector = direction.detach().float().cpu()
-    with intervened(model, steering("direction", vector, layers, strength)):
-        yield
+    return plane_figure(rows)

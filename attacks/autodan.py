@@ -65,17 +65,16 @@ def run(bench: Workbench, task: Task, config: AutoDANConfig) -> Iterator[AttackR
     """One evolved prompt for one request."""
     behaviour, seeds = task.behaviour, list(seeds_of(config.seeds).values())
     saved = bench.states.load(task.key)
-    judge = bench.judge(config.judge)
 
     def on_step(state: AutoDANState) -> None:
         if state.step % task.save_every == 0:
-            bench.states.save(task.key, asdict(state))
+            bench.states.save(task.key, lambda: asdict(state))
         best = state.losses[state.best_step]
         task.on_step(Progress(state.step, config.num_steps, state.losses[-1], best))
 
     def is_success(reply: str) -> bool:
         exchange = Exchange(behaviour.request, reply, behaviour.target_string)
-        return succeeded(judge, [exchange])[0]
+        return succeeded(bench.judge(config.judge), [exchange])[0]
 
     state = run_autodan(
         PromptLoss(bench.renderer, behaviour, config.system_prompt, seeds),

@@ -52,7 +52,7 @@ def run(bench: Workbench, task: Task, config: GCGConfig) -> Iterator[AttackResul
 
     def on_step(state: GCGState) -> None:
         if state.step % task.save_every == 0:
-            bench.states.save(task.key, state.to_row())
+            bench.states.save(task.key, state.to_row)
         progress = Progress(state.step, config.num_steps, state.losses[-1], state.best_loss)
         task.on_step(progress)
 

@@ -107,8 +107,8 @@ def proposal(text: str) -> tuple[str, str] | None:
 def score_of(text: str) -> int | None:
     """The number of a judge's ``[[7]]`` (or a lone number at the beginning), 1 to 10; None if there
     is none."""
-    found = re.search(r"\[\[\s*(\d+)\s*\]\]", text) or re.match(r"\s*(\d+)\b", text)
-    return int(found.group(1)) if found and 1 <= int(found.group(1)) <= 10 else None
+    rating = re.search(r"\[\[\s*(\d+)\s*\]\]", text) or re.match(r"\s*(\d+)\b", text)
+    return int(rating.group(1)) if rating and 1 <= int(rating.group(1)) <= 10 else None
 
 
 @dataclass
@@ -193,9 +193,9 @@ class PAIR:
                 opening=opening,
             )
             for i, reply in zip(open_ones, replies, strict=True):
-                if found := proposal(opening + reply):
-                    prompts[i] = found[1]
-                    said = json.dumps({"improvement": found[0], "prompt": found[1]})
+                if proposed := proposal(opening + reply):
+                    prompts[i] = proposed[1]
+                    said = json.dumps({"improvement": proposed[0], "prompt": proposed[1]})
                     streams[i].history += [("user", streams[i].next), ("assistant", said)]
         return prompts
 
@@ -271,9 +271,9 @@ def cost(config: PAIRConfig, count: int, speed: Speed) -> float:
 
 def describe(artifact: AttackArtifact) -> str:
     """What a PAIR artifact says of its search, in a line."""
-    found = artifact.provenance
-    round_, queries = artifact.best_step, found["queries"]
-    return f"score {found['score']} in round {round_}, {queries} queries"
+    provenance = artifact.provenance
+    round_, queries = artifact.best_step, provenance["queries"]
+    return f"score {provenance['score']} in round {round_}, {queries} queries"
 
 
 ATTACK = ATTACKS.add(

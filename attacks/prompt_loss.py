@@ -65,8 +65,8 @@ class PromptLoss:
             return [math.inf] * len(tails)
         if near is not None and (tail := self.tails([near])[0]) is not None:
             self.objective.share(tail)
-        found = iter(self.objective.losses(whole).tolist())
-        losses = [math.inf if tail is None else next(found) for tail in tails]
+        own = iter(self.objective.losses(whole).tolist())
+        losses = [math.inf if tail is None else next(own) for tail in tails]
         if any(math.isnan(loss) for loss in losses):
             raise AttackPlaneError(
                 "the target loss is not finite",
@@ -74,6 +74,10 @@ class PromptLoss:
                 remedy="use a wider precision, for example ?dtype=float32 or ?dtype=bfloat16",
             )
         return losses
+
+    def weights_changed(self) -> None:
+        """Compute anew what is kept of the model; call it after every training step."""
+        self.objective.weights_changed()
 
     def reply(self, template: str, tokens: int) -> str:
         return complete(

@@ -43,6 +43,10 @@ class SuffixLoss(Protocol):
         """Loss of one suffix and its (suffix length, vocabulary) gradient."""
         ...
 
+    def weights_changed(self) -> None:
+        """Compute anew what is kept of the model; call it after every training step."""
+        ...
+
 
 class SuffixPlace(Protocol):
     """Where a suffix stands: its first value, and which values keep their tokens there."""

@@ -234,6 +234,8 @@ def run(bench: Workbench, task: Task, config: TemplatesConfig) -> Iterator[Attac
     request, mutator = task.behaviour.request, config.mutator
     for name in config.classes:
         for variant_name, variant in variants_of(config, name).items():
+            if (name, variant_name) in task.there:
+                continue
             prompt = variant.wrapper.replace(MARKER, variant.encode(request))
             rewritten: dict[str, Any] = {}
             if mutator and variant.rewrite:

@@ -115,14 +115,18 @@ class UniversalLoss:
             part.share(suffix)
         self.matches = all(part.matches for part in self._in_play)
 
+    def weights_changed(self) -> None:
+        for part in [loss for row in self._rows for loss in row]:
+            part.weights_changed()
+
     def token_gradient(self, suffix: Tensor) -> tuple[float, Tensor]:
         """Mean loss, and the sum of the unit-norm gradients, each position's row scaled by the
         whole gradient's norm."""
-        found = [part.token_gradient(suffix) for part in self._in_play]
+        parts = [part.token_gradient(suffix) for part in self._in_play]
         self.matches = all(part.matches for part in self._in_play)
-        total = sum(g.cpu() / g.norm().clamp_min(1e-12).cpu() for _, g in found)
+        total = sum(g.cpu() / g.norm().clamp_min(1e-12).cpu() for _, g in parts)
         assert isinstance(total, Tensor)
-        return sum(loss for loss, _ in found) / len(found), total
+        return sum(loss for loss, _ in parts) / len(parts), total
 
 
 @dataclass(frozen=True)
@@ -231,7 +235,7 @@ def _optimise(bench: Workbench, task: Task, config: UniversalConfig) -> GCGState
 
     def on_step(state: GCGState) -> None:
         if state.step % task.save_every == 0 or state.step == config.num_steps:
-            bench.states.save(name, state.to_row())
+            bench.states.save(name, state.to_row)
         progress = Progress(state.step, config.num_steps, state.losses[-1], state.best_loss)
         task.on_step(progress)
 

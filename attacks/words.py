@@ -1,7 +1,7 @@
-"""Sentences and words of a prompt: what AutoDAN's two levels work on. Plain functions of text and a
-random stream.
+"""The sentences and words of a prompt, which AutoDAN's two levels work on.
 
-A prompt template holds the marker ``{request}`` once; it is never split, swapped or lost.
+These are plain functions of a text and a random generator. A prompt template holds the marker
+``{request}`` once. The marker is never split, swapped or lost.
 """
 
 from __future__ import annotations
@@ -35,25 +35,26 @@ STOP_WORDS = frozenset(
 @cache
 def synonyms() -> dict[str, tuple[str, ...]]:
     """Lower-case word -> the other words of its groups in ``data/synonyms.txt``."""
-    found: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for line in (DATA / "synonyms.txt").read_text(encoding="utf-8").splitlines():
         group = [] if line.startswith("#") else line.split()
         for word in group:
-            known = found.setdefault(word, [])
+            known = groups.setdefault(word, [])
             known += [other for other in group if other != word and other not in known]
-    return {word: tuple(others) for word, others in found.items()}
+    return {word: tuple(others) for word, others in groups.items()}
 
 
 def read_seeds(path: Path | None = None) -> dict[str, str]:
-    """Seed prompts by name: our own, or a file of JSON lines {"name", "text"}; ``[REPLACE]`` is
-    read as the marker.
+    """Seed prompts by name: our own, or those of a file of JSON lines ``{"name", "text"}``.
+
+    ``[REPLACE]`` is read as the marker.
 
     Raises:
-        AttackPlaneError: a line that is not such an object, a name twice, a text without the
-        marker; with the line.
+        AttackPlaneError: a line is no such object, a name comes twice, or a text has no marker. The
+            error names the line.
     """
     path = path or DATA / "seeds.jsonl"
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -67,7 +68,7 @@ def read_seeds(path: Path | None = None) -> dict[str, str]:
         except (ValueError, KeyError, TypeError) as error:
             fault: object = f"{type(error).__name__}: {error}"
         else:
-            fault = f"the name {name!r} again" if name in found else None
+            fault = f"the name {name!r} again" if name in texts else None
             if text.count(MARKER) != 1:
                 fault = f"{text.count(MARKER)} times {MARKER}"
         if fault:
@@ -79,10 +80,10 @@ def read_seeds(path: Path | None = None) -> dict[str, str]:
                     f'each line is {{"name": ..., "text": ...}} and the text holds {MARKER} once'
                 ),
             )
-        found[name] = text.strip()
-    if not found:
+        texts[name] = text.strip()
+    if not texts:
         raise AttackPlaneError("no seeds", where=path)
-    return found
+    return texts
 
 
 def sentences(text: str) -> list[str]:
@@ -99,8 +100,10 @@ def with_one_marker(text: str) -> str:
 
 
 def crossover(first: str, second: str, points: int, rng: random.Random) -> tuple[str, str]:
-    """Multi-point crossover of sentences (AutoDAN, algorithm 7): between the cuts, the two swap
-    their sentences by coin flips."""
+    """Multi-point crossover of sentences [AutoDAN, algorithm 7].
+
+    Between the cut points, coin flips decide whether the two texts swap their sentences.
+    """
     a, b = sentences(first), sentences(second)
     most = min(len(a), len(b)) - 1
     cuts = sorted(rng.sample(range(1, most + 1), min(points, most))) if most > 0 else []
@@ -115,15 +118,14 @@ def crossover(first: str, second: str, points: int, rng: random.Random) -> tuple
 
 
 def like(word: str, other: str) -> str:
-    """``other`` with the case of ``word``."""
+    """``other``, written in upper or lower case as ``word`` is."""
     if word.isupper() and len(word) > 1:
         return other.upper()
     return other.capitalize() if word[:1].isupper() else other
 
 
 def paraphrase(text: str, rng: random.Random, share: float = 0.25) -> str:
-    """A random synonym for about ``share`` of the words that have one: mutation without a second
-    model."""
+    """Replaces about ``share`` of the words that have synonyms: mutation without a second model."""
 
     def swap(match: re.Match[str]) -> str:
         others = synonyms().get(match.group().lower(), ())
@@ -142,15 +144,17 @@ def paraphrase(text: str, rng: random.Random, share: float = 0.25) -> str:
 def update_dictionary(
     dictionary: dict[str, float], texts: Sequence[str], scores: Sequence[float], top: int | None
 ) -> dict[str, float]:
-    """AutoDAN's momentum dictionary: a word's mean score over the texts that hold it, averaged with
-    its old value; best first."""
-    found: dict[str, list[float]] = {}
+    """AutoDAN's momentum dictionary, best word first.
+
+    A word's score is the mean over the texts that hold it, averaged with its old score.
+    """
+    scores_of: dict[str, list[float]] = {}
     for text, score in zip(texts, scores, strict=True):
         words = {w.lower() for w in WORD.findall(text.replace(MARKER, " "))} - STOP_WORDS
         for word in sorted(words):
-            found.setdefault(word, []).append(score)
+            scores_of.setdefault(word, []).append(score)
     merged = dict(dictionary)
-    for word, values in found.items():
+    for word, values in scores_of.items():
         mean = sum(values) / len(values)
         merged[word] = (merged[word] + mean) / 2 if word in merged else mean
     return dict(sorted(merged.items(), key=lambda item: -item[1])[:top])
@@ -159,14 +163,13 @@ def update_dictionary(
 def swap_words(
     text: str, dictionary: dict[str, float], rng: random.Random, *, probability: float, most: int
 ) -> str:
-    """AutoDAN's word level: words are replaced by synonyms, or kept, by a roulette on their scores;
-    up to ``most`` a paragraph.
+    """AutoDAN's word level: up to ``most`` words a paragraph are replaced by synonyms, or kept.
 
-    Weights are the dictionary's scores less the lowest of the candidates (the word itself and its
-    synonyms). With
-    ``probability`` a candidate that the dictionary does not know gets its lowest score, so that
-    known good words are preferred; else 0, above every known score (minus a loss), so that new
-    words are tried. Equal scores change nothing. As in the authors' code.
+    A roulette decides. The candidates are the word itself and its synonyms. A candidate's weight is
+    its score in the dictionary less the lowest score among the candidates. With ``probability`` a
+    candidate that the dictionary does not know gets that lowest score, so that words known to be
+    good are preferred. Otherwise it gets 0. Scores are negative losses, so 0 is above all of them,
+    and new words are tried. Equal scores change nothing. This is how the authors' code does it.
     """
     lowest = min(dictionary.values(), default=0.0)
     paragraphs = []

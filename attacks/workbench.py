@@ -35,7 +35,7 @@ class States(Protocol):
 
     def load(self, name: str) -> dict[str, Any] | None: ...
 
-    def save(self, name: str, state: dict[str, Any]) -> None: ...
+    def save(self, name: str, state: Callable[[], dict[str, Any]]) -> None: ...
 
     def drop(self, name: str) -> None: ...
 
@@ -46,7 +46,7 @@ class NoStates:
     def load(self, name: str) -> dict[str, Any] | None:
         return None
 
-    def save(self, name: str, state: dict[str, Any]) -> None:
+    def save(self, name: str, state: Callable[[], dict[str, Any]]) -> None:
         pass
 
     def drop(self, name: str) -> None:
@@ -55,7 +55,11 @@ class NoStates:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a search stands. ``loss`` and ``best`` are nats per target token (PAIR: lost score)."""
+    """Where a search stands.
+
+    ``loss`` and ``best`` are nats per target token. PAIR has no loss; there both are 1 minus the
+    judge's score, from 0 to 1.
+    """
 
     step: int
     steps: int
@@ -141,13 +145,19 @@ class Workbench:
 class Task:
     """One request, and what its attack tells while it works.
 
-    ``key`` names the state of a search in progress; it is saved every ``save_every`` steps.
+    Attributes:
+        behaviour: the request.
+        key: names the state of a search in progress.
+        save_every: steps between two saves of that state.
+        on_step: called after every step.
+        there: the prompts, by (name, variant), that need not be made again.
     """
 
     behaviour: Behaviour
     key: str = ""
     save_every: int = 1
     on_step: Callable[[Progress], None] = lambda progress: None
+    there: frozenset[tuple[str, str | None]] = frozenset()
 
     @property
     def target(self) -> str:

@@ -50,7 +50,7 @@ def prompts_of(loaded: LoadedModel, n: int, words: int) -> list[Prompt]:
 def plain(loaded: LoadedModel, prompts: Sequence[Prompt], batch: int) -> torch.Tensor:
     """(prompt, layer, position, d_model) from Hugging Face's ``hidden_states``; the last layer is
     after the final norm."""
-    found = []
+    residuals = []
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         longest = max(len(p.ids) for p in part)
@@ -67,8 +67,8 @@ def plain(loaded: LoadedModel, prompts: Sequence[Prompt], batch: int) -> torch.T
             [[getattr(p, name) for name in POSITIONS] for p in part], device=loaded.device
         )
         rows = torch.arange(len(part), device=loaded.device)[:, None]
-        found.append(torch.stack([h[rows, columns] for h in hidden], 1).float().cpu())
-    return torch.cat(found)
+        residuals.append(torch.stack([h[rows, columns] for h in hidden], 1).float().cpu())
+    return torch.cat(residuals)
 
 
 def main() -> None:

@@ -35,16 +35,16 @@ def best(artifact: AttackArtifact) -> float:
 
 
 def main(path: Path) -> None:
-    found: dict[tuple[str, str], dict[str, AttackArtifact]] = {}
+    artifacts: dict[tuple[str, str], dict[str, AttackArtifact]] = {}
     for artifact in artifacts_of(RunFolder.existing(path)):
         if artifact.attack in VARIANTS:
-            found.setdefault((artifact.source_model, artifact.attack), {})[
+            artifacts.setdefault((artifact.source_model, artifact.attack), {})[
                 artifact.behaviour_id
             ] = artifact
     rows = [("source", "what", "n", "nats per target token")]
-    for source in dict.fromkeys(source for source, _ in found):
+    for source in dict.fromkeys(source for source, _ in artifacts):
         for name in VARIANTS:
-            own = found.get((source, name), {})
+            own = artifacts.get((source, name), {})
             if own:
                 falls = [best(a) - a.loss_history[0] for a in own.values()]
                 rows.append((source, f"{name}, against its best seed", str(len(own)), shown(falls)))
@@ -52,7 +52,7 @@ def main(path: Path) -> None:
             ("autodan_hga", "autodan_hga_without_words"),
             ("autodan_hga", "autodan_ga"),
         ):
-            a, b = found.get((source, name), {}), found.get((source, other), {})
+            a, b = artifacts.get((source, name), {}), artifacts.get((source, other), {})
             both = [key for key in a if key in b]
             if both:
                 rows.append(

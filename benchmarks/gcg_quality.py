@@ -113,11 +113,11 @@ def interval(
             items[i] for i in torch.randint(len(items), (len(items),), generator=generator).tolist()
         ]
 
-    found = sorted(
+    means = sorted(
         statistic([v for group in pick(values) for v in pick(group)]) for _ in range(draws)
     )
     whole = statistic([v for group in values for v in group])
-    return whole, found[int(0.025 * draws)], found[int(0.975 * draws)]
+    return whole, means[int(0.025 * draws)], means[int(0.975 * draws)]
 
 
 def mean(values: list[float]) -> float:
@@ -223,8 +223,8 @@ def main(
     done = {(r["variant"], r["behaviour"], r["seed"]) for r in rows}
     loaded = load(model)
     draft = half_of(loaded)
-    found = load_behaviours(label="harmful", splits=["test"])
-    picked = found[:: max(1, len(found) // count)][:count]
+    behaviours = load_behaviours(label="harmful", splits=["test"])
+    picked = behaviours[:: max(1, len(behaviours) // count)][:count]
     for seed in range(seeds):
         for number, behaviour in enumerate(picked):
             turn = (seed + number) % len(chosen)

@@ -185,16 +185,16 @@ def compare(
 def pairs_with_reference(ours: Ours, steps: int, batch_size: int | None) -> list[dict[str, Any]]:
     """Steps of nanogcg, each followed by one of ours on the same suffix and candidates; the first
     pair warms up."""
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
 
     def follow(theirs: dict[str, Any]) -> None:
         suffix, candidates = torch.tensor(theirs["suffix"]), torch.tensor(theirs["candidates"])
         row = ours.step(suffix, candidates)
         row["difference"] = compare(ours, theirs, row, candidates)
         row["nanogcg"] = {key: theirs[key] for key in ("seconds", "peak_mib")}
-        found.append(row)
+        rows.append(row)
         click.echo(
-            f"  pair {len(found) - 1}: nanogcg {theirs['seconds']['step']:.2f} s, ours "
+            f"  pair {len(rows) - 1}: nanogcg {theirs['seconds']['step']:.2f} s, ours "
             f"{row['seconds']['step']:.2f} s",
             err=True,
         )
@@ -211,16 +211,16 @@ def pairs_with_reference(ours: Ours, steps: int, batch_size: int | None) -> list
         ):  # most of its ids have no token that would survive a filter
             config["filter_ids"] = False
         engine.run(ours.slot, config, on_step=follow, before_step=lambda: None, torch_seed=1)
-    return found[1:]
+    return rows[1:]
 
 
 def alone(ours: Ours, steps: int) -> list[dict[str, Any]]:
-    suffix, found = torch.tensor(ours.slot.initial_ids), []
+    suffix, rows = torch.tensor(ours.slot.initial_ids), []
     for _ in range(steps + 1):
         row = ours.step(suffix, None)
         suffix = row["candidates"][row["winner"]]
-        found.append(row)
-    return found[1:]
+        rows.append(row)
+    return rows[1:]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -15,7 +15,7 @@ import attacks
 @cache
 def declared_commands() -> dict[str, str]:
     """Name -> summary of each attack of the package that has a command of its own."""
-    found = {}
+    summaries = {}
     for path in sorted(Path(attacks.__path__[0]).glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Attack":
@@ -25,5 +25,5 @@ def declared_commands() -> dict[str, str]:
                     if isinstance(word.value, ast.Constant)
                 }
                 if given.get("command", True):
-                    found[str(given["name"])] = str(given["summary"])
-    return found
+                    summaries[str(given["name"])] = str(given["summary"])
+    return summaries

@@ -48,20 +48,20 @@ class AttackStub(click.Command):
 @cache
 def command_files() -> dict[str, str]:
     """Command -> module, of the files that hold a ``command``; ``import_.py`` is ``import``."""
-    found = {}
+    modules = {}
     for module in pkgutil.iter_modules(commands.__path__):
         path = Path(commands.__path__[0]) / f"{module.name}.py"
         if path.is_file() and "\ncommand = " in path.read_text(encoding="utf-8"):
-            found[module.name.rstrip("_")] = f"commands.{module.name}"
-    return found
+            modules[module.name.rstrip("_")] = f"commands.{module.name}"
+    return modules
 
 
 def attack_commands() -> dict[str, str]:
     """Attack -> summary: those of the package, and those of plugins that have been loaded."""
-    found = dict(declared_commands())
+    summaries = dict(declared_commands())
     if registry := sys.modules.get("attacks.registry"):
-        found |= {a.name: a.summary for a in registry.ATTACKS.declared() if a.command}
-    return {name.replace("_", "-"): summary for name, summary in found.items()}
+        summaries |= {a.name: a.summary for a in registry.ATTACKS.declared() if a.command}
+    return {name.replace("_", "-"): summary for name, summary in summaries.items()}
 
 
 class Root(CleanGroup):

@@ -32,12 +32,13 @@ def sweep(config: Path, dry_run: bool) -> None:
       python cli.py sweep examples/sweep.toml
     """
     from pipeline.sweep.config import behaviours_of, read_config
-    from pipeline.sweep.plan import calibrate, plan
+    from pipeline.sweep.plan import plan, speed_of
     from pipeline.sweep.run import sweep as whole
 
     grid = read_config(config)
     count = len(behaviours_of(grid))
-    speed = calibrate(open_model((grid.sources or grid.targets)[0]).loaded)
+    first = open_model((grid.sources or grid.targets)[0])
+    speed = speed_of(first, Path(grid.run), keep=not dry_run)
     parts = plan(grid, count, speed)
     show_plan(grid, parts, count)
     if not dry_run:

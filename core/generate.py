@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from core.batching import BatchSize
 from core.models import LoadedModel
+from core.progress import bar as progress_bar
 from core.prompt import Renderer
 
 
@@ -36,7 +36,7 @@ def complete(
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     replies = [""] * len(ids)
     batches = BatchSize(batch_size)
-    with tqdm(total=len(ids), desc=description, unit="reply", leave=False) as bar:
+    with progress_bar(len(ids), description, "reply") as bar:
 
         def work(part: Sequence[int]) -> None:
             rows = _generate(loaded, [ids[i] for i in part], max_new_tokens, temperature)

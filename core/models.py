@@ -66,19 +66,19 @@ class LoadedModel:
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks: the shallowest module list as long as the config's number of
         layers."""
-        found = [
+        candidates = [
             (name.count("."), name, module)
             for name, module in self.decoder.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) == self.n_layers
         ]
-        if not found:
+        if not candidates:
             raise AttackPlaneError(
                 "cannot find the transformer blocks",
                 where=self.spec,
                 got=f"no list of {self.n_layers} modules in {type(self.model).__name__}",
                 remedy="only decoder-only transformers are served",
             )
-        return min(found, key=lambda item: item[:2])[2]
+        return min(candidates, key=lambda item: item[:2])[2]
 
     @cached_property
     def embedding_table(self) -> torch.Tensor:
@@ -127,6 +127,12 @@ class LoadedModel:
 def load(spec: str | ModelSpec, device: torch.device | str | None = None) -> LoadedModel:
     """Load a model for reading and attacking: frozen, in evaluation mode, adapter merged.
 
+    Args:
+        spec: ``embedded``, ``ORG/NAME[@REVISION]`` of the hub, a folder or a GGUF file, each with
+            ``+ADAPTER_FOLDER`` and ``?dtype=bfloat16`` or ``?load=4bit``. No code from a folder
+            runs.
+        device: for example ``"cuda:1"``; None takes CUDA, else MPS, else the CPU.
+
     Raises:
         AttackPlaneError: unknown spec, unreachable or broken files, weights that are missing,
             unexpected or wrongly shaped, code in the folder, not decoder-only, missing extra.
@@ -147,15 +153,29 @@ def frozen(spec: ModelSpec, model: Any, tokenizer: Any) -> LoadedModel:
 
 
 def wrap(model: Any, tokenizer: Any, name: str = "wrapped") -> LoadedModel:
-    """The caller's own model and tokenizer, which are left as they are.
+    """A model of the caller's own: what ``AutoModelForCausalLM`` and ``AutoTokenizer`` gave.
 
-    A peft model is read with its active adapter. ``fingerprint`` is made from samples of the
-    parameters; where training goes on, wrap anew, or say ``weights_changed`` to what was built.
+    Both are left as they were found: training mode, gradients, hooks, tokenizer. A peft model is
+    read with its active adapter. ``fingerprint`` is made from samples of the weights as they are
+    now. Where training goes on, wrap anew, or say ``weights_changed`` to what was built.
+
+    Args:
+        model: a decoder-only language model, on any device.
+        tokenizer: its fast tokenizer.
+        name: what results call the model.
 
     Raises:
-        AttackPlaneError: not a decoder-only language model with a fast tokenizer.
+        AttackPlaneError: not a decoder-only language model, not a fast tokenizer, or an adapter
+            that learns a prompt.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise AttackPlaneError(
+            "an adapter that learns a prompt or a prefix cannot be read",
+            where="wrap",
+            got=type(model).__name__,
+            remedy="give an adapter that changes weights, such as LoRA",
+        )
     if not hasattr(inner, "config") or inner.get_output_embeddings() is None:
         raise AttackPlaneError(
             "not a language model with a head",
@@ -165,6 +185,13 @@ def wrap(model: Any, tokenizer: Any, name: str = "wrapped") -> LoadedModel:
         )
     if inner.config.is_encoder_decoder:
         raise AttackPlaneError("not a decoder-only model", where="wrap", got=type(inner).__name__)
+    if not getattr(tokenizer, "is_fast", False):
+        raise AttackPlaneError(
+            "not a fast tokenizer",
+            where="wrap",
+            got=type(tokenizer).__name__,
+            remedy="give what AutoTokenizer.from_pretrained returns",
+        )
     device = next(inner.parameters()).device
     return LoadedModel(name, inner, tokenizer, device, fingerprint_of_parameters(inner))
 
@@ -189,7 +216,8 @@ class ModelHandle:
     files and no weights.
 
     Args:
-        spec: a model spec. on_load: told of the model as soon as it is loaded.
+        spec: a model spec.
+        on_load: told of the model as soon as it is loaded.
     """
 
     def __init__(
@@ -209,6 +237,12 @@ class ModelHandle:
     def loaded(self) -> LoadedModel:
         assert self._parsed is not None
         model = load(self._parsed)
+        if vars(self).get("fingerprint", model.fingerprint) != model.fingerprint:
+            raise AttackPlaneError(
+                "the model's files changed while it was in use",
+                where=self.spec,
+                remedy="run the same command again, or name a revision with @",
+            )
         if self._on_load:
             self._on_load(model)
         return model
@@ -221,10 +255,16 @@ class ModelHandle:
     @cached_property
     def fingerprint(self) -> str:
         """As ``LoadedModel.fingerprint``."""
+        return self.known_fingerprint() or self.loaded.fingerprint
+
+    def known_fingerprint(self) -> str | None:
+        """The fingerprint, or None where it takes loading the weights to know it."""
         if "loaded" in vars(self):
             return self.loaded.fingerprint
+        if "fingerprint" in vars(self):
+            return self.fingerprint
         assert self._parsed is not None
-        return identity(self._parsed) or self.loaded.fingerprint
+        return identity(self._parsed)
 
 
 OpenModel = Callable[[str], ModelHandle]

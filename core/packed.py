@@ -1,20 +1,19 @@
-"""Many continuations of one sequence in one flat batch: what they share is computed once and never
-copied per row.
+"""Runs many continuations of one sequence in one flat batch, and computes what they share once.
 
-Rows that follow the same tokens up to some point (a prompt's prefix, and the current suffix up to
-the position where a candidate differs from it) attend to the keys and values of those tokens and to
-their own. Their fed tokens lie one after another in a batch of one sequence, so every matrix
-product is one large dense one, with no padding. Steps:
+A prompt's prefix is shared by every candidate. So is the current suffix, up to the position where
+a candidate differs from it. The keys and values of these shared tokens are kept once and never
+copied per row. The tokens that are left lie one after another in a batch of one sequence. Every
+matrix product is then one large dense product, and nothing is padded.
 
-1. The model runs with an attention function of ours (transformers' AttentionInterface) and explicit
-   position ids.
-2. That function cuts queries, keys and values into groups of rows with equal lengths, puts the
-   shared keys and values before the rows' own, and calls the model's own attention function (sdpa
-   or eager, so soft-capping and the like stay as they are) with a causal, where need be sliding,
-   mask.
+1. The model runs with explicit position ids and with an attention function of ours, which
+   transformers' ``AttentionInterface`` allows.
+2. Our function cuts queries, keys and values into groups of rows of equal length. It puts the
+   shared keys and values before each row's own. Then it calls the model's own attention function
+   with a causal mask, or a sliding one where the layer has one. So a family's special features,
+   such as soft-capping, stay as they are.
 
-Nothing is assumed of a family: a caller checks one result against a plain pass
-(``attacks/objective.py`` does).
+Nothing is assumed about a family. The caller compares one result with a plain pass, as
+``attacks/packed_scorer.py`` does.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ NAME = "attack_plane_packed"
 
 @dataclass(frozen=True)
 class Group:
-    """``count`` rows of ``length`` fed tokens each, that follow the first ``shared`` tokens of the
-    shared sequence."""
+    """``count`` rows that each feed ``length`` tokens after ``shared`` shared ones."""
 
     shared: int
     length: int
@@ -61,10 +59,11 @@ def grouped_sdpa(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' sdpa attention without its copies of keys and values for grouped queries.
+    """Scaled dot-product attention without copies of keys and values for grouped queries.
 
-    The query heads of one key-value head stand below one another as more rows, and so does
-    ``attention_mask``, once for each of them. Other than plain options go to transformers.
+    transformers repeats each key-value head once for every query head that uses it. Here the query
+    heads of one key-value head become more rows of the same product. ``attention_mask`` must hold
+    one copy for each of them. Calls with unusual options go to transformers' own function.
     """
     if any(options.get(name) is not None for name in ("position_bias", "softcap", "s_aux")):
         whole = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -72,15 +71,14 @@ def grouped_sdpa(
         return whole(module, query, key, value, mask, scaling=scaling, **options)
     rows, heads, length, _ = query.shape
     folded = query.reshape(rows, key.shape[1], heads // key.shape[1] * length, -1)
-    found = nn.functional.scaled_dot_product_attention(
+    attended = nn.functional.scaled_dot_product_attention(
         folded, key, value, attn_mask=attention_mask, scale=scaling
     )
-    return found.reshape(rows, heads, length, -1).transpose(1, 2), None
+    return attended.reshape(rows, heads, length, -1).transpose(1, 2), None
 
 
 class PackedDecoder:
-    """Runs rows that continue one shared sequence, whose keys and values it keeps per attention
-    module."""
+    """Runs rows that continue one shared sequence, whose keys and values it keeps by module."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
@@ -91,18 +89,17 @@ class PackedDecoder:
 
     @property
     def current(self) -> Sequence[Group]:
-        """The groups that the calling thread runs just now: tells a hook which of two batches it
-        sees."""
+        """The groups that the calling thread runs now: a hook learns which batch it sees."""
         return self._now.groups
 
     def hidden(self, embeddings: Tensor, groups: Sequence[Group], *, keep: int = 0) -> Tensor:
-        """Final hidden states (after the last norm) of all fed tokens.
+        """Final hidden states of all fed tokens, after the last norm.
 
         Args:
             embeddings: (fed tokens of all rows, d_model), row after row in the order of ``groups``.
-            keep: with one group of one row: remember keys and values of the first ``keep`` tokens
-            of shared sequence
-                and row as the shared sequence from here on; 0 leaves it as it was.
+            keep: used with one group of one row. The keys and values of the first ``keep`` tokens
+                of shared sequence and row become the shared sequence from here on. 0 changes
+                nothing.
 
         Returns:
             (fed tokens, d_model)
@@ -112,11 +109,10 @@ class PackedDecoder:
 
     @torch.no_grad()
     def hidden_of_two(self, batches: Sequence[tuple[Tensor, Sequence[Group]]]) -> list[Tensor]:
-        """``hidden`` of two batches at once, each in a thread of its own with half of the cores.
-        For a CPU.
+        """``hidden`` of two batches at once, each in a thread with half of the cores. For a CPU.
 
-        What is not a large matrix product uses a second core badly within one batch; two batches
-        side by side fill it.
+        Within one batch, everything but the large matrix products makes poor use of a second core.
+        Two batches side by side fill it.
         """
         threads = torch.get_num_threads()
 
@@ -145,7 +141,7 @@ class PackedDecoder:
 
     @contextmanager
     def _installed(self) -> Iterator[None]:
-        """Our attention function in place of the model's own, for one forward pass."""
+        """Puts our attention function in place of the model's own for one forward pass."""
         config = self.loaded.config
         self._original = config._attn_implementation
         try:

@@ -65,10 +65,14 @@ class Registry(Generic[Item]):
     def all(self) -> dict[str, Item]:
         """Everything declared, by name."""
         if not self._complete:
-            self._complete = True
-            package = importlib.import_module(self.package)
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{self.package}.{module.name}")
+            self._complete = True  # a module that is imported here may ask for the others
+            try:
+                package = importlib.import_module(self.package)
+                for module in pkgutil.iter_modules(package.__path__):
+                    importlib.import_module(f"{self.package}.{module.name}")
+            except BaseException:
+                self._complete = False
+                raise
         return dict(self._items)
 
     def get(self, name: str) -> Item:

@@ -26,12 +26,12 @@ Array = TypeVar("Array")
 Numbers = Sequence[float] | NDArray[np.float64]
 
 RESAMPLES = 2000
-LEVEL = 0.95
+ENDS = (0.025, 0.975)
 
 
-def _ends(draws: NDArray[np.float64], level: float) -> NDArray[np.float64]:
-    """(draw, ...) -> (2, ...): the ends of the central ``level`` of the draws."""
-    return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+def _ends(draws: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(draw, ...) -> (2, ...): the ends of the central 95 % of the draws."""
+    return np.quantile(draws, ENDS, axis=0)
 
 
 def _resampled_means(values: Any, rng: np.random.Generator, resamples: int) -> NDArray[np.float64]:
@@ -40,12 +40,12 @@ def _resampled_means(values: Any, rng: np.random.Generator, resamples: int) -> N
 
 
 def bootstrap_mean(
-    values: Numbers, *, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+    values: Numbers, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval | None:
     """Percentile bootstrap interval of the mean of (n,) values; None without values."""
     if not len(values):
         return None
-    low, high = _ends(_resampled_means(values, np.random.default_rng(seed), resamples), level)
+    low, high = _ends(_resampled_means(values, np.random.default_rng(seed), resamples))
     return float(low), float(high)
 
 
@@ -55,7 +55,7 @@ def bootstrap_columns(
     """As ``bootstrap_mean`` for (n, k) values: k intervals [low, high] from the same resamples."""
     if not len(values):
         return None
-    return _ends(_resampled_means(values, np.random.default_rng(seed), resamples), LEVEL).T.tolist()
+    return _ends(_resampled_means(values, np.random.default_rng(seed), resamples)).T.tolist()
 
 
 def bootstrap_difference(
@@ -67,7 +67,7 @@ def bootstrap_difference(
         return None
     rng = np.random.default_rng(seed)
     drawn = _resampled_means(first, rng, resamples) - _resampled_means(second, rng, resamples)
-    low, high = _ends(drawn, LEVEL)
+    low, high = _ends(drawn)
     return float(low), float(high)
 
 
@@ -86,7 +86,8 @@ def cluster_rows(
 
 def percentile_interval(draws: Numbers) -> Interval:
     """The central 95 % of the draws that are numbers."""
-    low, high = np.nanquantile(np.asarray(draws, dtype=np.float64), [0.025, 0.975])
+    array = np.asarray(draws, dtype=np.float64)
+    low, high = _ends(array[~np.isnan(array)])
     return float(low), float(high)
 
 

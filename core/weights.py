@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,14 @@ def load_base(spec: ModelSpec, device: torch.device) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=spec.revision, trust_remote_code=False
         )
-        made: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            **options,
-        )
+        with nullcontext() if folder is None else _no_bars():  # a download may draw its bar
+            made: Any = AutoModelForCausalLM.from_pretrained(
+                name,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **options,
+            )
     except UNREADABLE as error:
         raise _unloadable("model", f"model spec {spec.text!r}", error) from error
     model, report = made
@@ -76,6 +78,20 @@ def load_base(spec: ModelSpec, device: torch.device) -> tuple[Any, Any]:
         )
     _require_all_weights(report, f"model spec {spec.text!r}")
     return (model if spec.load else model.to(device)), tokenizer
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """While open, transformers draws no progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _unloadable(what: str, where: str, error: Exception) -> AttackPlaneError:
@@ -125,7 +141,7 @@ def merged_adapter(spec: ModelSpec, model: Any) -> Any:
         raise AttackPlaneError(
             "cannot load the adapter",
             where=where,
-            got=first_line(error),
+            got=" ".join(str(error).split())[:400],
             remedy="it must be a LoRA folder with weights, trained on this base",
         ) from error
     own = get_peft_model_state_dict(wrapped)
@@ -159,8 +175,8 @@ def load_classifier(name: str) -> tuple[Any, Any]:
         )
     except UNREADABLE as error:
         raise _unloadable("classifier", name, error) from error
-    model, report = made
-    _require_all_weights(report, name)
+    model, report = made  # public classifiers often hold a pooler that their class does not use
+    _require_all_weights({**report, "unexpected_keys": ()}, name)
     return model.eval().requires_grad_(False).to(default_device()), tokenizer
 
 
@@ -221,8 +237,8 @@ def _cached_commit(spec: ModelSpec) -> str | None:
     """The commit of a hub model that the local cache would serve, if it holds one."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(spec.base, "config.json", revision=spec.revision or "main")
-    return Path(found).parent.name if isinstance(found, str) else None
+    path = try_to_load_from_cache(spec.base, "config.json", revision=spec.revision or "main")
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def fingerprint(spec: ModelSpec, folder: Path | None, commit: str | None = None) -> str:
@@ -256,9 +272,10 @@ def fingerprint_of_parameters(model: Any) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
-        picked = flat[torch.linspace(0, len(flat) - 1, 256, device=flat.device).long()]
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(picked.float().cpu().numpy().tobytes())
+        if len(flat):  # whole numbers: a float32 index is wrong from 2^24 on
+            places = torch.arange(256, device=flat.device) * (len(flat) - 1) // 255
+            digest.update(flat[places].float().cpu().numpy().tobytes())
     return f"{digest.hexdigest()[:16]}-{str(model.dtype).removeprefix('torch.')}"
 
 
@@ -268,7 +285,9 @@ def hub_cache() -> list[tuple[str, float]]:
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        found = scan_cache_dir().repos
+        repositories = scan_cache_dir().repos
     except CacheNotFound:
         return []
-    return sorted((r.repo_id, r.size_on_disk / 2**20) for r in found if r.repo_type == "model")
+    return sorted(
+        (r.repo_id, r.size_on_disk / 2**20) for r in repositories if r.repo_type == "model"
+    )

@@ -1,24 +1,26 @@
-"""Residual stream at a few positions of every prompt, all layers, one forward pass of the model
-without its head.
+"""Reads the residual stream of many prompts: a few positions, all layers, one forward pass.
 
-Layer L is the residual entering block L (``resid_pre``); layer n_layers is what leaves the last
-block, before the final norm. Positions by name:
+Layer L is the residual that enters block L. Layer n_layers is what leaves the last block, before
+the final norm. Positions have names:
 
     t_first      first token of the user content
     t_goal       last token of the original request
     t_inst       last token of the user content
     t_post_inst  last template token before the reply
-    -1 .. -N     counted from the end of the prompt: -1 is t_post_inst [Arditi 2406.11717 reads
-                 -5..-1]
-    response     mean over the first 32 tokens of a reply [HARC 2607.00572]; the prompt was rendered
-                 with it as its target
+    -1 .. -N     counted from the end of the prompt; -1 is t_post_inst, and Arditi 2406.11717 reads
+                 -5..-1
+    response     mean over the first 32 tokens of a reply [HARC 2607.00572]; the prompt must be
+                 rendered with this reply as its target
 
-Steps: 1. Tokens that all prompts share at the start (system prompt, template) are run once. 2.
-Prompts are sorted by length and packed one after another, without padding, into batches of a few
-hundred tokens; on a CPU two batches run side by side (``core/packed.py``; the longest prompt is
-checked against a plain pass, and where they differ prompts are padded on the right, where causal
-attention cannot see the padding). 3. Hooks keep only the wanted positions, so memory beyond the
-model's own does not grow with prompt length.
+How it is made fast:
+
+1. Tokens that all prompts share at the start, such as the system prompt, are run once.
+2. Prompts are sorted by length. They are packed one after another, without padding, into batches of
+   a few hundred tokens. On a CPU two batches run side by side (``core/packed.py``). The longest
+   prompt is compared with a plain pass. If the two differ, prompts are padded on the right instead,
+   where causal attention cannot see the padding.
+3. Hooks keep only the wanted positions. Memory beyond the model's own does not grow with the length
+   of the prompts.
 """
 
 from __future__ import annotations
@@ -32,13 +34,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from core.batching import BatchSize
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.packed import Group, PackedDecoder
 from core.prefix import SharedPrefix, keeps_keys_and_values_only
+from core.progress import bar as progress_bar
 from core.prompt import Prompt
 from core.records import Activations
 
@@ -55,8 +57,7 @@ trusted (float32)."""
 
 
 def span_of(prompt: Prompt, position: str) -> range | None:
-    """Tokens of ``prompt.ids + prompt.target_ids`` that a position names; None where the prompt has
-    none.
+    """The tokens of ``prompt.ids + prompt.target_ids`` that a position names, or None.
 
     Raises:
         AttackPlaneError: no such position name.
@@ -81,10 +82,9 @@ def span_of(prompt: Prompt, position: str) -> range | None:
 
 @contextmanager
 def read_residuals(loaded: LoadedModel, keep: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While open, a forward pass calls ``keep(layer, residual (batch, fed, d_model))`` for layers 0
-    to n_layers.
+    """While open, a forward pass calls ``keep(layer, residual)`` for layers 0 to n_layers.
 
-    Hooks are gone when it closes, also after an error.
+    ``residual`` is (batch, fed, d_model). The hooks go when it closes, errors included.
     """
 
     def before(layer: int) -> Any:
@@ -220,7 +220,7 @@ class _Reader:
         return self.loaded.model.get_input_embeddings()(ids)
 
     def fault_of_packing(self, row: int) -> str | None:
-        """What speaks against packing on this model, if anything does; tried on one prompt."""
+        """Why packing is wrong on this model, tried on one prompt; None if it is right."""
         if not keeps_keys_and_values_only(self.loaded):
             return "it keeps more than keys and values"
         try:
@@ -229,10 +229,10 @@ class _Reader:
             raise
         except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError) as error:
             return f"{type(error).__name__}: {error}".splitlines()[0]
-        found = self.resid[row].clone()
+        again = self.resid[row].clone()
         self.plain([row])
         scale = self.resid[row].abs().amax((1, 2), keepdim=True).clamp_min(1e-6)
-        worst = float(((found - self.resid[row]) / scale).abs().nan_to_num(torch.inf).max())
+        worst = float(((again - self.resid[row]) / scale).abs().nan_to_num(torch.inf).max())
         bound = AGREEMENT if self.loaded.dtype == torch.float32 else 100 * AGREEMENT
         return (
             None
@@ -260,10 +260,10 @@ def collect(
     """
     if not prompts:
         raise AttackPlaneError("no prompts to read", where=loaded.spec)
-    found = [[span_of(p, name) for name in positions] for p in prompts]
+    spans_of = [[span_of(p, name) for name in positions] for p in prompts]
     spans = [
         [s or range(p.t_inst, p.t_inst + 1) for s in row]
-        for p, row in zip(prompts, found, strict=True)
+        for p, row in zip(prompts, spans_of, strict=True)
     ]
     # nothing after the last wanted token can change it
     ids = [
@@ -278,7 +278,7 @@ def collect(
         packed = False
     read = reader.packed if packed else reader.plain
     tokens = batch_tokens or (CPU_TOKENS if loaded.device.type == "cpu" else GPU_TOKENS)
-    with tqdm(total=len(prompts), desc=description, unit="prompt", leave=False) as bar:
+    with progress_bar(len(prompts), description, "prompt") as bar:
 
         def work(part: Sequence[int]) -> None:
             read(part)
@@ -286,7 +286,7 @@ def collect(
 
         for _ in BatchSize(tokens).over(order, work, cost=reader.fed):
             pass
-    for row, spans_found in enumerate(found):
+    for row, spans_found in enumerate(spans_of):
         for column, span in enumerate(spans_found):
             if span is None:
                 reader.resid[row, :, column] = torch.nan

@@ -1,22 +1,22 @@
-"""Carriers: directions of the mean-difference field that a model's refusals hang on [SG
-2606.16349].
+"""Carriers: the directions that a model's refusals depend on [SG 2606.16349].
 
-The field holds the difference of class means at every position and layer. A candidate (position,
-layer) is tried on prompts:
+The mean-difference field holds the difference of two class means at every position and layer. Each
+position and layer is a candidate. It is tried on prompts:
 
-    comply   how much ablating it, at all layers, lowers the mean log-probability of refusals on
+    comply   by how much ablating it at all layers lowers the mean log-probability of refusals on
              harmful prompts, nats per token
-    refuse   how much adding it at its own layer, at its own length, raises that on harmless
-             prompts, nats per token
-    kl       KL of harmless prompts' next token under the ablation, nats; admissible: at most 0.1
-    score    refuse + comply - kl; the best carrier is the admissible candidate with the highest
-             score
+    refuse   by how much adding it at its own layer, at its own length, raises that log-probability
+             on harmless prompts, nats per token
+    kl       KL of the next token of harmless prompts under the ablation, nats. A candidate is
+             admissible if this is at most 0.1.
+    score    refuse + comply - kl
 
-To save time candidates are screened on the first few prompts, and the best of those scored on all.
-Where none is admissible, the one with the lowest kl comes first, and says so.
+The best carrier is the admissible candidate with the highest score. If none is admissible, the one
+with the lowest KL is taken, and the result says so. To save time, candidates are screened on the
+first few prompts, and only the best of them are scored on all.
 
-SG scores refusing and complying; which units it uses is not stated, log-probabilities are ours:
-they move before replies do.
+SG scores refusing and complying too, but does not state in which units. We use log-probabilities,
+since they move before replies do.
 """
 
 from __future__ import annotations
@@ -68,35 +68,36 @@ class Carrier:
 
 
 def candidates(field: dict[str, Contrast], n_layers: int, every: int = 1) -> list[Carrier]:
-    """Carriers at the field's positions, at every ``every``-th layer from the first inner one to 80
-    % of the depth."""
-    found = []
+    """The field's vectors at its positions, at every ``every``-th layer up to 80 % of the depth."""
+    carriers = []
     for position, contrast in field.items():
         difference, alive = contrast.difference, contrast.alive
         for layer in range(inner_layers(n_layers).start, int(DEPTH * n_layers) + 1, every):
             if alive[layer]:
                 vector = unit(difference[layer]).float()
-                found.append(Carrier(position, layer, vector, float(difference[layer].norm())))
-    if not found:
+                carriers.append(Carrier(position, layer, vector, float(difference[layer].norm())))
+    if not carriers:
         raise AttackPlaneError(
             "no carrier to try: the classes do not differ at any of these positions and layers",
             got=f"positions {', '.join(field)}, every {every} of {n_layers} layers",
         )
-    return found
+    return carriers
 
 
 def scored(
     loaded: LoadedModel,
-    found: Sequence[Carrier],
+    carriers: Sequence[Carrier],
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
     refusals: Sequence[Sequence[int]],
 ) -> list[Carrier]:
-    """The candidates with their scores on these prompts, the best first: admissible ones by score,
-    then the rest by KL."""
+    """The candidates with their scores on these prompts, best first.
+
+    Admissible ones come first, by score. The others follow by KL.
+    """
     everywhere = range(loaded.n_layers + 1)
-    ablations = [ablation("carrier", c.vector[None], everywhere) for c in found]
-    additions = [steering("carrier", c.vector, [c.layer], c.norm) for c in found]
+    ablations = [ablation("carrier", c.vector[None], everywhere) for c in carriers]
+    additions = [steering("carrier", c.vector, [c.layer], c.norm) for c in carriers]
     bad = rollout(
         loaded, harmful, [None, *ablations], refusals=refusals, description="carriers, harmful"
     )
@@ -110,7 +111,7 @@ def scored(
     bad_refusal = torch.tensor([[o.refusal for o in row] for row in bad]).mean(0)
     good_refusal = torch.tensor([[o.refusal for o in row] for row in good]).mean(0)
     kl = torch.tensor([[o.kl for o in row] for row in good]).mean(0)
-    n = len(found)
+    n = len(carriers)
     result = [
         replace(
             c,
@@ -118,19 +119,18 @@ def scored(
             refuse=float(good_refusal[1 + n + i] - good_refusal[0]),
             kl=float(kl[1 + i]),
         )
-        for i, c in enumerate(found)
+        for i, c in enumerate(carriers)
     ]
     return sorted(result, key=lambda c: (not c.admissible, -c.score if c.admissible else c.kl))
 
 
 def screened(
     loaded: LoadedModel,
-    found: Sequence[Carrier],
+    carriers: Sequence[Carrier],
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
     refusals: Sequence[Sequence[int]],
 ) -> list[Carrier]:
-    """As ``scored``, for the best after a screening on the first ``SCREENED`` prompts of each
-    label."""
-    first = scored(loaded, found, harmful[:SCREENED], harmless[:SCREENED], refusals[:1])
+    """As ``scored``, but only for the best of a screening on ``SCREENED`` prompts a label."""
+    first = scored(loaded, carriers, harmful[:SCREENED], harmless[:SCREENED], refusals[:1])
     return scored(loaded, first[:KEPT], harmful, harmless, refusals)

@@ -70,7 +70,7 @@ def describe_classes(
 
 def _by_behaviour(rows: Sequence[tuple[str, float, float]]) -> np.ndarray:
     """(behaviour, x, y) of each prompt -> (behaviours, 2) means."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    grouped: dict[str, list[tuple[float, float]]] = {}
     for behaviour, x, y in rows:
-        found.setdefault(behaviour, []).append((x, y))
-    return np.array([np.mean(points, 0) for points in found.values()]).reshape(-1, 2)
+        grouped.setdefault(behaviour, []).append((x, y))
+    return np.array([np.mean(points, 0) for points in grouped.values()]).reshape(-1, 2)

@@ -91,18 +91,18 @@ def design(
     A control whose place has no such directions is left out.
     """
     own = edit(mode, operation, strength, site.vectors, site.layers, site)
-    found = [own]
-    found += random_controls(own, controls, torch.Generator().manual_seed(seed))
+    interventions = [own]
+    interventions += random_controls(own, controls, torch.Generator().manual_seed(seed))
     if operation == "ablate":
-        found += matched_controls(own, controls, torch.Generator().manual_seed(seed + 1))
+        interventions += matched_controls(own, controls, torch.Generator().manual_seed(seed + 1))
     else:  # a random direction of the same length is a matched control already
-        found += [replace(c, kind="matched") for c in found[1:]]
+        interventions += [replace(c, kind="matched") for c in interventions[1:]]
     if len(site.layers) == 1 and site.other_layers:
         moved = edit(mode, operation, strength, site.vectors, site.other_layers, site)
-        found.append(replace(moved, kind="wrong_layer"))
+        interventions.append(replace(moved, kind="wrong_layer"))
     for name, pair in site.elsewhere.items():
         if _usable(mode, pair) and not (name == "wrong_layer" and len(site.layers) == 1):
-            found.append(
+            interventions.append(
                 replace(edit(mode, operation, strength, pair, site.layers, site), kind=name)
             )
-    return found
+    return interventions

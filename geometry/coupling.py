@@ -1,15 +1,15 @@
-"""How coupled harmfulness and refusal are, and how far directions drift [SG 2606.16349, RG
-2604.27019].
+"""How coupled harmfulness and refusal are, and how far they drift [SG 2606.16349, RG 2604.27019].
 
 C_cos    cos(h, r), signed, of the two best carriers
-C_sub    (1/k) sum of cos^2 of the principal angles of two k-dimensional subspaces, k = 3; random
-         subspaces: k/d
+C_sub    (1/k) sum of cos^2 of the principal angles of two k-dimensional subspaces, with k = 3.
+         Random subspaces have k/d.
 C_layer  exp(-|L_h - L_r| / 4)
-HRCI v1  0.4 C_cos + 0.4 C_sub + 0.2 C_layer;   v2  0.5 C_cos + 0.5 C_sub
+HRCI v1  0.4 C_cos + 0.4 C_sub + 0.2 C_layer
+HRCI v2  0.5 C_cos + 0.5 C_sub
 
-effective rank  exp(-sum q log q), q = sigma^2 / sum sigma^2, of a matrix whose rows are directions
-                by position and layer; raw, and with rows of unit length (raw, the long differences
-                of late layers decide it)
+effective rank  exp(-sum q log q), with q = sigma^2 / sum sigma^2. The rows of the matrix are the
+                directions of all positions and layers. It is given for the rows as they are, and
+                for rows of unit length: otherwise the long differences of late layers decide it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ SUBSPACE = 3
 
 
 def subspace(rows: Tensor, k: int = SUBSPACE) -> Tensor:
-    """(n, d_model) -> (k, d_model) orthonormal: the k leading right singular vectors of the rows at
-    unit length."""
+    """(n, d_model) -> (k, d_model): the leading right singular vectors of the unit-length rows."""
     kept = rows[rows.norm(dim=-1) > 0].double()
     if len(kept) < k:
         raise AttackPlaneError(
@@ -37,8 +36,10 @@ def subspace(rows: Tensor, k: int = SUBSPACE) -> Tensor:
 
 
 def principal_cosines(a: Tensor, b: Tensor) -> Tensor:
-    """(k, d) and (l, d) orthonormal rows -> (min(k, l),) cosines of the principal angles, largest
-    first."""
+    """Cosines of the principal angles of two subspaces, largest first.
+
+    (k, d) and (l, d), each with orthonormal rows -> (min(k, l),)
+    """
     return torch.linalg.svdvals(a.double() @ b.double().T).clamp(0, 1)
 
 
@@ -53,15 +54,17 @@ def layer_closeness(first: int, second: int) -> float:
 
 
 def hrci(c_cos: float, c_sub: float, c_layer: float | None = None) -> float:
-    """Version 1 with ``c_layer``, version 2 without."""
+    """HRCI version 1 with ``c_layer``, version 2 without it."""
     if c_layer is None:
         return 0.5 * c_cos + 0.5 * c_sub
     return 0.4 * c_cos + 0.4 * c_sub + 0.2 * c_layer
 
 
 def effective_rank(rows: Tensor, *, normalise: bool) -> float:
-    """Effective number of dimensions that ``rows`` (n, d_model) span; 1 to min(n, d_model), 0 if
-    all are zero."""
+    """The effective number of dimensions that ``rows`` (n, d_model) span: 1 to min(n, d_model).
+
+    It is 0 if all rows are zero.
+    """
     kept = rows[rows.norm(dim=-1) > 0].double()
     if not len(kept):
         return 0.0

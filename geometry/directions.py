@@ -90,7 +90,7 @@ def classes(
     """
     if estimator == "harc":
         sides = indices(harmful), indices(not h for h in harmful)
-        found = Classes(sides, sides)
+        parts = Classes(sides, sides)
     elif estimator == "zhao":
         if refused is None:
             raise AttackPlaneError("the zhao estimator needs the model's own replies")
@@ -99,12 +99,12 @@ def classes(
             indices(h and r is True for h, r in pairs),
             indices(not h and r is False for h, r in pairs),
         )
-        found = Classes(agreeing, refused_and_accepted(refused))
+        parts = Classes(agreeing, refused_and_accepted(refused))
     else:
         raise AttackPlaneError(
             "unknown estimator", got=estimator, remedy=f"one of {', '.join(ESTIMATORS)}"
         )
-    for name, (positive, negative) in vars(found).items():
+    for name, (positive, negative) in vars(parts).items():
         if min(len(positive), len(negative)) < SMALLEST_CLASS:
             raise AttackPlaneError(
                 f"too few prompts for the {name} direction ({estimator})",
@@ -115,7 +115,7 @@ def classes(
                     "zhao direction: use harc"
                 ),
             )
-    return found
+    return parts
 
 
 def estimate(

@@ -153,7 +153,7 @@ class EditedBatch:
     def refusals(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """(row,) mean log-probability of the texts (token ids), nats per token; the cache stays as
         it is."""
-        found = []
+        losses = []
         for text in texts:
             ids = torch.tensor(text, device=self.loaded.device)
             scores = [self.next[:, None, ids[:1]]]
@@ -170,9 +170,11 @@ class EditedBatch:
                 scores.append(
                     logits.log_softmax(-1).gather(2, ids[None, 1:, None].expand(len(rows), -1, -1))
                 )
-            found.append(torch.cat([s.flatten(1) for s in scores], 1).mean(1))
+            losses.append(torch.cat([s.flatten(1) for s in scores], 1).mean(1))
         return (
-            torch.stack(found).mean(0).cpu() if found else torch.full((len(self.next),), torch.nan)
+            torch.stack(losses).mean(0).cpu()
+            if losses
+            else torch.full((len(self.next),), torch.nan)
         )
 
     def replies(self, max_new_tokens: int) -> list[tuple[int, ...]]:

@@ -1,17 +1,17 @@
-"""Effects of interventions: what they change, less what their controls change, paired by prompt.
+"""Effects of interventions: what they change beyond what their controls change.
 
-Rows are outcomes of one behaviour under one intervention: model, label, behaviour_id, mode,
-operation, strength, kind (``intervention``, or the control: ``random``, ``matched``,
-``wrong_layer``, ``wrong_position``), draw, and the numbers of
-``OUTCOMES``. For every mode and strength:
+A row is the outcome of one behaviour under one intervention. Its fields are model, label,
+behaviour_id, mode, operation, strength, kind, draw and the numbers named in ``OUTCOMES``. ``kind``
+is ``intervention`` or the name of a control (``random``, ``matched``, ``wrong_layer``,
+``wrong_position``). Two numbers are computed for each mode and strength:
 
-    change   mean over behaviours of (outcome under the intervention - outcome when left alone)
+    change   mean over behaviours of (outcome under the intervention - outcome left alone)
     effect   mean over behaviours of (outcome under the intervention - mean outcome over the
              controls) [SG 2606.16349]
 
-once over all controls as the papers have them (``random``, ``wrong_layer``, ``wrong_position``),
-once over ``matched`` ones, which move every token as far as the intervention does. Intervals
-resample behaviours; all that is compared is of the same behaviour.
+The effect is computed twice. Once over all controls of the papers: ``random``, ``wrong_layer`` and
+``wrong_position``. Once over the ``matched`` controls, which move every token as far as the
+intervention does. Only outcomes of one behaviour are compared, and intervals resample behaviours.
 """
 
 from __future__ import annotations
@@ -33,17 +33,22 @@ Row = Mapping[str, Any]
 
 def by_behaviour(rows: Sequence[Row], outcome: str) -> dict[str, float]:
     """Mean outcome of each behaviour over its rows."""
-    found: dict[str, list[float]] = {}
+    outcomes: dict[str, list[float]] = {}
     for r in rows:
         if r[outcome] is not None:  # no reply was asked for
-            found.setdefault(r["behaviour_id"], []).append(float(r[outcome]))
-    return {name: float(np.mean(values)) for name, values in found.items()}
+            outcomes.setdefault(r["behaviour_id"], []).append(float(r[outcome]))
+    return {name: float(np.mean(values)) for name, values in outcomes.items()}
 
 
 def paired(first: Sequence[Row], second: Sequence[Row], outcome: str) -> list[float]:
     """Differences of the behaviours that both have, in the order of ``first``."""
+    return list(differences(first, second, outcome).values())
+
+
+def differences(first: Sequence[Row], second: Sequence[Row], outcome: str) -> dict[str, float]:
+    """As ``paired``, by behaviour."""
     a, b = by_behaviour(first, outcome), by_behaviour(second, outcome)
-    return [a[name] - b[name] for name in a if name in b]
+    return {name: a[name] - b[name] for name in a if name in b}
 
 
 def pick(rows: Sequence[Row], **wanted: Any) -> list[Row]:
@@ -58,7 +63,7 @@ def pick(rows: Sequence[Row], **wanted: Any) -> list[Row]:
 def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """One row per model, label, mode, operation, strength and outcome."""
     keys = ("model", "label", "mode", "operation", "strength")
-    found = []
+    effects = []
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for r in rows:
         groups.setdefault(tuple(r[k] for k in keys), []).append(r)
@@ -80,20 +85,20 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "n": len(by_behaviour(own, outcome)),
                 "alone": _mean(alone, outcome),
                 "value": _mean(own, outcome),
-                "change": float(np.mean(change)),
+                "change": float(np.mean(change)) if change else None,
                 "change_interval": bootstrap_mean(change),
                 "delta_norm": _mean(own, "delta_norm"),
             }
             for name, others in controls.items():
-                differences = paired(own, others, outcome)
+                beyond = paired(own, others, outcome)
                 row |= {
                     name: _mean(others, outcome),
                     f"{name}_delta_norm": _mean(others, "delta_norm"),
-                    f"effect_{name}": float(np.mean(differences)) if differences else None,
-                    f"effect_{name}_interval": bootstrap_mean(differences),
+                    f"effect_{name}": float(np.mean(beyond)) if beyond else None,
+                    f"effect_{name}_interval": bootstrap_mean(beyond),
                 }
-            found.append(row)
-    return found
+            effects.append(row)
+    return effects
 
 
 def _mean(rows: Sequence[Row], outcome: str) -> float | None:

@@ -1,29 +1,27 @@
-"""Ablation and steering of directions in the residual stream, by hooks in a context manager.
+"""Ablation and steering of directions in the residual stream, by hooks inside a context manager.
 
-One linear edit covers both, at every touched token of a residual layer [SG 2606.16349, Arditi
-2406.11717]:
+One linear edit covers both. It is applied to every touched token of a residual layer [SG
+2606.16349, Arditi 2406.11717]:
 
     a <- a - sum_k (read_k . a) write_k + shift
 
-    ablation of u      read = u, write = lambda u            (lambda = 1: no component along u is
-                       left)
-    ablation of a span read = write = orthonormal basis of it, times lambda
-    steering by u      shift = lambda u                      (lambda in units of the residual, or of
-                       a class difference)
-    matched control    write = lambda w, w random, and (read . a) is that of the intervention itself
-                       in the same forward pass: every token is moved exactly as far at every layer,
-                       along another direction
+    ablation of u      read = u, write = lambda u. With lambda = 1 nothing is left along u.
+    ablation of a span read is an orthonormal basis of the span, write is lambda times read.
+    steering by u      shift = lambda u. lambda is in units of the residual.
+    matched control    write = lambda w for a random w. The number (read . a) is taken from the
+                       intervention's own row in the same pass. Every token is thus moved exactly
+                       as far as by the intervention, at every layer, along another direction.
 
-Modes, from a harmfulness direction h and a refusal direction r: H, R, H+R (ablation of their span,
-steering by n(h + r)), H-R and R-H (Gram-Schmidt: the first without its component along the second,
-renormalised).
+The modes combine a harmfulness direction h with a refusal direction r. H and R are the directions
+alone. H+R ablates their span, or steers by the unit vector of h + r. H-R is h without its component
+along r, at unit length; R-H is the reverse.
 
-Residual layers are numbered as everywhere: L enters block L, n_layers leaves the last block. Within
-a block attention's output may bring the direction back for the MLP to read; Arditi projects those
-outputs too, SG and we do not.
+Residual layers are numbered as everywhere: layer L enters block L, and n_layers leaves the last
+block. Within a block, attention may write the direction back before the MLP reads. Arditi projects
+the output of attention too. SG does not, and neither do we.
 
-Where: ``all`` tokens, the ``prompt``, the ``reply``, a position by name (``t_inst``, ``-1``) or a
-range of them (``t_inst..t_post_inst``).
+``where`` names the touched tokens: ``all``, the ``prompt``, the ``reply``, one position (such as
+``t_inst`` or ``-1``), or a range of positions (``t_inst..t_post_inst``).
 """
 
 from __future__ import annotations
@@ -50,11 +48,13 @@ OPERATIONS = ("ablate", "steer")
 
 @dataclass(frozen=True)
 class Intervention:
-    """One edit at some residual layers. ``read`` and ``write`` are (k, d_model) or None, ``shift``
-    (d_model,) or None.
+    """One edit at some residual layers.
 
-    ``kind`` says what it is to its study: the intervention itself, or which control of it, and
-    ``draw`` which one of those.
+    Attributes:
+        read, write: (k, d_model), or None where nothing is ablated.
+        shift: (d_model,), or None where nothing is added.
+        kind: its part in a study: the intervention itself, or the name of a control.
+        draw: the number of the control among those of its kind.
     """
 
     name: str
@@ -79,8 +79,7 @@ class Intervention:
 
 
 def without(first: Tensor, second: Tensor) -> Tensor:
-    """(d_model,) unit vector of ``first`` without its component along ``second`` (one step of
-    Gram-Schmidt).
+    """``first`` without its component along ``second``, at unit length: (d_model,).
 
     Raises:
         AttackPlaneError: nothing is left of it.
@@ -95,10 +94,10 @@ def without(first: Tensor, second: Tensor) -> Tensor:
 
 
 def basis(mode: str, h: Tensor, r: Tensor) -> Tensor:
-    """(k, d_model) orthonormal rows that span a mode's directions; k is 2 for H+R, else 1.
+    """Orthonormal rows that span a mode's directions: (k, d_model), k = 2 for H+R and 1 otherwise.
 
     Raises:
-        AttackPlaneError: unknown mode, or a direction that is zero.
+        AttackPlaneError: an unknown mode, or a direction of length zero.
     """
     if mode not in MODES:
         raise AttackPlaneError("unknown mode", got=mode, remedy=nearest(mode, list(MODES)))
@@ -119,8 +118,10 @@ def basis(mode: str, h: Tensor, r: Tensor) -> Tensor:
 def ablation(
     name: str, rows: Tensor, layers: Sequence[int], strength: float = 1.0, where: str = "all"
 ) -> Intervention:
-    """Take ``strength`` of the component in the span of orthonormal ``rows`` (k, d_model) out of
-    the residual."""
+    """Takes ``strength`` times the component in the span of ``rows`` out of the residual.
+
+    ``rows`` is (k, d_model) and orthonormal.
+    """
     return Intervention(
         name, tuple(layers), rows, strength * rows, None, where, "intervention", strength
     )
@@ -129,8 +130,7 @@ def ablation(
 def steering(
     name: str, direction: Tensor, layers: Sequence[int], strength: float, where: str = "all"
 ) -> Intervention:
-    """Add ``strength`` (in units of the residual) times the unit vector along ``direction``
-    (d_model,)."""
+    """Adds ``strength`` times the unit vector along ``direction`` (d_model,)."""
     shift = strength * unit(direction)
     return Intervention(name, tuple(layers), None, None, shift, where, "intervention", strength)
 
@@ -141,17 +141,18 @@ def random_rows(k: int, d_model: int, generator: torch.Generator) -> Tensor:
 
 
 def random_controls(of: Intervention, n: int, generator: torch.Generator) -> list[Intervention]:
-    """The same edit along ``n`` random unit directions, as the papers do it: an ablation of them
-    moves tokens less."""
+    """The same edit along ``n`` random unit directions, as the papers do it.
+
+    An ablation of a random direction moves tokens less than one of the real direction.
+    """
     return [_along(of, w, w, "random", draw) for draw, w in enumerate(_drawn(of, n, generator))]
 
 
 def matched_controls(of: Intervention, n: int, generator: torch.Generator) -> list[Intervention]:
-    """As ``random_controls``, but every token is moved as far as ``of`` moves it, in the same
-    batch: (read . a) is that of ``of``.
+    """Random directions along which every token is moved as far as ``of`` moves it.
 
-    Reading ``of``'s direction in the control's own residual would not do at several layers: there
-    it is never taken away.
+    The length comes from ``of``'s row in the same batch. Reading it in the control's own residual
+    would be wrong at several layers, since the control never takes the direction away.
     """
     found = [
         _along(of, of.read, w, "matched", draw) for draw, w in enumerate(_drawn(of, n, generator))
@@ -174,8 +175,7 @@ def _along(
 
 
 def touched(prompt: Prompt, where: str) -> tuple[Tensor, bool]:
-    """(prompt tokens,) which tokens of the prompt an intervention touches, and whether it touches
-    the reply.
+    """Which tokens of the prompt are edited, (prompt tokens,) bool, and whether the reply is.
 
     Raises:
         AttackPlaneError: no such place.
@@ -197,9 +197,13 @@ def touched(prompt: Prompt, where: str) -> tuple[Tensor, bool]:
 
 
 class Edits:
-    """The interventions of the rows of a batch, stacked. ``mask`` (row, fed token) says which
-    tokens the next pass edits (None: all); ``moved`` (row,) sums the lengths of what was added to
-    tokens, ``count`` how many."""
+    """The interventions of a batch's rows, stacked.
+
+    Attributes:
+        mask: (row, fed token), which tokens the next pass edits; None edits all of them.
+        moved: (row,), the summed length of what was added to tokens.
+        count: (row,), how many tokens that were.
+    """
 
     def __init__(
         self, rows: Sequence[Intervention | None], d_model: int, device: torch.device | str
@@ -228,8 +232,10 @@ class Edits:
     def _stack(
         self, rows: Sequence[Intervention | None], here: Sequence[int], rank: int, d: int
     ) -> list[Tensor]:
-        """Read, write, shift and which rows are edited; zeros where a row has no edit: they leave
-        it as it was, to the bit."""
+        """The rows' read, write and shift, and which rows are edited.
+
+        A row without an edit holds zeros, which leave it as it was, to the bit.
+        """
         read, write = torch.zeros(len(rows), rank, d), torch.zeros(len(rows), rank, d)
         shift, edited = torch.zeros(len(rows), 1, d), torch.zeros(len(rows), 1)
         for i in here:
@@ -262,7 +268,8 @@ class Edits:
         change = shift - torch.bmm(components, write)
         mask = torch.ones_like(a[..., 0]) if self.mask is None else self.mask
         change = change * mask[..., None]
-        moved, count = change.norm(dim=-1).sum(1).cpu(), (mask * edited).sum(1).cpu()
+        moved = change.detach().norm(dim=-1).sum(1).cpu()
+        count = (mask * edited).sum(1).cpu()
         shared = len(self.moved) == 1 != len(moved)
         self.moved += moved.sum() if shared else moved
         self.count += count.sum() if shared else count
@@ -271,8 +278,7 @@ class Edits:
 
 @contextmanager
 def edited(loaded: LoadedModel, edits: Edits) -> Iterator[None]:
-    """While open, forward passes of the model are edited. Hooks are gone when it closes, also after
-    an error."""
+    """While open, forward passes of the model are edited. The hooks always go when it closes."""
     handles = []
 
     def before(layer: int) -> Any:
@@ -308,9 +314,6 @@ def edited(loaded: LoadedModel, edits: Edits) -> Iterator[None]:
 
 @contextmanager
 def intervened(loaded: LoadedModel, intervention: Intervention) -> Iterator[None]:
-    """While open, every token of every sequence that the model reads is edited.
-
-    Whatever ``where`` says.
-    """
+    """While open, every token that the model reads is edited, whatever ``where`` says."""
     with edited(loaded, Edits([intervention], loaded.d_model, loaded.device)):
         yield

@@ -84,7 +84,7 @@ def points(
         name: float(getattr(own, name)[layer] @ getattr(base, name)[layer])
         for name in ("harmfulness", "refusal")
     }
-    found = []
+    rows = []
     for frame, directions in (("base", base), ("own", own)):
         h, r = directions.harmfulness[layer], directions.refusal[layer]
         centre = directions.harmless_t_inst[layer]
@@ -95,7 +95,7 @@ def points(
         )
         for i, (info, plain) in enumerate(zip(infos, plain_requests(infos), strict=True)):
             goal = float(x_goal[i])
-            found.append(
+            rows.append(
                 PlanePoint(
                     prompt_id=info.prompt_id,
                     behaviour_id=info.behaviour_id,
@@ -119,7 +119,7 @@ def points(
                     plain_y=None if plain is None else float(y[plain]),
                 )
             )
-    return found
+    return rows
 
 
 Nulls = dict[tuple[str, str, str], dict[str, list[float]]]
@@ -148,7 +148,7 @@ def displacement_nulls(
     for n, (info, start) in enumerate(zip(infos, plain_requests(infos), strict=True)):
         if start is not None:
             pairs.setdefault(info.class_name, []).append((n, start, info.behaviour_id))
-    found: Nulls = {}
+    nulls: Nulls = {}
     for name, members in pairs.items():
         attacked, begun = (torch.tensor([member[side] for member in members]) for side in (0, 1))
         count = Counter(
@@ -163,5 +163,5 @@ def displacement_nulls(
                 permuted = directions.statistics[f"null_permuted_directions_{axis}"][:, layer]
                 for key, vectors in (("null_random", random), ("null_permuted", permuted)):
                     ends[key].append(float(upper(vectors @ moved)))
-            found[activations.model, frame, name] = ends
-    return found
+            nulls[activations.model, frame, name] = ends
+    return nulls

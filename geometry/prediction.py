@@ -50,7 +50,7 @@ def success_auroc(scores: np.ndarray, success: np.ndarray) -> tuple[float, int]:
 def held_out_scores(where: np.ndarray, success: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """(n, 2) points -> (n,) discriminant scores, each from points of other groups only; 0 where
     those have one outcome."""
-    found = np.zeros(len(where))
+    predicted = np.zeros(len(where))
     for group in np.unique(groups):
         test = groups == group
         yes, no = where[~test & success], where[~test & ~success]
@@ -59,19 +59,18 @@ def held_out_scores(where: np.ndarray, success: np.ndarray, groups: np.ndarray) 
             spread = centred.T @ centred
             spread += (1e-6 * np.trace(spread) + 1e-12) * np.eye(2)
             weights = np.linalg.solve(spread, yes.mean(0) - no.mean(0))
-            found[test] = (where[test] - (yes.mean(0) + no.mean(0)) / 2) @ weights
-    return found
+            predicted[test] = (where[test] - (yes.mean(0) + no.mean(0)) / 2) @ weights
+    return predicted
 
 
 def _within(
     where: np.ndarray,
     success: np.ndarray,
-    groups: np.ndarray,
     classes: np.ndarray,
     both: np.ndarray,
 ) -> dict[str, dict[str, tuple[float, int]]]:
     """{score: {class or pooled: (AUROC, pairs)}}."""
-    found: dict[str, dict[str, tuple[float, int]]] = {}
+    aurocs: dict[str, dict[str, tuple[float, int]]] = {}
     columns = (-where[:, 0], -where[:, 1], -where[:, 2], -where[:, 3], both)
     for name, scores in zip(SCORES, columns, strict=True):
         per = {
@@ -80,10 +79,10 @@ def _within(
         }
         pairs = sum(n for _, n in per.values())
         total = sum(a * n for a, n in per.values() if n)
-        found[name] = per | {POOLED: (total / pairs if pairs else float("nan"), pairs)}
+        aurocs[name] = per | {POOLED: (total / pairs if pairs else float("nan"), pairs)}
     # which of the two is the better is chosen anew in every resample and in every draw of the null
-    found[EITHER] = {POOLED: max((found[s][POOLED] for s in MOVED), key=lambda pair: pair[0])}
-    return found
+    aurocs[EITHER] = {POOLED: max((aurocs[s][POOLED] for s in MOVED), key=lambda pair: pair[0])}
+    return aurocs
 
 
 def _both(
@@ -126,7 +125,7 @@ class _Judged:
     def scores(self, success: np.ndarray) -> dict[str, dict[str, tuple[float, int]]]:
         """Everything anew with other outcomes."""
         both = _both(self.where, success, self.groups, self.classes)
-        return _within(self.where, success, self.groups, self.classes, both)
+        return _within(self.where, success, self.classes, both)
 
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         """Outcomes permuted within each class: whole behaviours where all have equally many."""
@@ -153,9 +152,9 @@ def success_prediction(
     rng = np.random.default_rng(seed)
     data = _Judged.of(judged)
     both = _both(data.where, data.success, data.groups, data.classes)
-    measured = _within(data.where, data.success, data.groups, data.classes, both)
+    measured = _within(data.where, data.success, data.classes, both)
     resampled = [
-        _within(data.where[r], data.success[r], data.groups[r], data.classes[r], both[r])
+        _within(data.where[r], data.success[r], data.classes[r], both[r])
         for r in cluster_rows(data.groups, resamples=resamples, rng=rng)
     ]
     nulls = [data.scores(data.shuffled(rng)) for _ in range(draws)]

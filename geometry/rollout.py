@@ -1,18 +1,18 @@
-"""What a model does under many interventions: next token, log-probability of refusals, greedy
-replies.
+"""What a model does under many interventions: its next token, refusals' log-probability, replies.
 
-Interventions are rows of one batch, each row with its own edit. Work that rows share is done once:
+Each row of a batch has an intervention of its own. Work that rows share is done once:
 
-1. Tokens that all prompts share at the start (system prompt, template) go through the model once an
-   intervention, not once a prompt: an edit changes them in the same way before every prompt.
-2. Each prompt goes through once unedited: its next-token distribution (the reference of KL), keys
-   and values, and the residual entering the lowest edited layer L. The edited pass skips the blocks
-   below L, where no edit has happened yet, and takes their keys and values from the unedited one.
-3. From its cache each refusal text is scored, then replies are decoded greedily; rows that end
-   leave the batch.
+1. Tokens that all prompts share at the start, such as the system prompt, go through the model once
+   for each intervention. They need not be run for each prompt: an edit changes them in the same
+   way whatever follows.
+2. Each prompt goes through once without an edit. This gives its next-token distribution, which is
+   the reference of KL, its keys and values, and the residual that enters the lowest edited layer.
+   The edited pass starts at that layer and takes the keys and values below it from this pass.
+3. From its cache each row scores the refusal texts. Then it decodes a reply greedily. Rows whose
+   reply has ended leave the batch.
 
-A matched control follows its intervention: it stands in the same batch and moves every token as far
-as that one does.
+A matched control stands in the same batch as its intervention, because it moves every token exactly
+as far as the intervention does in that pass.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from tqdm import tqdm
 
 from core.batching import BatchSize
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.prefix import keeps_keys_and_values_only
+from core.progress import bar as progress_bar
 from core.prompt import Prompt
 from geometry.activations import shared_length
 from geometry.edited_batch import EditedBatch, SharedEdits
@@ -39,12 +39,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one prompt under one intervention.
+    """What one prompt led to under one intervention.
 
-    ``kl``: KL(plain || edited) of the next token, nats. ``refusal``: mean log-probability of the
-    refusals, nats per token (NaN without refusals). ``reply``: token ids, without the end of turn.
-    ``delta_norm``: mean length of what was added to a touched token of the prompt at one layer, in
-    units of the residual.
+    Attributes:
+        kl: KL(plain || edited) of the next token, nats.
+        refusal: mean log-probability of the refusal texts, nats per token; NaN without such texts.
+        reply: token ids, without the end of turn.
+        delta_norm: mean length of what was added to an edited token of the prompt at one layer, in
+            units of the residual.
     """
 
     kl: float
@@ -56,8 +58,10 @@ class Outcome:
 def _may_share(
     loaded: LoadedModel, prompt: Prompt, interventions: Sequence[Intervention | None]
 ) -> bool:
-    """Whether skipping blocks changes nothing on this model; tried on one prompt with the highest
-    edit."""
+    """Whether this model gives the same result when blocks are skipped.
+
+    One prompt is tried, with the intervention that begins at the highest layer.
+    """
     highest = max(interventions, key=_lowest)
     if highest is None or highest.follows is not None or _lowest(highest) < 1:
         return True  # nothing would be skipped
@@ -83,11 +87,12 @@ def _lowest(edit: Intervention | None) -> int:
 
 
 def _units(interventions: Sequence[Intervention | None]) -> list[list[int]]:
-    """Indices of each intervention that follows none, with its followers; those that begin at one
-    layer side by side.
+    """Groups of indices: each intervention together with the controls that follow it.
+
+    Groups that begin at one layer stand side by side.
 
     Raises:
-        AttackPlaneError: a follower without the one that it follows.
+        AttackPlaneError: a control whose intervention is missing.
     """
     units = {n: [n] for n, edit in enumerate(interventions) if edit is None or edit.follows is None}
     of = {id(interventions[n]): n for n in units}
@@ -113,13 +118,14 @@ def rollout(
     rows: int = 64,
     description: str = "interventions",
 ) -> list[list[Outcome]]:
-    """Outcomes of every prompt (outer list) under every intervention (inner list; None: left
-    alone).
+    """The outcome of every prompt (outer list) under every intervention (inner list).
 
     Args:
-        refusals: token ids of refusals as replies. max_new_tokens: of the replies; 0 decodes none.
+        interventions: None stands for the model left alone.
+        refusals: token ids of refusals, read as replies.
+        max_new_tokens: length of the replies; 0 decodes none.
         share: False recomputes the layers below the lowest edited one for every row.
-        rows: most rows of a batch.
+        rows: the largest number of rows in a batch.
     """
     if not keeps_keys_and_values_only(loaded):
         raise AttackPlaneError(
@@ -139,11 +145,9 @@ def rollout(
         shared = 0  # a place counted from the end lies in the shared tokens of some prompts only
     masks[""] = torch.zeros(1, max(shared, 0))
     prefix = torch.tensor(prompts[0].ids[:shared], dtype=torch.long, device=loaded.device)
-    found: dict[tuple[int, int], Outcome] = {}
+    outcomes: dict[tuple[int, int], Outcome] = {}
     batches = BatchSize(rows)
-    with tqdm(
-        total=len(prompts) * len(interventions), desc=description, unit="row", leave=False
-    ) as bar:
+    with progress_bar(len(prompts) * len(interventions), description, "row") as bar:
 
         def work(units: Sequence[list[int]]) -> None:
             chosen = [n for unit in units for n in unit]
@@ -162,7 +166,7 @@ def rollout(
                         replies[row],
                         float(delta[row]),
                     )
-                    found[cell] = Outcome(*numbers)
+                    outcomes[cell] = Outcome(*numbers)
                 bar.update(len(delta))
 
             for _, same in groupby(order, key=lambda i: len(prompts[i].ids)):
@@ -176,4 +180,4 @@ def rollout(
         ):
             for _ in batches.over(list(level), work, cost=len):
                 pass
-    return [[found[p, n] for n in range(len(interventions))] for p in range(len(prompts))]
+    return [[outcomes[p, n] for n in range(len(interventions))] for p in range(len(prompts))]

@@ -117,15 +117,15 @@ def separabilities(points: Sequence[PlanePoint]) -> list[dict[str, Any]]:
             # plain requests of the same behaviours only: a class known by its requests would seem
             # separable
             kept = {p.behaviour_id for p in chosen if name != "all"}
-            found = separability([*chosen, *(p for p in one_plain if p.behaviour_id in kept)])
-            if found:
+            scores = separability([*chosen, *(p for p in one_plain if p.behaviour_id in kept)])
+            if scores:
                 rows.append(
                     {
                         "target": target,
                         "frame": frame,
                         "against": PLAIN if name != "all" else "all",
                         "class": name,
-                        **found,
+                        **scores,
                     }
                 )
     return rows

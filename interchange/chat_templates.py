@@ -72,8 +72,8 @@ def unwrap(prompt: str) -> Unwrapped:
         if match and (user := match["user"]).strip() and not MARKERS.search(user):
             system = match.groupdict().get("system")
             return Unwrapped(user, system.strip() if system and system.strip() else None, name)
-    found = MARKERS.search(prompt)
-    assert found
+    marker = MARKERS.search(prompt)
+    assert marker
     return Unwrapped(
-        prompt, fault=f"a chat template is baked in and was not unwrapped ({found.group()[:20]!r})"
+        prompt, fault=f"a chat template is baked in and was not unwrapped ({marker.group()[:20]!r})"
     )

@@ -48,14 +48,14 @@ def jailbreakbench(
         AttackPlaneError: artifacts of several attacks or sources, or several of one behaviour.
     """
     without_system_prompts(artifacts)
-    for name, found in (
+    for name, values in (
         ("attack", {a.attack for a in artifacts}),
         ("source", {a.source_model for a in artifacts}),
     ):
-        if len(found) != 1:
+        if len(values) != 1:
             raise AttackPlaneError(
                 f"a JailbreakBench file holds one {name}",
-                got=", ".join(sorted(found)) or "no artifact",
+                got=", ".join(sorted(values)) or "no artifact",
                 remedy=f"choose one {name}",
             )
     by_behaviour: dict[str, AttackArtifact] = {}

@@ -40,7 +40,7 @@ class ImportResult:
 
     def lines(self) -> list[str]:
         """The result in words, a line a fact."""
-        found = [f"{self.imported} prompts imported"]
+        text = [f"{self.imported} prompts imported"]
         for count, what in (
             (self.known, "already there"),
             (self.other_behaviours, "of other behaviours, left out"),
@@ -49,13 +49,13 @@ class ImportResult:
             (self.marked, "kept with a fault written into the artifact"),
         ):
             if count:
-                found.append(f"{count} {what}")
-        found += [
+                text.append(f"{count} {what}")
+        text += [
             f"{n} unwrapped from the chat template {form}" for form, n in self.unwrapped.items()
         ]
-        found += [f"  {r.place}: {r.reason}" for r in self.first_rejects]
+        text += [f"  {r.place}: {r.reason}" for r in self.first_rejects]
         left = self.bad + self.no_prompt - len(self.first_rejects)
-        return found + ([f"  ... and {left} more, in {REJECTS}"] if left else [])
+        return text + ([f"  ... and {left} more, in {REJECTS}"] if left else [])
 
 
 def request_key(request: str) -> str:
@@ -105,19 +105,19 @@ def import_file(
                 {"file": path.name, "format": kind, "place": fault.place, "reason": fault.reason}
             )
 
-        for found in read_foreign(path, kind, hints):
-            if isinstance(found, Reject):
-                reject(found)
+        for record in read_foreign(path, kind, hints):
+            if isinstance(record, Reject):
+                reject(record)
                 continue
-            behaviour = index.find(found)
+            behaviour = index.find(record)
             if only_these and (behaviour is None or behaviour.behaviour_id not in given):
                 result.other_behaviours += 1
                 continue
             try:
-                behaviour = behaviour or index.add(found, kind)
-                artifact = _artifact(found, behaviour, kind, path, hints, result)
+                behaviour = behaviour or index.add(record, kind)
+                artifact = _artifact(record, behaviour, kind, path, hints, result)
             except AttackPlaneError as error:
-                reject(Reject(found.place, " ".join(str(error).split())))
+                reject(Reject(record.place, " ".join(str(error).split())))
                 continue
             if behaviour.behaviour_id not in noted:
                 add_behaviour(behaviour.to_row())
@@ -147,47 +147,49 @@ class Behaviours:
         self.by_id = {b.behaviour_id: b for b in reversed(behaviours)}
         self.by_request = {request_key(b.request): b for b in reversed(behaviours)}
 
-    def find(self, found: Foreign) -> Behaviour | None:
+    def find(self, record: Foreign) -> Behaviour | None:
         """The behaviour of a prompt: the request decides, where there is one."""
-        if found.request is not None:
-            return self.by_request.get(request_key(found.request))
-        return self.by_id.get(found.behaviour_id or "")
+        if record.request is not None:
+            return self.by_request.get(request_key(record.request))
+        return self.by_id.get(record.behaviour_id or "")
 
-    def add(self, found: Foreign, kind: str) -> Behaviour:
+    def add(self, record: Foreign, kind: str) -> Behaviour:
         """A new behaviour, by the tool's id if it is free and by the request's hash if another
         request has taken it."""
-        if found.request is None:
+        if record.request is None:
             raise AttackPlaneError(
                 "its request is not known",
-                where=found.behaviour_id,
+                where=record.behaviour_id,
                 remedy="give the behaviours file of that benchmark beside it",
             )
-        key = request_key(found.request)
-        name = f"{kind}-{found.behaviour_id or key[:12]}"
+        key = request_key(record.request)
+        name = f"{kind}-{record.behaviour_id or key[:12]}"
         if name in self.by_id:
             name = f"{kind}-{key[:12]}"
-        made = Behaviour(name, found.request, found.target_string, found.category, "harmful", kind)
+        made = Behaviour(
+            name, record.request, record.target_string, record.category, "harmful", kind
+        )
         self.by_id[name] = self.by_request[key] = made
         return made
 
 
 def _artifact(
-    found: Foreign, behaviour: Behaviour, kind: str, path: Path, hints: Hints, result: ImportResult
+    record: Foreign, behaviour: Behaviour, kind: str, path: Path, hints: Hints, result: ImportResult
 ) -> AttackArtifact:
-    inner = unwrap(found.prompt)
+    inner = unwrap(record.prompt)
     try:
         (inner.content + behaviour.request).encode()
     except UnicodeEncodeError as error:  # JSON allows half of a surrogate pair, which is no text
         raise AttackPlaneError("the prompt is no Unicode text", got=error) from error
-    model = hints.model or found.model or NO_SOURCE
-    attack = slug(hints.attack or found.attack or kind)
-    system = found.system or inner.system
-    faults = [*found.faults, *([inner.fault] if inner.fault else [])]
-    said: dict[str, Any] = {"format": kind, "file": path.name, "place": found.place, **found.said}
+    model = hints.model or record.model or NO_SOURCE
+    attack = slug(hints.attack or record.attack or kind)
+    system = record.system or inner.system
+    faults = [*record.faults, *([inner.fault] if inner.fault else [])]
+    said: dict[str, Any] = {"format": kind, "file": path.name, "place": record.place, **record.said}
     if inner.form:
         result.unwrapped[inner.form] = result.unwrapped.get(inner.form, 0) + 1
         said["unwrapped"] = inner.form
-    target = hints.target_string or found.target_string or behaviour.target_string
+    target = hints.target_string or record.target_string or behaviour.target_string
     about = [kind, attack, model, behaviour.request, inner.content, system]
     return AttackArtifact(
         artifact_id=content_hash(["import", *about]),
@@ -196,18 +198,18 @@ def _artifact(
         source_model=model,
         request=behaviour.request,
         prompt=inner.content,
-        suffix=found.suffix if found.suffix and found.suffix in inner.content else None,
+        suffix=record.suffix if record.suffix and record.suffix in inner.content else None,
         suffix_ids=None,
         target_string=target,
-        loss=found.loss,
-        loss_history=found.losses,
-        best_step=found.best_step,
+        loss=record.loss,
+        loss_history=record.losses,
+        best_step=record.best_step,
         seed=0,
         config_hash=content_hash([kind, path.name]),
         token_fidelity=None,
         system_prompt=system,
         faults=faults,
-        variant=found.variant,
-        rendering={"prompt_ids": found.prompt_ids} if found.prompt_ids else None,
+        variant=record.variant,
+        rendering={"prompt_ids": record.prompt_ids} if record.prompt_ids else None,
         provenance=said,
     )

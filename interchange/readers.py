@@ -96,12 +96,12 @@ def _messages(value: Any) -> list[tuple[str, str]]:
     """(role, text) of a conversation as a list of {"role", "content"}; [] if it is none."""
     if not isinstance(value, list) or not all(isinstance(m, dict) for m in value):
         return []
-    found = []
+    turns = []
     for message in value:
         content = message.get("content")
         content = content.get("text") if isinstance(content, dict) else content
-        found.append((str(message.get("role")), content if isinstance(content, str) else ""))
-    return found
+        turns.append((str(message.get("role")), content if isinstance(content, str) else ""))
+    return turns
 
 
 def adversariallm(path: Path, hints: Hints) -> Found:

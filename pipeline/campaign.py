@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from attacks.registry import ATTACKS, Attack, Config, Key, sources_hash
 from attacks.result import AttackResult
 from attacks.workbench import Progress, Task, Workbench
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
+from core.progress import bar as progress_bar
 from core.records import PLAIN, AttackArtifact, Behaviour, content_hash
 from core.store import ATTACKS as ATTACKS_FILE
 from core.store import RunFolder
@@ -122,8 +121,8 @@ class RunStates:
     def load(self, name: str) -> dict[str, Any] | None:
         return self._run.load_state(name)
 
-    def save(self, name: str, state: dict[str, Any]) -> None:
-        self._run.save_state(name, state)
+    def save(self, name: str, state: Callable[[], dict[str, Any]]) -> None:
+        self._run.save_state(name, state())
 
     def drop(self, name: str) -> None:
         self._run.drop_state(name)
@@ -211,14 +210,15 @@ class Cells:
         done = {row["artifact_id"]: row for row in self.run.rows(ATTACKS_FILE)}
         missing = self.missing(behaviours, done)
         steps = attack.steps(self.plan.config)
-        bar = tqdm(
-            total=len(behaviours) * steps,
-            desc=attack.name,
-            unit=attack.unit,
+        bar = progress_bar(
+            len(behaviours) * steps,
+            attack.name,
+            attack.unit,
             disable=not missing,
             leave=None,
             initial=(len(behaviours) - len(missing)) * steps,
         )
+        failed = False
         with bar, self.bench:
             for behaviour in behaviours:
                 if behaviour in missing:
@@ -228,16 +228,18 @@ class Cells:
                     except Exception as error:
                         if on_failure is None:
                             raise
+                        failed = True
                         on_failure(behaviour, error)
                         continue
                     bar.update(start + steps - bar.n)  # a search may stop early
                 for name in self.ids(behaviour):  # also left by a crash right after saving
                     self.run.drop_state(name)
-            attack.finish(self.bench, self.plan.config)
+            if not failed:  # else what a search has saved is needed again
+                attack.finish(self.bench, self.plan.config)
         wanted = [i for b in behaviours for i in self.ids(b)]
         return [AttackArtifact.from_row(done[i]) for i in wanted if i in done]
 
-    def _attack_one(self, behaviour: Behaviour, bar: tqdm, done: dict[str, Any]) -> None:
+    def _attack_one(self, behaviour: Behaviour, bar: Any, done: dict[str, Any]) -> None:
         """Make what lacks of one behaviour, and append it to the run."""
         start, steps = bar.n, self.plan.attack.steps(self.plan.config)
 
@@ -248,7 +250,8 @@ class Cells:
             bar.set_postfix_str(f"{text} loss {progress.loss:.3f} best {progress.best:.3f}")
 
         save_every = self.plan.save_every or self.plan.attack.save_every or 1
-        task = Task(behaviour, self.ids(behaviour)[0], save_every, on_step)
+        there = [k for k in self.keys(behaviour) if self.artifact_id(behaviour, k) in done]
+        task = Task(behaviour, self.ids(behaviour)[0], save_every, on_step, frozenset(there))
         for result in self.plan.attack.run(self.bench, task, self.plan.config):
             artifact = self.artifact_of(behaviour, result)
             if artifact.artifact_id not in done:

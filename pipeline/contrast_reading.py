@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 from core.generate import complete
 from core.models import LoadedModel, ModelHandle
@@ -43,6 +44,14 @@ class DirectionsConfig:
     seed: int = 0
     system_prompt: str | None = None
     judge: str = DEFAULT_JUDGE
+
+    def to_settings(self) -> dict[str, Any]:
+        """For a run's manifest. Runs from before there were judges name none."""
+        return without_default_judge(asdict(self))
+
+
+def without_default_judge(settings: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in settings.items() if (k, v) != ("judge", DEFAULT_JUDGE)}
 
 
 def splits_of(behaviours: str, splits: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:

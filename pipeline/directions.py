@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import AttackPlaneError
@@ -55,15 +55,21 @@ def directions(
 def begin_directions(run: RunFolder, config: DirectionsConfig) -> None:
     """Write the stage's settings into the run's manifest.
 
-    They may change: directions that were made from something else are estimated anew.
+    Raises:
+        AttackPlaneError: the run's directions were made with other settings.
     """
-    run.begin_stage(STAGE, asdict(config), {}, derived=True)
+    run.begin_stage(STAGE, config.to_settings(), {})
+
+
+def begun_otherwise(run: RunFolder, config: DirectionsConfig) -> bool:
+    """Whether the run's directions were made with other settings."""
+    return run.manifest["stages"].get(STAGE, config.to_settings()) != config.to_settings()
 
 
 def directions_of(reading: ContrastReading, estimators: Sequence[str]) -> DirectionsResult:
     """One model's directions, made where the run lacks them."""
     run, spec, config = reading.run, reading.model.spec, reading.config
-    run.begin_stage(STAGE, asdict(config), {spec: reading.model.fingerprint}, derived=True)
+    run.begin_stage(STAGE, config.to_settings(), {spec: reading.model.fingerprint})
     result = DirectionsResult()
     for estimator in estimators:
         if not have_directions(run.path, spec, estimator, reading.made_from):
@@ -74,17 +80,24 @@ def directions_of(reading: ContrastReading, estimators: Sequence[str]) -> Direct
                     raise
                 result.notes.append(f"{spec}: no {estimator} directions. {error}")
                 continue
-            made = estimate(
-                reading.activations,
-                reading.harmful,
-                estimator=estimator,
-                refused=reading.refused,
-                config=EstimateConfig(config.resamples, config.seed),
-            )
-            made.settings["system_prompt"] = config.system_prompt
+            made = estimated(reading, estimator)
             save_directions(made, run.path, {"made_from": reading.made_from})
         result.directions.append(load_directions(run.path, spec, estimator))
     return result
+
+
+def estimated(reading: ContrastReading, estimator: str) -> Directions:
+    """One model's directions, in memory."""
+    config = reading.config
+    made = estimate(
+        reading.activations,
+        reading.harmful,
+        estimator=estimator,
+        refused=reading.refused,
+        config=EstimateConfig(config.resamples, config.seed),
+    )
+    made.settings["system_prompt"] = config.system_prompt
+    return made
 
 
 def have_directions(path: Path, spec: str, estimator: str, made_from: str) -> bool:

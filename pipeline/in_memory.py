@@ -1,31 +1,38 @@
 """The stages without a run folder: what the Python API stands on.
 
-Prompts come as results, artifacts, behaviours or texts; what is found comes back as rows. A model
-is put into evaluation mode while it is used, and left as it was.
+Prompts come as results, artifacts, behaviours or texts, and results come back as rows. A model is
+put into evaluation mode while it is used, and left as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from attacks.registry import find_attack
+from attacks.registry import PAPER, find_attack
 from attacks.result import AttackResult, prompt_result
 from attacks.workbench import Progress, Task, Workbench
 from core.errors import AttackPlaneError
 from core.generate import complete
 from core.models import LoadedModel, evaluating, handle_of
+from core.progress import OnProgress, reporting
 from core.prompt import Conversation, Prompt, Renderer
 from core.records import PLAIN, AttackArtifact, Behaviour, Directions, PlanePoint
 from evaluation.judges import Exchange, Judge, make_judge, refusals
 from geometry.activations import collect
+from geometry.classes import describe_classes
 from geometry.directions import EstimateConfig, best_layers, estimate
 from geometry.plane import PromptInfo, points
 from pipeline.contrast_reading import rendered
+from plots import plane_png
 from transfer.replay import ReplayConfig, replay
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REPLY_TOKENS = 32
 """Of the replies that say refused or accepted."""
@@ -35,59 +42,117 @@ REPLY_TOKENS = 32
 class ModelDirections:
     """Directions of one model, with the model.
 
-    ``harmfulness`` and ``refusal`` are (n_layers + 1, d_model) unit vectors that point towards
-    harmful and towards refused. ``statistics`` has intervals and nulls; see
-    ``geometry/directions.py``.
+    Attributes:
+        model: the model that they were estimated on.
+        estimate: the directions as the stages of a run keep them.
     """
 
     model: LoadedModel
-    directions: Directions
+    estimate: Directions
 
     @property
     def harmfulness(self) -> Tensor:
-        return self.directions.harmfulness
+        """(n_layers + 1, d_model) unit vectors that point towards harmful, read at t_inst."""
+        return self.estimate.harmfulness
 
     @property
     def refusal(self) -> Tensor:
-        return self.directions.refusal
+        """(n_layers + 1, d_model) unit vectors that point towards refusal, read at t_post_inst."""
+        return self.estimate.refusal
+
+    @property
+    def harmfulness_norm(self) -> Tensor:
+        """(n_layers + 1,) distance of the two class means, in units of the residual."""
+        return self.estimate.harmfulness_norm
+
+    @property
+    def refusal_norm(self) -> Tensor:
+        """(n_layers + 1,) distance of the two class means, in units of the residual."""
+        return self.estimate.refusal_norm
 
     @property
     def statistics(self) -> dict[str, Tensor]:
-        return self.directions.statistics
+        """Scores, cosines, intervals and nulls by name, each with the layer as first dimension."""
+        return self.estimate.statistics
 
     @property
     def layer(self) -> int:
         """The layer with the best layer score."""
-        return best_layers(self.directions)[0]
+        return best_layers(self.estimate)[0]
 
 
 def run_attack(
     name: str,
     request: str | Behaviour,
-    target: str | None,
-    source: LoadedModel | None,
+    target: str | None = None,
+    *,
+    source: LoadedModel | None = None,
+    config: Any = None,
+    preset: str = PAPER,
+    seed: int = 0,
+    on_step: Callable[[Progress], None] | None = None,
+) -> list[AttackResult]:
+    """Run one attack of the registry on one request."""
+    attack, _ = find_attack(name)
+    behaviour = behaviour_of(request, target)
+    if attack.sources == "several":
+        raise AttackPlaneError(
+            f"{attack.name} optimises on several requests",
+            remedy=f"call attack_plane.{attack.name}, or run it on the command line",
+        )
+    if attack.sources == "one" and source is None:
+        raise AttackPlaneError(f"{name} needs a source model", remedy="give source=ap.load(...)")
+    sources = [source] if source and attack.sources == "one" else []
+    return run_attacks(name, [behaviour], sources, config, preset, seed, on_step)
+
+
+def run_attacks(
+    name: str,
+    behaviours: Sequence[Behaviour],
+    sources: Sequence[LoadedModel],
     config: Any,
+    preset: str,
     seed: int,
     on_step: Callable[[Progress], None] | None,
 ) -> list[AttackResult]:
-    """Run one attack of the registry on one request."""
-    attack, fixed = find_attack(name)
-    behaviour = behaviour_of(request, target)
-    if attack.sources != "none" and source is None:
-        raise AttackPlaneError(f"{name} needs a source model", remedy="give source=ap.load(...)")
-    if attack.needs_target and not behaviour.target_string:
+    """Run one attack on several requests, one after another."""
+    attack, made = find_attack(name)[0], config_of(name, config, preset)
+    if attack.needs_target and not all(b.target_string for b in behaviours):
         raise AttackPlaneError(
             f"{name} needs a target string", remedy="say how the reply should begin, with target="
         )
-    made = config or attack.make_config(fixed, where=name)
-    sources = [handle_of(source)] if source and attack.sources != "none" else []
-    task = Task(behaviour, on_step=on_step or (lambda progress: None))
-    with Workbench(sources, [behaviour], seed) as bench:
+    results: list[AttackResult] = []
+    with (
+        Workbench([handle_of(s) for s in sources], behaviours, seed) as bench,
+        ExitStack() as open_,
+    ):
+        open_.enter_context(reporting(None))
+        for source in sources:
+            open_.enter_context(evaluating(source))
         attack.check(bench, made)
-        if source is None:
-            return list(attack.run(bench, task, made))
-        with evaluating(source):
-            return list(attack.run(bench, task, made))
+        for behaviour in behaviours:
+            task = Task(behaviour, on_step=on_step or (lambda progress: None))
+            results += attack.run(bench, task, made)
+    return results
+
+
+def config_of(name: str, config: Any, preset: str) -> Any:
+    """The settings of an attack or of one of its forms, which fixes some of them.
+
+    Raises:
+        AttackPlaneError: a config of another class; an unknown preset.
+    """
+    attack, fixed = find_attack(name)
+    if config is None:
+        return attack.make_config(fixed, where=name, preset=preset)
+    if not isinstance(config, attack.config):
+        raise AttackPlaneError(
+            "a config of another class",
+            where=name,
+            got=type(config).__name__,
+            remedy=f"give a {attack.config.__name__}",
+        )
+    return replace(config, **fixed)
 
 
 def behaviour_of(request: str | Behaviour, target: str | None = None) -> Behaviour:
@@ -95,6 +160,15 @@ def behaviour_of(request: str | Behaviour, target: str | None = None) -> Behavio
     if isinstance(request, str):
         return Behaviour("request", request, target, "none", "harmful", "none")
     return replace(request, target_string=target) if target else request
+
+
+def listed(items: Any, what: str) -> list[Any]:
+    """A sequence as a list; a lone item is refused, for a text would be read letter by letter."""
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        raise AttackPlaneError(
+            f"not a list of {what}", got=type(items).__name__, remedy="put it into a list"
+        )
+    return list(items)
 
 
 def judge_of(judge: str | Judge) -> Judge:
@@ -133,13 +207,15 @@ def artifact_of(prompt: Any, number: int) -> AttackArtifact:
 def replayed(
     prompts: Sequence[Any],
     target: LoadedModel,
-    judges: Sequence[str | Judge],
+    judges: Sequence[str | Judge] | str,
     config: ReplayConfig,
+    on_progress: OnProgress | None,
 ) -> list[dict[str, Any]]:
     """One row per prompt, in their order: the reply and what the judges say."""
-    made = [judge_of(judge) for judge in judges]
-    artifacts = [artifact_of(prompt, n) for n, prompt in enumerate(prompts)]
-    with evaluating(target):
+    specs = [judges] if isinstance(judges, str) else judges
+    made = [judge_of(judge) for judge in specs]
+    artifacts = [artifact_of(prompt, n) for n, prompt in enumerate(listed(prompts, "prompts"))]
+    with evaluating(target), reporting(on_progress):
         batches = list(replay(target, artifacts, made, config))
     records = {record.artifact_id: record for batch in batches for record in batch}
     return [
@@ -158,20 +234,19 @@ def replayed(
 
 def estimated(
     model: LoadedModel,
-    harmful: Sequence[str],
-    harmless: Sequence[str],
+    harmful: Sequence[str | Behaviour],
+    harmless: Sequence[str | Behaviour],
     estimator: str,
     judge: str | Judge,
     config: EstimateConfig,
     system_prompt: str | None,
+    on_progress: OnProgress | None,
 ) -> Directions:
     """Directions of one model from two sets of requests."""
-    sides = [(text, "harmful") for text in harmful] + [(text, "harmless") for text in harmless]
-    requests = [
-        Behaviour(str(n), text, None, "none", label, "none")
-        for n, (text, label) in enumerate(sides)
-    ]
-    with evaluating(model):
+    sides = {"harmful": listed(harmful, "requests"), "harmless": listed(harmless, "requests")}
+    pairs = [(label, behaviour_of(item)) for label, side in sides.items() for item in side]
+    requests = [replace(b, behaviour_id=str(n), label=label) for n, (label, b) in enumerate(pairs)]
+    with evaluating(model), reporting(on_progress):
         prompts = rendered(Renderer(model), requests, system_prompt)
         refused = None
         if estimator == "zhao":
@@ -195,27 +270,34 @@ def refused_by(
 
 def projected(
     prompts: Sequence[Any],
-    model: LoadedModel,
-    own: Directions,
-    base: Directions,
+    directions: ModelDirections,
+    base: ModelDirections,
     layer: int,
     jailbroken: Sequence[bool | None] | None,
     with_plain: bool,
+    on_progress: OnProgress | None,
 ) -> list[PlanePoint]:
     """Points of the prompts in both frames; a behaviour is an anchor of its label."""
-    artifacts = [artifact_of(prompt, n) for n, prompt in enumerate(prompts)]
-    verdicts = list(jailbroken or [None] * len(artifacts))
-    labels = [p.label if isinstance(p, Behaviour) else None for p in prompts]
+    system = base.estimate.settings.get("system_prompt")
+    entries = [_entry(prompt, n, system) for n, prompt in enumerate(listed(prompts, "prompts"))]
+    verdicts = [None] * len(entries) if jailbroken is None else list(jailbroken)
+    if len(verdicts) != len(entries):
+        raise AttackPlaneError(
+            "jailbroken has another length than prompts",
+            got=f"{len(verdicts)} verdicts for {len(entries)} prompts",
+        )
     if with_plain:
-        have = {a.request for a in artifacts if a.attack == PLAIN}
-        wanted = dict.fromkeys(a.request for a in artifacts if a.attack != PLAIN)
-        extra = [request for request in wanted if request not in have]
-        artifacts += [artifact_of(request, len(artifacts) + n) for n, request in enumerate(extra)]
-        verdicts += [None] * len(extra)
-        labels += [None] * len(extra)
+        artifacts = [a for a, label in entries if label is None]
+        have = {(a.request, a.system_prompt) for a in artifacts if a.attack == PLAIN}
+        wanted = dict.fromkeys((a.request, a.system_prompt) for a in artifacts)
+        for request, own in wanted:
+            if (request, own) not in have:
+                entries.append(_entry(request, len(entries), own))
+                verdicts.append(None)
+    model = directions.model
     renderer = Renderer(model)
     infos, texts = [], []
-    for artifact, verdict, label in zip(artifacts, verdicts, labels, strict=True):
+    for (artifact, label), verdict in zip(entries, verdicts, strict=True):
         conversation = Conversation.of_prompt(
             artifact.prompt,
             request=artifact.request,
@@ -224,9 +306,17 @@ def projected(
         )
         texts.append(renderer.render(conversation, allow_trim=True))
         infos.append(_info(artifact, verdict, label))
-    with evaluating(model):
+    with evaluating(model), reporting(on_progress):
         read = collect(model, texts, [info.prompt_id for info in infos])
-    return points(read, infos, own, base, layer)
+    return points(read, infos, directions.estimate, base.estimate, layer)
+
+
+def _entry(prompt: Any, number: int, system: str | None) -> tuple[AttackArtifact, str | None]:
+    """A prompt, and the label of an anchor. What is no attack gets this system prompt."""
+    artifact = artifact_of(prompt, number)
+    if isinstance(prompt, (str, Behaviour)):
+        artifact = replace(artifact, system_prompt=system)
+    return artifact, prompt.label if isinstance(prompt, Behaviour) else None
 
 
 def _info(artifact: AttackArtifact, verdict: bool | None, label: str | None) -> PromptInfo:
@@ -241,3 +331,12 @@ def _info(artifact: AttackArtifact, verdict: bool | None, label: str | None) -> 
         jailbroken=verdict,
         system=artifact.system_prompt,
     )
+
+
+def plane_figure(rows: Any) -> Figure:
+    """The picture of rows of ``projected``, or of a pandas frame of them (its NaN is None)."""
+    if hasattr(rows, "to_dict"):
+        rows = rows.to_dict("records")
+    known = [{k: None if v != v else v for k, v in row.items()} for row in rows]
+    read = [PlanePoint.from_row(row) for row in known]
+    return plane_png.figure_of(known, describe_classes(read))

@@ -71,6 +71,7 @@ def plane(
         if not stage.is_done(models):
             for model in models:
                 stage.read(model)
+                model.release()
             stage.write(models)
         return stage.result
 
@@ -128,6 +129,8 @@ class PlaneStage:
 
     def is_done(self, models: Sequence[ModelHandle]) -> bool:
         """Whether the run holds this very plane; then its files are the result."""
+        if not all(m.known_fingerprint() for m in models):
+            return False  # a model of the hub that is not here yet
         path = self.run.path / NOTE
         note = json.loads(path.read_text()) if path.exists() else {}
         files = [self.run.path / name for name in note.get("files", [])]

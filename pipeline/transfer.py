@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
+from core.progress import bar as progress_bar
 from core.records import AttackArtifact
 from core.store import FAILURES, REPLAYS, RunFolder
 from evaluation.judges import Judge, judge_kind, make_judge
@@ -66,11 +65,11 @@ class Transfer:
             batch_size=self.batch_size,
             not_sent=not_sent,
         )
-        bar = tqdm(
-            total=len(self.artifacts),
+        bar = progress_bar(
+            len(self.artifacts),
+            f"replay on {target.spec[-40:]}",
+            "reply",
             initial=len(self.artifacts) - len(missing),
-            desc=f"replay on {target.spec[-40:]}",
-            unit="reply",
             leave=None,
         )
         count = 0

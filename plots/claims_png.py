@@ -34,7 +34,7 @@ def draw(folder: Path) -> Path:
         )
     models = list(dict.fromkeys(c["model"] for c in claims))
     checks = list(dict.fromkeys((c["number"], k["name"]) for c in claims for k in c["checks"]))
-    found = {
+    cells = {
         (c["model"], c["number"], k["name"]): (k, c["applicable"])
         for c in claims
         for k in c["checks"]
@@ -47,8 +47,8 @@ def draw(folder: Path) -> Path:
     axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
     for axis, model in zip(axes, models, strict=True):
         for line, key in enumerate(checks):
-            if (model, *key) in found:
-                _cell(axis, line, *found[(model, *key)])
+            if (model, *key) in cells:
+                _cell(axis, line, *cells[(model, *key)])
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(xlim=(-1.15, 1.15), ylim=(len(checks) - 0.5, -0.5), xticks=[])
         axis.set_title(short_spec(model), fontsize=9)

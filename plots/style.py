@@ -48,8 +48,8 @@ def read_exports(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
 
 def attack_names(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Names of the attack classes, optimised ones first, in order of appearance."""
-    found = {r["class_name"]: r["attack"] for r in rows if r["kind"] == "attack"}
-    return sorted(found, key=lambda name: found[name] in BASELINES)
+    attacks = {r["class_name"]: r["attack"] for r in rows if r["kind"] == "attack"}
+    return sorted(attacks, key=lambda name: attacks[name] in BASELINES)
 
 
 def class_styles(names: Sequence[str], markers: Sequence[str]) -> dict[str, tuple[str, str]]:

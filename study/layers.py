@@ -103,7 +103,7 @@ def _contrasts(study: Study) -> Iterator[tuple[str, str, Contrast]]:
 def field_rows(study: Study) -> list[dict[str, Any]]:
     """One row a kind, position and layer: length, held-out AUROC, stability, split-half
     reliability, each with its null."""
-    found = []
+    rows = []
     for kind, position, c in _contrasts(study):
         g, draws = _generator(study), study.config.resamples
         shuffled = permuted_sides([c], draws, g)[0]
@@ -115,7 +115,7 @@ def field_rows(study: Study) -> list[dict[str, Any]]:
         norm = c.difference.norm(dim=-1)
         for layer in range(study.loaded.n_layers + 1):
             r = float(halves[:, layer].mean())
-            found.append(
+            rows.append(
                 {
                     "model": study.spec,
                     "kind": kind,
@@ -135,7 +135,7 @@ def field_rows(study: Study) -> list[dict[str, Any]]:
                     "cosine_with_truth": spearman_brown(r),
                 }
             )
-    return found
+    return rows
 
 
 def arditi_rows(study: Study) -> list[dict[str, float]]:
@@ -246,7 +246,7 @@ def _at(statistics: dict[str, Tensor], layer: int) -> dict[str, Any]:
 
 def size_rows(study: Study) -> list[dict[str, Any]]:
     """Reliability at the study's layer from n prompts a side, up to half of them."""
-    found = []
+    rows = []
     for name, c in (("H", study.harmfulness), ("R", study.refusal)):
         for size in sorted(
             {n for n in (2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128) if n <= c.size // 2}
@@ -255,7 +255,7 @@ def size_rows(study: Study) -> list[dict[str, Any]]:
             g = _generator(study)
             values = reliability(c, size, HALVES, g)[:, study.layer]
             null = reliability(c, size, HALVES, g, shuffle=True)[:, study.layer]
-            found.append(
+            rows.append(
                 {
                     "model": study.spec,
                     "direction": name,
@@ -266,7 +266,7 @@ def size_rows(study: Study) -> list[dict[str, Any]]:
                     "null_95": float(null.quantile(0.95)),
                 }
             )
-    return found
+    return rows
 
 
 def across_rows(
@@ -276,14 +276,14 @@ def across_rows(
     the shallower one."""
     if theirs[0].resid.shape[2] != study.loaded.d_model:
         return []
-    found = []
+    rows = []
     for name, mine, their in zip(
         "HR", (study.harmfulness, study.contrast("harm", "-1")), theirs, strict=True
     ):
         depth = min(mine.resid.shape[1], their.resid.shape[1])
         cut = [c.up_to(depth) for c in (mine, their)]
         s = cosine_statistics(cut[0], cut[1], study.config.resamples, _generator(study))
-        found += [
+        rows += [
             {
                 "models": [other, study.spec],
                 "direction": name,
@@ -295,4 +295,4 @@ def across_rows(
             }
             for layer in range(depth)
         ]
-    return found
+    return rows

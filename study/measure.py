@@ -11,15 +11,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from attacks.templates import ATTACK as TEMPLATES
 from attacks.templates import TemplatesConfig
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
-from core.records import AttackArtifact, PlanePoint
-from core.store import ATTACKS, PLANE, REPLAYS, RunFolder, read_rows
+from core.records import AttackArtifact
+from core.store import ATTACKS, REPLAYS, RunFolder, read_rows
 from evaluation.behaviours import load_behaviours
 from pipeline.campaign import Plan, baseline_plans, campaign
 from pipeline.contrast_reading import contrast_set
@@ -86,7 +86,7 @@ def claims(
     tests = chosen_tests(numbers)
     on_attacks = any(test.needs_attacks for test in tests)
     with RunFolder(path) as run:  # a refusal comes before hours of work
-        run.begin_stage(STAGE, asdict(config), {})
+        run.begin_stage(STAGE, config.to_settings(), {})
         begin_directions(run, config.directions)
     if on_attacks:
         make_attacks(path, config, open_model)
@@ -94,7 +94,7 @@ def claims(
         stage = _Claims(run, specs, tests, config, on_attacks)
         models = [open_model(spec) for spec in specs]
         for model in models:
-            stage.measure(model, models)
+            stage.measure(model)
             model.release()
         return stage.write(models)
 
@@ -145,31 +145,27 @@ class _Claims:
             )
         return seen
 
-    def measure(self, model: ModelHandle, models: Sequence[ModelHandle]) -> None:
+    def measure(self, model: ModelHandle) -> None:
         """Everything that is asked of one model."""
         study = Study(self.run, model, self.config)
         stage = {model.spec: model.fingerprint}
-        self.run.begin_stage(STAGE, asdict(self.config), stage)
+        self.run.begin_stage(STAGE, self.config.to_settings(), stage)
         if any(not test.needs_attacks for test in self.tests):
             study.held_out("harmful"), study.held_out("harmless")  # a refusal before the work
         evidence = Evidence(study)
         if self.transfer and self.plane:
             self.transfer.replay_on(model, self._not_sent)
             _ = study.directions  # the plane needs them in the run
-            if not self.plane.is_done(models):
-                self.plane.read(model)
+            self.plane.read(model)
             evidence = Evidence(study, *self._attacked(model.spec))
         self.result.claims += [test.measure(evidence) for test in self.tests]
 
     def _attacked(self, spec: str) -> tuple[list, list, list]:
         """Artifacts, replies and points of behaviours that no direction was estimated on."""
         assert self.plane is not None
-        points = self.plane.points or [
-            PlanePoint.from_row(row) for row in read_rows(self.run.path / PLANE)
-        ]
         own = [
             p
-            for p in points
+            for p in self.plane.points
             if (p.target, p.kind, p.frame) == (spec, "attack", "own")
             and p.behaviour_id not in self.seen
         ]
@@ -185,8 +181,7 @@ class _Claims:
         result, path = self.result, self.run.path
         if self.plane:
             result.matrix = write_matrix(self.run)
-            if self.plane.points:
-                self.plane.write(models)
+            self.plane.write(models)
             result.notes += self.plane.result.notes
         order = list(self.specs)
         result.claims.sort(key=lambda c: (c.number, order.index(c.model)))

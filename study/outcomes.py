@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from core.records import Behaviour, content_hash
 from geometry.controls import Site, far_layer
 from geometry.interventions import Intervention
@@ -70,7 +68,7 @@ def measure(
     edits = [None, *todo.values()]
     rows: list[dict[str, Any]] = []
     starts = range(0, len(behaviours), TOGETHER)
-    for start in tqdm(starts, desc="prompts under interventions", leave=False):
+    for start in starts:
         part = slice(start, start + TOGETHER)
 
         def make(part: slice = part) -> list[list[dict[str, Any]]]:
@@ -80,6 +78,7 @@ def measure(
                 edits,
                 refusals=study.refusal_ids,
                 max_new_tokens=tokens,
+                description=f"interventions, {len(prompts)} prompts, from {part.start + 1}",
             )
             return [[_kept(study, o) for o in row] for row in outcomes]
 
@@ -119,7 +118,7 @@ def _judged(
     kinds = ("complied", "refused", "degenerate")
     if not tokens:
         return {name: dict.fromkeys(kinds) for name in of}
-    said = study.outcomes([(behaviour.request, row["reply"]) for row in of.values()])
+    said = study.outcomes((behaviour, row["reply"]) for row in of.values())
     return {
         name: {kind: None if outcome is None else float(outcome == kind) for kind in kinds}
         for name, outcome in zip(of, said, strict=True)

@@ -95,7 +95,7 @@ def _by_outcome(study: Study) -> dict[str, list[tuple[Behaviour, str]]]:
     own = list(zip(study.behaviours, study.replies, strict=True))
 
     def kept(pairs: Sequence[tuple[Behaviour, str]], what: str) -> list[tuple[Behaviour, str]]:
-        said = study.outcomes([(b.request, reply) for b, reply in pairs])
+        said = study.outcomes(pairs)
         return [pair for pair, outcome in zip(pairs, said, strict=True) if outcome == what]
 
     return {

@@ -7,8 +7,8 @@ run folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from core.errors import AttackPlaneError
 from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Prompt, Renderer
-from core.records import Behaviour, Directions, content_hash
+from core.records import AttackArtifact, Behaviour, Directions, content_hash
 from core.store import RunFolder
 from evaluation.behaviours import DEMONSTRATION, load_behaviours
 from evaluation.judges import DEFAULT_JUDGE, Exchange, Judge, make_judge, outcomes
@@ -32,13 +32,15 @@ from pipeline.contrast_reading import (
     HELD_OUT_SPLITS,
     ContrastReading,
     DirectionsConfig,
+    without_default_judge,
 )
-from pipeline.directions import directions_of
+from pipeline.directions import begun_otherwise, directions_of, estimated
 
 MEASURED = "measured.jsonl"
 TAIL = ("-5", "-4", "-3", "-2", "-1")
 POSITIONS = ("t_first", *DIRECTION_POSITIONS, *TAIL)
 ESTIMATORS = ("auto", "harc", "zhao")
+Request = Behaviour | AttackArtifact
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class StudyConfig:
     seed: int = 0
     system_prompt: str | None = None
     judge: str = DEFAULT_JUDGE
+
+    def to_settings(self) -> dict[str, Any]:
+        """For a run's manifest."""
+        return without_default_judge(asdict(self))
 
     @property
     def directions(self) -> DirectionsConfig:
@@ -148,9 +154,13 @@ class Study:
     def judge(self) -> Judge:
         return make_judge(self.config.judge)
 
-    def outcomes(self, exchanges: Sequence[tuple[str, str]]) -> list[str | None]:
-        """What the judge says of (request, reply) pairs: refused, degenerate, complied or None."""
-        return outcomes(self.judge, [Exchange(request, reply) for request, reply in exchanges])
+    def outcomes(self, replies: Iterable[tuple[Request, str]]) -> list[str | None]:
+        """What the judge says of (behaviour or artifact, reply) pairs.
+
+        ``refused``, ``degenerate``, ``complied``, or None where it cannot say.
+        """
+        exchanges = [Exchange(of.request, reply, of.target_string) for of, reply in replies]
+        return outcomes(self.judge, exchanges)
 
     @property
     def refusal_rate(self) -> float:
@@ -169,7 +179,12 @@ class Study:
 
     @cached_property
     def directions(self) -> Directions:
-        """The run's harc directions of this model; they are estimated where it has none."""
+        """The run's harc directions of this model; they are estimated where it has none.
+
+        A run whose directions were made with other settings keeps them; then ours are not saved.
+        """
+        if begun_otherwise(self.run, self.reading.config):
+            return estimated(self.reading, "harc")
         return directions_of(self.reading, ("harc",)).directions[0]
 
     # --- contrasts --------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import attack_plane as ap
 from attacks.gcg import baselines
 from core.prompt import Conversation, Renderer
 from core.store import RunFolder
+from core.weights import fingerprint_of_parameters
 from evaluation.behaviours import load_behaviours
 from geometry.reading import differentiable_residuals
 from tests.campaigns import attacked
@@ -65,6 +66,56 @@ def test_what_an_attack_needs_is_asked_for(qwen):
         ap.attack("pairr", REQUEST)
 
 
+def test_presets_forms_and_configs_of_another_class(qwen, monkeypatch):
+    seen = []
+    monkeypatch.setattr("attacks.autodan.run_autodan", lambda *a, **k: seen.append(a[2]) or 1 / 0)
+    for options in (
+        {"preset": "quick"},
+        {"config": ap.AutoDANConfig(num_steps=3)},  # the form's variant is kept
+    ):
+        with pytest.raises(ZeroDivisionError):
+            ap.attack("autodan_ga", REQUEST, TARGET, source=qwen, **options)
+    assert [c.variant for c in seen] == ["ga", "ga"] and seen[1].num_steps == 3
+    assert seen[0].num_steps < ap.AutoDANConfig().num_steps
+    with pytest.raises(
+        ap.AttackPlaneError, match=r"(?s)another class.*GCGConfig.*give a PAIRConfig"
+    ):
+        ap.pair(qwen, REQUEST, config=SMALL)
+    with pytest.raises(ap.AttackPlaneError, match="unknown preset"):
+        ap.gcg(qwen, REQUEST, TARGET, preset="fast")
+
+
+def test_a_universal_suffix_is_optimised_on_several_requests(qwen):
+    requests = load_behaviours(label="harmful", splits=["test"])[:3]
+    config = ap.UniversalConfig(num_steps=2, search_width=8, topk=8, optimise_on=2)
+    results = ap.gcg_universal([qwen], requests, config)
+    assert len({r.suffix for r in results}) == 1
+    assert [r.variant for r in results] == ["seen", "seen", "held out"]
+    with pytest.raises(ap.AttackPlaneError, match="gcg_universal"):
+        ap.attack("gcg_universal", REQUEST, TARGET, source=qwen)
+
+
+def test_a_text_in_place_of_a_list_is_refused(estimated, qwen):
+    for call in (
+        lambda: ap.replay("Say hi", qwen),
+        lambda: ap.project("Say hi", estimated),
+        lambda: ap.directions(qwen, "a text", HARMLESS),
+    ):
+        with pytest.raises(ap.AttackPlaneError, match="put it into a list"):
+            call()
+    assert len(ap.behaviours(splits="test")) == len(ap.behaviours(splits=["test"]))
+    assert "refusal_phrases" in ap.replay(["Say hi"], qwen, judges="refusal_phrases")[0]
+
+
+def test_nothing_is_drawn_and_progress_is_told(estimated, qwen, capfd):
+    told = []
+    ap.replay(["Say hi", "Say ho"], qwen, max_new_tokens=2, on_progress=lambda *a: told.append(a))
+    ap.project(["Say hi"], estimated)
+    ap.gcg(qwen, REQUEST, TARGET, SMALL)
+    assert told[-1][1:] == (2, 2)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_replay_keeps_the_order_and_takes_results_behaviours_and_texts(qwen):
     behaviour = load_behaviours(label="harmless", splits=["test"])[0]
     prompts = [ap.templates(REQUEST)[0], behaviour, "Say hi"]
@@ -112,8 +163,39 @@ def test_projected_rows_are_a_frame_and_a_picture(estimated, tmp_path):
     figure = ap.plot_plane(rows)
     figure.savefig(tmp_path / "plane.png")
     assert (tmp_path / "plane.png").stat().st_size > 10_000
+    again = ap.plot_plane(frame)  # its NaN are None again
+    assert len(again.axes) == len(figure.axes)
+    with pytest.raises(ap.AttackPlaneError, match="1 verdicts for 2 prompts"):
+        ap.project(wrapped[:2], estimated, jailbroken=pd.Series([True]))
     both = ap.project(wrapped, estimated, base=estimated, with_plain=False)
     assert {r["frame"] for r in both} == {"base", "own"} and len(both) == 2 * len(wrapped)
+
+
+def test_the_directions_system_prompt_stands_before_anchors_and_texts(qwen):
+    system = "Be brief"
+    own = ap.directions(qwen, HARMFUL, HARMLESS, resamples=20, system_prompt=system)
+    anchors = [b for b in load_behaviours(label="harmless") if b.request in HARMLESS]
+    rows = pd.DataFrame(ap.project(anchors, own))
+    assert rows.x.mean() == pytest.approx(0.0, abs=1e-4)  # their centroid is the origin
+    attacked = ap.templates(REQUEST, ap.TemplatesConfig(("persona",), system_prompt=system))
+    first, *rest = ap.project(attacked, own)
+    assert [r["attack"] for r in rest] == ["plain"] and first["plain_x"] == rest[0]["x"]
+
+
+def test_what_is_no_direction_is_refused_and_gradients_are_not_kept(estimated, qwen):
+    for wrong in (estimated.refusal, torch.zeros(qwen.d_model), torch.ones(3)):
+        with (
+            pytest.raises(ap.AttackPlaneError, match="not a direction of this model"),
+            ap.ablate(qwen, wrong),
+        ):
+            pass
+    embedded = qwen.embedding_table[torch.tensor([[5, 6, 7]])].requires_grad_()
+    with ap.steer(qwen, estimated.refusal[1], estimated.refusal_norm[1], layers=[1]):
+        gradients = [
+            torch.autograd.grad(qwen.model(inputs_embeds=embedded).logits.sum(), embedded)[0]
+            for _ in range(2)
+        ]
+    assert torch.equal(*gradients)  # the second pass would fail on a graph that was kept
 
 
 def test_ablation_takes_the_component_out_and_leaves_no_hooks(estimated, qwen):
@@ -198,9 +280,39 @@ def test_a_peft_model_is_read_with_its_active_adapter(own):
     assert torch.allclose(wrapped.model(input_ids=ids).logits, tuned(input_ids=ids).logits)
     result = ap.gcg(wrapped, REQUEST, TARGET, SMALL)
     assert result.token_fidelity and wrapped.fingerprint != plain
+    with torch.no_grad():
+        next(p for n, p in tuned.named_parameters() if "lora_B" in n).add_(1.0)
+    assert ap.wrap(tuned, tokenizer).fingerprint != wrapped.fingerprint
+
+
+def test_an_adapter_that_learns_a_prompt_is_refused(own):
+    from peft import PromptTuningConfig, get_peft_model
+
+    model, tokenizer = own
+    tuned = get_peft_model(model, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(ap.AttackPlaneError, match="learns a prompt"):
+        ap.wrap(tuned, tokenizer)
+
+
+def test_the_fingerprint_of_a_large_table_is_of_its_last_value_too():
+    """A float32 index rounds up past the end from 2^24 values on."""
+
+    class Table(torch.nn.Module):
+        dtype = torch.float16
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(2**24 + 4, dtype=torch.float16))
+
+    table = Table()
+    before = fingerprint_of_parameters(table)
+    table.weight.data[-1] = 1.0
+    assert fingerprint_of_parameters(table) != before
 
 
 def test_what_is_no_language_model_is_refused(tiny_models):
+    with pytest.raises(ap.AttackPlaneError, match="not a fast tokenizer"):
+        ap.wrap(tiny_models["llama"].model, object())
     with pytest.raises(ap.AttackPlaneError, match="not a language model"):
         ap.wrap(torch.nn.Linear(2, 2), None)
 
@@ -216,9 +328,10 @@ def test_importing_it_loads_no_torch_and_names_what_it_has():
         ap.nothing_like_it  # noqa: B018
 
 
-def test_a_room_that_another_package_hides_is_named(tmp_path):
-    (tmp_path / "core").mkdir()
-    (tmp_path / "core" / "__init__.py").write_text("")
+@pytest.mark.parametrize("name", ["core/__init__.py", "core.py"])
+def test_a_room_that_another_package_hides_is_named(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("")
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import attack_plane"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False

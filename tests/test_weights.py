@@ -102,7 +102,7 @@ def test_an_adapter_with_foreign_or_missing_keys_is_refused_by_name(adapter, tin
         load(spec, "cpu")
     shape = {k: torch.zeros(1, 1) for k in weights}
     save_file(shape, file)
-    with pytest.raises(AttackPlaneError, match=r"adapter|fit"):
+    with pytest.raises(AttackPlaneError, match=r"size mismatch for .*layers\.0"):
         load(spec, "cpu")
 
 

@@ -26,14 +26,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from core.errors import AttackPlaneError
-from core.models import LoadedModel, frozen
+from core.models import LoadedModel, ModelHandle
+from core.progress import bar as progress_bar
 from core.prompt import Conversation, Renderer
 from core.specs import parse_spec
 from core.store import RunFolder, write_atomically
-from core.weights import default_device, load_base
 
 log = logging.getLogger(__name__)
 STATE, LOSSES = "state.pt", "losses.csv"
@@ -130,15 +129,15 @@ def attention_projections(model: nn.Module) -> list[str]:
     """Full names of the linear layers inside attention modules: q, k, v, o, or fused ones in
     families that fuse."""
     linear = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
-    found = [
+    layers = [
         name
         for name, module in model.named_modules()
         if type(module).__name__ in linear
         and any("attn" in p or "attention" in p for p in name.split(".")[:-1])
     ]
-    if not found:
+    if not layers:
         raise AttackPlaneError("found no attention projections", where=type(model).__name__)
-    return found
+    return layers
 
 
 @contextmanager
@@ -177,11 +176,10 @@ def train(
             "train on a base without adapter", got=spec, remedy="merge the adapter first"
         )
     with RunFolder(out) as folder, seeded(config.seed):
-        model, tokenizer = load_base(parsed, default_device())
-        base = frozen(parsed, model, tokenizer)
+        handle = ModelHandle(spec)
         settings = {**vars(config), "checkpoints": list(config.checkpoints)}
         settings["examples"] = [list(r) for r in refusals] + list(harmless)
-        folder.begin_stage("sft", settings, {spec: base.fingerprint})
+        folder.begin_stage("sft", settings, {spec: handle.fingerprint})
         paths = [out / f"step-{step}" for step in config.checkpoints]
         state = _saved_state(out / STATE)
         done = len(state["losses"]) if state else 0
@@ -193,6 +191,7 @@ def train(
         if any(not have and step <= done for have, step in gone):
             log.warning("%s: a checkpoint that was trained is gone; training anew", out)
             state = None
+        base = handle.loaded
         examples = _examples(base, refusals, harmless, config, own_replies)
         run = _Training(base, config, out, state)
         run.steps(examples, save_every)
@@ -284,7 +283,7 @@ class _Training:
         self.tuned.train()
         config = self.config
         order = batches(len(examples), config.batch_size, config.seed)
-        with tqdm(total=config.num_steps, desc="sft", unit="step") as bar:
+        with progress_bar(config.num_steps, "sft", "step", leave=None) as bar:
             for step in range(config.num_steps):
                 chosen = next(order)
                 bar.update(1)

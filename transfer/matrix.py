@@ -71,32 +71,32 @@ def matrix(
             rows.setdefault((attack, source, target), [])
     plain = _plain_rates(rows)
     cells = []
-    for key, found in rows.items():
+    for key, group in rows.items():
         attack, source, target = key
-        rates = _rates(found)
+        rates = _rates(group)
         values = list(rates.values())
-        systems = {r.behaviour_id: r.certificate.get("system_prompt_hash") for r in found}
+        systems = {r.behaviour_id: r.certificate.get("system_prompt_hash") for r in group}
         gains = []
         for behaviour, rate in rates.items() if attack != PLAIN else ():
             on = (target, systems[behaviour], behaviour)
             without = plain.get((source, *on), plain.get((None, *on)))
             if without is not None:
                 gains.append(rate - without)
-        certificates = [r.certificate for r in found if r.certificate]
+        certificates = [r.certificate for r in group if r.certificate]
         cells.append(
             Cell(
                 attack=attack,
                 source=source,
                 target=target,
-                replays=len(found),
-                judged=sum(r.jailbroken is not None for r in found),
+                replays=len(group),
+                judged=sum(r.jailbroken is not None for r in group),
                 asr=sum(values) / len(values) if values else None,
                 bootstrap=bootstrap_mean(values, seed=seed) if values else None,
                 wilson=wilson(sum(values), len(values)) if values else None,
                 gain=sum(gains) / len(gains) if gains else None,
                 gain_bootstrap=bootstrap_mean(gains, seed=seed) if gains else None,
                 paired=len(gains),
-                missing=max(0, expected.get((attack, source), 0) - len(found)),
+                missing=max(0, expected.get((attack, source), 0) - len(group)),
                 sent_as_meant=sum(c["sent_as_meant"] for c in certificates)
                 if certificates
                 else None,
@@ -115,15 +115,15 @@ def _plain_rates(
 ) -> dict[tuple[str | None, str, Any, str], float]:
     """Success of the plain request by (source or None for any, target, system prompt,
     behaviour)."""
-    found: dict[tuple[str | None, str, Any, str], float] = {}
+    own: dict[tuple[str | None, str, Any, str], float] = {}
     for (attack, source, target), replays in rows.items():
         if attack == PLAIN:
             for r in replays:
                 if r.jailbroken is not None:
                     on = (target, r.certificate.get("system_prompt_hash"), r.behaviour_id)
-                    found[source, *on] = float(r.jailbroken)
-                    found.setdefault((None, *on), float(r.jailbroken))
-    return found
+                    own[source, *on] = float(r.jailbroken)
+                    own.setdefault((None, *on), float(r.jailbroken))
+    return own
 
 
 def _rates(replays: Sequence[Replay]) -> dict[str, float]:
@@ -132,4 +132,4 @@ def _rates(replays: Sequence[Replay]) -> dict[str, float]:
     for replay in replays:
         if replay.jailbroken is not None:
             outcomes.setdefault(replay.behaviour_id, []).append(replay.jailbroken)
-    return {behaviour: sum(found) / len(found) for behaviour, found in outcomes.items()}
+    return {behaviour: sum(outcome) / len(outcome) for behaviour, outcome in outcomes.items()}

@@ -89,9 +89,9 @@ class Watched(nanogcg.gcg.GCG):
         """``plain`` timed as ``name``, its candidates kept."""
 
         def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
-            found = self.timed(name, lambda: plain(*args, **kwargs))
-            self.seen["candidates"] = found.tolist()
-            return found
+            drawn = self.timed(name, lambda: plain(*args, **kwargs))
+            self.seen["candidates"] = drawn.tolist()
+            return drawn
 
         return wrapped
 

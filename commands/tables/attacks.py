@@ -64,10 +64,10 @@ def matrix_table(cells: Sequence[Cell]) -> str:
         return f"{c.asr:.2f}"
 
     def notes(c: Cell) -> str:
-        found = [f"{c.missing} missing"] if c.missing else []
+        faults = [f"{c.missing} missing"] if c.missing else []
         if c.sent_as_meant is not None and c.sent_as_meant < c.replays:
-            found.append(f"{c.replays - c.sent_as_meant} not sent as meant")
-        return ", ".join(found)
+            faults.append(f"{c.replays - c.sent_as_meant} not sent as meant")
+        return ", ".join(faults)
 
     columns: Columns = [
         ("attack", lambda c: c.attack),

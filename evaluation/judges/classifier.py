@@ -35,17 +35,17 @@ class Classifier:
         self.model, self.tokenizer = load_classifier(model)
         names = {int(i): str(n) for i, n in self.model.config.id2label.items()}
         if label is not None:
-            found = [i for i, name in names.items() if name == label]
+            harmful = [i for i, name in names.items() if name == label]
         else:
-            found = [i for i, name in names.items() if means_harm(name)]
-        if len(found) != 1:
+            harmful = [i for i, name in names.items() if means_harm(name)]
+        if len(harmful) != 1:
             raise AttackPlaneError(
                 "cannot tell which label of the classifier means success",
                 where=self.name,
                 got=", ".join(names.values()),
                 remedy="name it in the judge's spec: classifier:MODEL#LABEL",
             )
-        self.index = found[0]
+        self.index = harmful[0]
 
     def score(self, exchanges: Sequence[Exchange]) -> list[float | None]:
         import torch

@@ -33,8 +33,8 @@ class JudgeZoo:
             [{"role": "user", "content": e.request}, {"role": "assistant", "content": e.reply}]
             for e in exchanges
         ]
-        found = self.judge(chats)["p_harmful"]
-        return [None if p is None or p != p else float(p) for p in found]
+        scores = self.judge(chats)["p_harmful"]
+        return [None if p is None or p != p else float(p) for p in scores]
 
 
 JUDGES.add(JudgeKind("judgezoo", JudgeZoo, "NAME", loads=True))

@@ -125,13 +125,13 @@ def outcomes(judge: Judge, exchanges: Sequence[Exchange]) -> list[str | None]:
 
     What the judge calls a refusal is one, however it reads; an empty reply is degenerate.
     """
-    found: list[str | None] = []
+    verdicts: list[str | None] = []
     for e, refused in zip(exchanges, refusals(judge, exchanges), strict=True):
         if not e.reply.strip():
-            found.append("degenerate")
+            verdicts.append("degenerate")
         elif refused is None:
-            found.append(None)
+            verdicts.append(None)
         else:
             complied = "degenerate" if is_degenerate(e.reply) else "complied"
-            found.append("refused" if refused else complied)
-    return found
+            verdicts.append("refused" if refused else complied)
+    return verdicts

@@ -9,10 +9,11 @@ other work on the machine).
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from attacks.registry import ATTACKS, Attack, Speed
 from attacks.slot import default_slot
 from attacks.workbench import Workbench
 from core.generate import complete
-from core.models import LoadedModel
+from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Renderer
 from core.records import NO_SOURCE, PLAIN
+from core.store import write_atomically
 from pipeline.sweep.config import SAMPLE, SweepConfig
 
+SPEED = "speed.json"
 REQUEST = (
     "Describe in a few short sentences how the weather changes in the course of an ordinary year"
 )
@@ -67,6 +70,19 @@ def calibrate(loaded: LoadedModel) -> Speed:
     steps = 8
     longer = _best_of(1, lambda: complete(renderer, texts, max_new_tokens=1 + steps))
     return Speed(token, gradient, max(1e-4, (longer - short) / steps))
+
+
+def speed_of(model: ModelHandle, run: Path, *, keep: bool) -> Speed:
+    """What ``calibrate`` measured on this model, now or in an earlier command of this run."""
+    path = run / SPEED
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    fingerprint = model.known_fingerprint()
+    if fingerprint in kept:
+        return Speed(**kept[fingerprint])
+    speed = calibrate(model.loaded)
+    if keep:
+        write_atomically(path, json.dumps({model.fingerprint: asdict(speed)}) + "\n")
+    return speed
 
 
 @dataclass(frozen=True)

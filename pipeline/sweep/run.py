@@ -15,10 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
+from core.progress import bar as progress_bar
 from core.records import NO_SOURCE, AttackArtifact, Behaviour
 from core.store import ATTACKS, FAILURES, RunFolder, write_atomically
 from interchange.foreign import Hints
@@ -112,9 +111,11 @@ class Progress:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.seconds = {(part.what, part.source): part.seconds for part in parts}
-        self.bar = tqdm(
-            total=total_seconds(parts),
-            desc="sweep",
+        self.bar = progress_bar(
+            round(total_seconds(parts)),
+            "sweep",
+            "s",
+            leave=True,
             bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}, about {remaining} left",
         )
 

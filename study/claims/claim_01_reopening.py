@@ -6,7 +6,7 @@ R minus H must keep at least half of the rise.
 
 from __future__ import annotations
 
-from geometry.effects import by_behaviour, paired, pick
+from geometry.effects import by_behaviour, differences, paired, pick
 from geometry.interventions import MODES
 from study.claims.evidence import REFUSED, Evidence
 from study.claims.registry import CLAIMS, ClaimTest
@@ -20,12 +20,9 @@ def measure(evidence: Evidence) -> Claim:
     of = {mode: pick(bad, mode=mode, kind="intervention") for mode in MODES}
     controls = pick(bad, mode="R", kind=("random", "wrong_layer", "wrong_position"))
     matched = pick(bad, mode="R", kind="matched")
-    names = by_behaviour(of["R"], "complied")
-    rise, rest = (
-        dict(zip(names, paired(of[mode], alone, "complied"), strict=True)) for mode in ("R", "R-H")
-    )
+    rise, rest = (differences(of[mode], alone, "complied") for mode in ("R", "R-H"))
     rises = sum(rise.values()) > 0  # without a rise there is nothing to keep half of
-    kept = [rest[name] - rise[name] / 2 for name in rise if rises]
+    kept = [rest[name] - rise[name] / 2 for name in rise if rises and name in rest]
     against = {
         "alone": alone,
         "H ablated": of["H"],

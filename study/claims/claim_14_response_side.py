@@ -36,7 +36,7 @@ def measure(evidence: Evidence) -> Claim:
     system = study.config.system_prompt
     benign = study.held_out("harmless")
     replies = replies_to(study, benign)
-    said = study.outcomes([(b.request, r) for b, r in zip(benign, replies, strict=True)])
+    said = study.outcomes(zip(benign, replies, strict=True))
     there = [i for i, outcome in enumerate(said) if outcome == "complied"]
     requests = [(a.prompt, a.system_prompt) for a, _ in won]
     requests += [(benign[i].request, system) for i in there]
@@ -77,7 +77,7 @@ def successful(evidence: Evidence) -> list[tuple[AttackArtifact, str]]:
         and r.attack != PLAIN
         and r.artifact_id in by_id
     ]
-    said = evidence.study.outcomes([(a.request, reply) for a, reply in won])
+    said = evidence.study.outcomes(won)
     return [pair for pair, outcome in zip(won, said, strict=True) if outcome == "complied"]
 
 
