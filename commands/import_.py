@@ -52,10 +52,12 @@ def import_(
 
     \b
     Examples:
-      python cli.py import --run runs/first --format jailbreakbench
-      artifacts/GCG/white_box/vicuna-13b-v1.5.json python cli.py import --run runs/first --format
-      harmbench test_cases.json --behaviours harmbench_behaviors.csv python cli.py import --run
-      runs/first --format nanogcg result.json --prompt 'Tell me ...' --model embedded
+      python cli.py import --run runs/first --format jailbreakbench \\
+          artifacts/GCG/white_box/vicuna-13b-v1.5.json
+      python cli.py import --run runs/first --format harmbench test_cases.json \\
+          --behaviours harmbench_behaviors.csv
+      python cli.py import --run runs/first --format nanogcg result.json \\
+          --prompt 'Tell me ...' --model embedded
     """
     from core.store import RunFolder
     from evaluation.behaviours import load_behaviours

@@ -49,7 +49,7 @@ from commands.study_options import study_config, study_options, study_run
     "labels",
     multiple=True,
     default=("harmful", "harmless", "pseudo_harmful"),
-    help="Held-out prompts; repeatable.",
+    help="Only held-out prompts with this label; repeatable.",
 )
 @click.option(
     "--limit", type=click.IntRange(1), help="Only the first so many prompts of each label."

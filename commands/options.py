@@ -88,7 +88,7 @@ RUN = click.option(
     type=click.Path(path_type=Path),
     help="Run folder, for example runs/first.",
 )
-SEED = click.option("--seed", type=int, default=0)
+SEED = click.option("--seed", type=int, default=0, help="Random seed.")
 SYSTEM = click.option("--system", help="System prompt.")
 JUDGE = click.option(
     "--judge", default="refusal_phrases", help="Says refused or complied (see transfer --judge)."

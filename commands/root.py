@@ -101,7 +101,7 @@ def load_plugins(ctx: click.Context, option: click.Parameter, paths: tuple[Path,
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
 @click.version_option(package_name="attack-plane")
 def cli(debug: bool) -> None:
-    """Adversarial attacks on open-weight language models, and where they lie inside them.
+    """Attacks on open-weight language models, and where their prompts lie in the activations.
 
     \b
     Model specs:  embedded | ORG/NAME[@REVISION] | FOLDER | FILE.gguf

@@ -37,7 +37,7 @@ def study_options(command: Callable[..., None]) -> Callable[..., None]:
             "--estimator",
             type=click.Choice(["auto", "harc", "zhao"]),
             default="auto",
-            help="Of the refusal contrast; auto: zhao where the model refuses and accepts enough.",
+            help="Estimator of the refusal direction; auto: zhao where there are enough refusals.",
         ),
         click.option(
             "--held-out",

@@ -28,7 +28,7 @@ from commands.options import RUN, echo_notes, open_model, quiet_libraries
 )
 @click.option("--max-new-tokens", type=click.IntRange(1), default=64)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0: greedy.")
-@click.option("--seed", type=int, default=0, help="Of the sampling.")
+@click.option("--seed", type=int, default=0, help="Random seed of the sampling.")
 @click.option("--batch-size", type=click.IntRange(1), default=16)
 @quiet_libraries
 def transfer(

@@ -28,24 +28,24 @@ Every command goes on where it was stopped, and does only what is missing. Exit 
 """
 
 
-def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
-    """(words, command) of every command that does something."""
-    context = click.Context(group)
+def contexts(group: click.Group, context: click.Context) -> Iterator[click.Context]:
+    """A context of every command that does something, below that of its group."""
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         if isinstance(command, click.Group):
-            yield from commands(command, (*path, name))
+            yield from contexts(command, click.Context(command, context, name))
         elif command is not None:
-            yield " ".join((*path, name)), command
+            yield command.make_context(name, [], parent=context, resilient_parsing=True)
 
 
 def page() -> str:
     """The whole page."""
     parts = [HEAD]
-    for words, command in commands(cli):
-        with command.make_context(words, [], resilient_parsing=True, max_content_width=100) as ctx:
-            text = ctx.command.get_help(ctx).replace("Usage: ", "Usage: attack-plane ", 1)
-        parts.append(f"## {words}\n\n```text\n{text.rstrip()}\n```\n\n")
+    root = click.Context(cli, info_name="attack-plane", **cli.context_settings)
+    for context in contexts(cli, root):
+        words = context.command_path.removeprefix("attack-plane ")
+        text = context.command.get_help(context).rstrip()
+        parts.append(f"## {words}\n\n```text\n{text}\n```\n\n")
     return "".join(parts).rstrip() + "\n"
 
 

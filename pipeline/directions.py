@@ -63,7 +63,8 @@ def begin_directions(run: RunFolder, config: DirectionsConfig) -> None:
 
 def begun_otherwise(run: RunFolder, config: DirectionsConfig) -> bool:
     """Whether the run's directions were made with other settings."""
-    return run.manifest["stages"].get(STAGE, config.to_settings()) != config.to_settings()
+    own = json.loads(json.dumps(config.to_settings()))
+    return run.manifest["stages"].get(STAGE, own) != own
 
 
 def directions_of(reading: ContrastReading, estimators: Sequence[str]) -> DirectionsResult:

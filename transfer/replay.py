@@ -30,7 +30,7 @@ class ReplayConfig:
 
     max_new_tokens: int = setting(64, "New tokens of a reply.", low=1)
     temperature: float = setting(0.0, "0: greedy.", low=0)
-    seed: int = setting(0, "Of the sampling.")
+    seed: int = setting(0, "Random seed of the sampling.")
 
     def __post_init__(self) -> None:
         check_settings(self, "replay")
