@@ -32,7 +32,7 @@ slow: setup
 
 docs: setup
 	$(BIN)/python docs/generate.py --check
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 format: setup
 	$(BIN)/ruff check --fix .

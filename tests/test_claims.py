@@ -2,6 +2,7 @@
 story on it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from evaluation.behaviours import load_behaviours
 from evaluation.judges import Exchange, is_degenerate, make_judge, outcomes
 from evaluation.refusals import refusal_openings
 from geometry.controls import Site, design, far_layer
+from geometry.effects import differences
 from geometry.interventions import ablation
 from study.claims.registry import CLAIMS
 from study.outcomes import measure
@@ -168,6 +170,28 @@ def test_without_a_run_folder_the_commands_share_one_of_their_own(
         and str(folders[0].name) in output
     )
     assert (folders[0] / "claims.jsonl").exists() and (folders[0] / "interventions.jsonl").exists()
+
+
+def test_layers_leaves_the_directions_of_a_run_as_they_were(tiny_folders, tmp_path):
+    model = ["--run", tmp_path, "--model", tiny_folders["qwen2"]]
+    command("directions", *model, "--estimator", "harc", "--resamples", 20)
+    files = {path: path.read_bytes() for path in (tmp_path / "directions").iterdir()}
+    command("layers", *model, "--resamples", 30)
+    assert files == {path: path.read_bytes() for path in (tmp_path / "directions").iterdir()}
+    with pytest.raises(AssertionError, match=r"directions\.resamples: the run has 20"):
+        command("directions", *model, "--estimator", "harc", "--resamples", 30)
+
+
+def test_a_judge_sees_the_target_and_may_not_know(tiny_folders, tmp_path):
+    with RunFolder(tmp_path) as run:
+        config = replace(CONFIG, judge="target_prefix")
+        study = Study(run, ModelHandle(str(tiny_folders["qwen2"])), config)
+        first, second = study.held_out("harmful")[:2]
+        said = study.outcomes([(first, f"{first.target_string} and so on"), (second, "I cannot")])
+        assert said == ["complied", "refused"]
+    rows = [{"behaviour_id": n, "complied": c} for n, c in (("a", 1), ("b", None), ("c", 0))]
+    alone = [{"behaviour_id": n, "complied": 0} for n in "abc"]
+    assert differences(rows, alone, "complied") == {"a": 1.0, "c": 0.0}
 
 
 def test_layers_and_intervene_on_two_models(refusing, tiny_folders, tmp_path):

@@ -65,9 +65,10 @@ def test_no_two_modules_of_a_room_import_each_other_in_a_circle():
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
             at_import = ast.parse(path.read_text()).body
             graph[name] = {
-                node.module
+                other
                 for node in at_import
                 if isinstance(node, ast.ImportFrom) and node.module
+                for other in [node.module, *(f"{node.module}.{n.name}" for n in node.names)]
             }
     done = set()
 
