@@ -1,2 +1,4 @@
-"""Attacks on a source model: the target loss, candidates, GCG, baselines, and the runner that saves
-artifacts."""
+"""Attacks: a model and a request in, adversarial prompts out.
+
+Each attack is one file, declared in ``registry.py``. None knows a run folder.
+"""

@@ -1,5 +1,6 @@
-"""AutoDAN (Liu et al., arXiv 2310.04451): a genetic search over readable prompts, from hand-written
-seeds.
+"""AutoDAN (Liu et al., arXiv 2310.04451): a genetic search over readable prompts.
+
+It starts from hand-written seeds.
 
 A population of prompt templates, each with the request's place in it. Fitness is minus the target
 loss of the whole prompt (``objective.py``). Each step: 1. score the population; 2. stop if the best
@@ -206,8 +207,10 @@ def mutated(
 def first_population(
     seeds: Sequence[str], size: int, mutate: Mutate, rng: random.Random
 ) -> list[str]:
-    """The seeds, best first, filled up with paraphrases of them in turn; the best ``size`` of many
-    seeds."""
+    """The seeds, best first.
+
+    Paraphrases of them fill up a larger population; of many seeds only the best ``size`` are taken.
+    """
     copies = [seeds[i % len(seeds)] for i in range(max(0, size - len(seeds)))]
     return [*seeds[:size], *mutate(copies, rng)]
 
@@ -223,8 +226,11 @@ def run_autodan(
     state: AutoDANState | None = None,
     on_step: Callable[[AutoDANState], None] = lambda state: None,
 ) -> AutoDANState:
-    """Search from ``seeds``; ``on_step`` is called after every step, and a state it was given can
-    be passed back in."""
+    """Search from ``seeds``.
+
+    ``on_step`` is called with the state after every step. A search that is given such a state as
+    ``state`` goes on from it to the bit.
+    """
     rng = random.Random(seed)
     if state is None:
         losses = loss.losses(seeds)

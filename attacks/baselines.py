@@ -1,5 +1,4 @@
-"""What an optimised suffix is compared with: the plain request, the un-optimised suffix, a random
-one of its length."""
+"""Baselines of an optimised suffix: the plain request, the initial suffix, a random suffix."""
 
 from __future__ import annotations
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 
 def allowed_tokens(tokenizer: Any, vocabulary: int, *, ascii_only: bool = True) -> Tensor:
-    """(vocabulary,) bool: tokens that decode to printable text (ASCII if asked), no special or
-    added tokens."""
+    """(vocabulary,) bool: the tokens that a suffix may hold.
+
+    They decode to printable text, ASCII if asked, and are neither special nor added tokens.
+    """
     allowed = torch.zeros(vocabulary, dtype=torch.bool)
     known = min(len(tokenizer), vocabulary)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -39,9 +41,12 @@ def sample_candidates(
     """Draw candidates on the CPU: no no-ops, no duplicates, first come first kept.
 
     Args:
-        suffix: (suffix length,) current ids. gradient: (suffix length, vocabulary). allowed:
-        (vocabulary,) bool.
-        topk: tokens per position. width: candidates drawn. n_replace: positions replaced in each.
+        suffix: (suffix length,) current ids.
+        gradient: (suffix length, vocabulary).
+        allowed: (vocabulary,) bool.
+        topk: tokens per position.
+        width: candidates drawn.
+        n_replace: positions replaced in each.
 
     Returns:
         (candidate, suffix length) ids with candidate <= width.

@@ -129,8 +129,10 @@ class GCGState:
         return self.losses[self.best_step]
 
     def note(self, loss: float, buffer: int = 0) -> None:
-        """Record the loss of ``suffix_ids``, keep the best; with a buffer go on from the best that
-        it holds."""
+        """Record the loss of ``suffix_ids`` and keep the best.
+
+        With a buffer, go on from its best suffix.
+        """
         self.losses.append(loss)
         if len(self.losses) == 1 or loss < self.best_loss:
             self.best_step, self.best_ids = len(self.losses) - 1, list(self.suffix_ids)
@@ -142,8 +144,7 @@ class GCGState:
             self.suffix_ids, self.current_step = list(self.buffer[0][1]), self.buffer[0][2]
 
     def begin_anew(self, loss: float, buffer: int = 0) -> None:
-        """The loss is another from here on (a prompt joined): earlier ones say nothing about the
-        best."""
+        """Forget the best: a prompt joined the loss, and earlier losses do not compare."""
         self.losses.pop()
         self.buffer, self.best_step, self.best_ids = [], len(self.losses), list(self.suffix_ids)
         self.bests = [(self.best_step, self.best_ids)]

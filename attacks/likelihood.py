@@ -1,5 +1,7 @@
-"""The target's negative log-likelihood: the quantity that every attack lowers, in nats per target
-token."""
+"""The quantity that every attack lowers: the target's negative log-likelihood.
+
+It is in nats per target token.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 
 @dataclass(frozen=True)
 class Slot:
-    """Token ids around what is scored: before + content + after, then the target. ``initial_ids``
-    is one such content."""
+    """Token ids around what is scored: before + content + after, then the target.
+
+    ``initial_ids`` is one such content.
+    """
 
     before_ids: tuple[int, ...]
     initial_ids: tuple[int, ...]
@@ -43,8 +47,7 @@ def target_nll(logits: Tensor, target: Tensor, mellowmax: float = 0.0) -> Tensor
 
 
 def plain_loss(loaded: LoadedModel, prompt_ids: Sequence[int], target_ids: Sequence[int]) -> float:
-    """The same loss by one plain forward pass over the whole sequence: no cache, full logits. For
-    ``verify``."""
+    """The same loss by one plain forward pass: no cache, full logits. ``verify`` uses it."""
     ids = torch.tensor([[*prompt_ids, *target_ids]], device=loaded.device)
     with torch.no_grad():
         logits = loaded.model(input_ids=ids, use_cache=False).logits[:, len(prompt_ids) - 1 : -1]

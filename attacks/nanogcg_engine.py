@@ -1,5 +1,4 @@
-"""nanogcg 0.3.0 as a reference engine: run as published, in an environment of its own, beside this
-suite.
+"""nanogcg 0.3.0 as a reference engine, run as published in an environment of its own.
 
 It pins transformers 4.47.1 and breaks on 5, so it lives in a virtual environment in the cache
 folder, made on first use;
@@ -231,10 +230,12 @@ def reference(loaded: LoadedModel) -> Iterator[Reference]:
 
 
 def _special_tokens(loaded: LoadedModel) -> dict[str, str]:
-    """What nanogcg's tokenizer is told. It removes every BOS from the rendered template and counts
-    on the tokenizer to
-    put one back: where BOS also marks the turns (SmolLM2's <|im_start|>) that destroys the markup,
-    so it is not told of it."""
+    """What nanogcg's tokenizer is told.
+
+    nanogcg removes every BOS from the rendered template and counts on the tokenizer to put one
+    back. Where BOS also marks the turns, as SmolLM2's <|im_start|> does, that destroys the markup.
+    There the tokenizer is not told of a BOS.
+    """
     tokens = {
         name: getattr(loaded.tokenizer, name) for name in SPECIAL if getattr(loaded.tokenizer, name)
     }
@@ -250,8 +251,10 @@ def _special_tokens(loaded: LoadedModel) -> dict[str, str]:
 
 
 def _check_agreement(engine: Reference, loaded: LoadedModel) -> None:
-    """Both transformers must compute the same model: a setting that the older one does not know
-    would pass unseen."""
+    """Both versions of transformers must compute the same model.
+
+    The older one passes over a setting that it does not know, without a word.
+    """
     ids = loaded.tokenizer("Write a short text about tea.", add_special_tokens=False).input_ids
     ours = plain_loss(loaded, ids[:-3], ids[-3:])
     theirs = engine.ask(do="loss", ids=ids, targets=3)["loss"]
@@ -282,7 +285,8 @@ def faults_of(
     Args:
         scored: the sequence that nanogcg held when it gave ``best_string``.
         faithful: whether the prompt's text, tokenised, gives that sequence.
-        options: nanogcg's configuration. tolerance: nats per token.
+        options: nanogcg's configuration.
+        tolerance: nats per token.
     """
     own = engine.ask(do="loss", ids=list(scored), targets=len(result["target_ids"]))
     faults = []

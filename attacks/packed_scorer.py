@@ -45,8 +45,10 @@ class PackedScorer:
     """Packed passes over suffixes of one slot.
 
     Args:
-        before: (tokens,) ids in front of the suffix. rest: ids behind it, up to the last target
-            token but one. target: (T,) ids. batch: candidates that go through the model at once.
+        before: (tokens,) ids in front of the suffix.
+        rest: ids behind it, up to the last target token but one.
+        target: (T,) ids.
+        batch: candidates that go through the model at once.
         mellowmax: see ``target_nll``.
     """
 

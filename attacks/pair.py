@@ -1,6 +1,7 @@
-"""PAIR (Chao et al., arXiv 2310.08419): an attacker model proposes a prompt, the target replies, a
-judge scores, and the attacker reads both and improves; several streams side by side, each some
-rounds deep.
+"""PAIR (Chao et al., arXiv 2310.08419): a model proposes prompts, and improves them.
+
+In each round the attacker proposes a prompt, the target replies and a judge scores the reply. The
+attacker reads both in the next round. Several streams run side by side.
 
 1. Each stream's attacker is told the goal and one of three approaches (role play, logical appeal,
    authority). 2. It answers with JSON {"improvement", "prompt"}. 3. The target replies to the
@@ -87,8 +88,10 @@ class PAIRConfig:
 
 
 def proposal(text: str) -> tuple[str, str] | None:
-    """(improvement, prompt) of an attacker's reply; None if it holds no such JSON. A missing last
-    quote or brace is forgiven."""
+    """(improvement, prompt) of an attacker's reply, or None if it holds no such JSON.
+
+    A missing last quote or brace is forgiven.
+    """
     start = text.find("{")
     for ending in ("", "}", '"}'):
         try:
@@ -105,8 +108,10 @@ def proposal(text: str) -> tuple[str, str] | None:
 
 
 def score_of(text: str) -> int | None:
-    """The number of a judge's ``[[7]]`` (or a lone number at the beginning), 1 to 10; None if there
-    is none."""
+    """The number of a judge's ``[[7]]``, or a lone number at the beginning: 1 to 10.
+
+    None if there is none.
+    """
     rating = re.search(r"\[\[\s*(\d+)\s*\]\]", text) or re.match(r"\s*(\d+)\b", text)
     return int(rating.group(1)) if rating and 1 <= int(rating.group(1)) <= 10 else None
 
@@ -176,8 +181,7 @@ class PAIR:
         return tries, rounds
 
     def _propose(self, streams: Sequence[Stream], seed: int) -> list[str | None]:
-        """The next message of each stream; None where the attacker wrote no JSON in all its
-        attempts."""
+        """The next message of each stream, or None where the attacker never wrote valid JSON."""
         prompts: list[str | None] = [None] * len(streams)
         opening = OPENING if isinstance(self.attacker, LocalChat) else ""
         for attempt in range(self.config.attempts):

@@ -1,5 +1,4 @@
-"""Target loss of whole prompts, of any lengths and wordings, through the objective that GCG
-uses."""
+"""Target loss of whole prompts of any length, through the objective that GCG uses."""
 
 from __future__ import annotations
 
@@ -43,8 +42,10 @@ class PromptLoss:
         return Conversation(template.replace(MARKER, self.behaviour.request), system=self.system)
 
     def tails(self, templates: Sequence[str]) -> list[torch.Tensor | None]:
-        """Ids after the shared beginning, up to the reply; None where text and template merge into
-        other tokens."""
+        """Ids after the shared beginning, up to the reply.
+
+        None where the text merges with the template into other tokens.
+        """
         texts = [self.renderer.text(self.conversation(t)) + self.target_text for t in templates]
         head, last = len(self._before), len(self._target)
         return [
@@ -57,8 +58,10 @@ class PromptLoss:
         ]
 
     def losses(self, templates: Sequence[str], near: str | None = None) -> list[float]:
-        """Loss of each template (infinite where it cannot be sent); beginnings shared with ``near``
-        are computed once."""
+        """Loss of each template, infinite where it cannot be sent.
+
+        What templates share with ``near`` is computed once.
+        """
         tails = self.tails(templates)
         whole = [tail for tail in tails if tail is not None]
         if not whole:

@@ -1,5 +1,6 @@
-"""Which candidate of a step becomes the current suffix. GCG itself takes the lowest exact loss of
-all; the rest is not GCG.
+"""Which candidate of a step becomes the current suffix.
+
+GCG takes the lowest exact loss of all. The other rules here are not GCG.
 
 Each of these is off by default and changes the search, not the losses: whatever is taken was scored
 exactly.

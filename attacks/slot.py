@@ -150,8 +150,7 @@ def default_slot(
     system: str | None,
     suffix: str | None = None,
 ) -> SuffixSlot:
-    """A slot with the suffix given, or with a default word repeated ``length`` times ("! ! !
-    ...")."""
+    """A slot with the given suffix, or with a default word repeated ``length`` times."""
     if suffix is not None:
         return make_slot(
             renderer, request, target, suffix=suffix, placement=placement, system=system

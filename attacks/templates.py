@@ -1,5 +1,6 @@
-"""Prompt-level attack classes that need no search: each wraps or rewrites the request in a fixed
-way, in our own wording.
+"""Prompt-level attack classes that need no search, in our own wording.
+
+Each wraps or rewrites the request in a fixed way.
 
 A class has one or more variants; each makes one artifact a behaviour. ``lacks`` says what the
 paper's version has that ours has not. With a mutator (any chat model), ``persuasion`` and
@@ -32,15 +33,16 @@ def _base64(request: str) -> str:
 
 
 def _as_code(request: str) -> str:
-    """The request word by word as list entries, so that it is read from the code and not as a
-    sentence."""
+    """The request word by word as list entries, so that it is read from code."""
     return "\n".join(f"    tokens.append({word!r})" for word in request.split())
 
 
 @dataclass(frozen=True)
 class Variant:
-    """``wrapper`` holds the marker once; ``encode`` is applied to the request first. ``rewrite`` is
-    asked of a mutator."""
+    """One wrapper of a class; it holds the marker once.
+
+    ``encode`` is applied to the request first. ``rewrite`` is what a mutator is asked.
+    """
 
     wrapper: str
     encode: Callable[[str], str] = str

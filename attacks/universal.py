@@ -1,5 +1,6 @@
-"""One suffix for several behaviours and several source models: universal GCG (Zou et al., arXiv
-2307.15043, algorithm 2).
+"""Universal GCG (Zou et al., arXiv 2307.15043, algorithm 2): one suffix for several requests.
+
+It may be optimised on several source models at once.
 
     loss(suffix) = mean over the prompts in play, and over the models, of the target loss
 
@@ -45,8 +46,7 @@ UNIVERSAL = "gcg_universal"
 
 
 class SharedSuffix:
-    """The places of one suffix in several conversations; a suffix must keep its tokens in all of
-    them."""
+    """The places of one suffix in several conversations. It must keep its tokens in all of them."""
 
     def __init__(self, slots: Sequence[SuffixSlot]) -> None:
         self.slots = slots
@@ -71,8 +71,10 @@ class SharedSuffix:
 
 
 class UniversalLoss:
-    """What GCG asks of a loss, over several prompts and models. ``rows[prompt]`` holds one loss a
-    model."""
+    """What GCG asks of a loss, over several prompts and models.
+
+    ``rows[prompt]`` holds one loss per model.
+    """
 
     def __init__(self, rows: Sequence[Sequence[TargetLoss]]) -> None:
         self._rows = rows
@@ -120,8 +122,7 @@ class UniversalLoss:
             part.weights_changed()
 
     def token_gradient(self, suffix: Tensor) -> tuple[float, Tensor]:
-        """Mean loss, and the sum of the unit-norm gradients, each position's row scaled by the
-        whole gradient's norm."""
+        """Mean loss, and the sum of the prompts' gradients, each scaled to length 1 before."""
         parts = [part.token_gradient(suffix) for part in self._in_play]
         self.matches = all(part.matches for part in self._in_play)
         total = sum(g.cpu() / g.norm().clamp_min(1e-12).cpu() for _, g in parts)

@@ -1,5 +1,4 @@
-"""Load an artifact as a stranger would: render it anew, score it anew, compare with what it
-claims."""
+"""Check an artifact as a stranger would: render it, score it, compare with what it claims."""
 
 from __future__ import annotations
 
@@ -13,8 +12,10 @@ from core.records import AttackArtifact
 
 @dataclass(frozen=True)
 class Verification:
-    """What one artifact's check found. ``fault`` is None where it holds. Losses in nats per target
-    token."""
+    """What the check of one artifact gave.
+
+    ``fault`` is None where it holds. Losses are nats per target token.
+    """
 
     artifact_id: str
     recorded: float | None

@@ -1,2 +1,1 @@
-"""The commands, thin: options in, a stage called, its result printed. Heavy imports happen inside
-them."""
+"""The commands: options in, one call, its result printed. Heavy imports happen inside them."""

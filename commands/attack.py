@@ -1,5 +1,4 @@
-"""The command of an attack, made from its registry entry: options in, a campaign, its result
-out."""
+"""Makes the command of an attack from its registry entry."""
 
 from __future__ import annotations
 

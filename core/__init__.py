@@ -1,2 +1,1 @@
-"""Shared vocabulary of the suite: records, run folders, models, prompts, generation. Imports no
-other room."""
+"""Shared vocabulary of the suite: records, run folders, models, prompts. Imports no other room."""

@@ -1,5 +1,4 @@
-"""Work in batches that fit the memory: halved when the device runs out, and the size that fitted is
-remembered."""
+"""Batches that fit the memory: they shrink when the device runs out, and remember what fitted."""
 
 from __future__ import annotations
 
@@ -17,8 +16,10 @@ R = TypeVar("R")
 
 @dataclass
 class BatchSize:
-    """A batch size that shrinks on out-of-memory. ``value`` is what fits so far; it may be saved
-    and restored."""
+    """A batch size that shrinks when the device runs out of memory.
+
+    ``value`` is what fits so far. It may be saved and restored.
+    """
 
     value: int
 
@@ -28,8 +29,10 @@ class BatchSize:
         work: Callable[[Sequence[T]], R],
         cost: Callable[[T], int] = lambda item: 1,
     ) -> Iterator[R]:
-        """``work`` on consecutive slices of ``items``, in order; a slice of several items costs at
-        most ``value``."""
+        """Do ``work`` on consecutive slices of ``items``.
+
+        A slice of several items costs at most ``value``.
+        """
         start = 0
         while start < len(items):
             stop, total = start + 1, cost(items[start])

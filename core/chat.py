@@ -1,5 +1,4 @@
-"""Models that write text for an attack: any local model, or a server that speaks OpenAI's chat
-protocol.
+"""Models that write text for an attack: a local model, or a server with OpenAI's chat protocol.
 
 Specs: a model spec (see ``core/models.py``), or ``http://HOST:PORT/v1#MODEL`` (https too; the key
 is read from the variable OPENAI_API_KEY and sent over https, or to this machine, only).
@@ -44,8 +43,11 @@ class ChatModel(Protocol):
         seed: int = 0,
         opening: str = "",
     ) -> list[str]:
-        """A reply to each conversation, whose last message is the user's. ``opening`` is how a
-        reply begins (local models only); it is not repeated in what comes back."""
+        """A reply to each conversation, whose last message is the user's.
+
+        ``opening`` is how a reply begins (local models only). It is not repeated in what comes
+        back.
+        """
         ...
 
 
@@ -88,8 +90,7 @@ class LocalChat:
 
 
 class ServerChat:
-    """A server with ``POST /chat/completions``. Failing requests are repeated, then an error names
-    the server."""
+    """A server with ``POST /chat/completions``. Failing requests are repeated at first."""
 
     def __init__(self, spec: str, *, timeout: float = 120.0, pause: float = 1.0) -> None:
         self.spec = self.identity = spec

@@ -25,8 +25,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Conversation:
-    """User content with the character ranges of the request and of the suffix in it; context around
-    it."""
+    """User content with the character ranges of request and suffix in it, and what is around it."""
 
     content: str
     request: Span | None = None
@@ -44,8 +43,7 @@ class Conversation:
         system: str | None = None,
         history: Sequence[tuple[str, str]] = (),
     ) -> Conversation:
-        """Place ``request`` and ``suffix`` by their markers; without a suffix the content is the
-        request alone.
+        """Place ``request`` and ``suffix`` by their markers; without a suffix the request alone.
 
         ``history`` is earlier turns as (role, content).
         """
@@ -70,8 +68,7 @@ class Conversation:
     def of_prompt(
         cls, prompt: str, *, request: str | None, suffix: str | None, system: str | None
     ) -> Conversation:
-        """A frozen prompt; request and suffix are looked up in it and left out where they do not
-        stand verbatim."""
+        """A frozen prompt. Request and suffix are left out where it does not hold them."""
 
         def find(part: str | None, position: int) -> Span | None:
             return Span(position, position + len(part)) if part and position >= 0 else None

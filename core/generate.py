@@ -24,8 +24,7 @@ def complete(
     batch_size: int = 16,
     description: str = "generate",
 ) -> list[str]:
-    """Replies to whole rendered texts (BOS included), in their order; greedy unless ``temperature``
-    > 0.
+    """Replies to whole rendered texts (BOS included), in their order. Greedy without a temperature.
 
     Prompts are batched by length and padded on the left. Sampling draws from a stream of its own,
     started from
@@ -54,8 +53,7 @@ def complete(
 
 
 def stop_ids(loaded: LoadedModel) -> list[int]:
-    """Tokens that end a reply: the checkpoint's own, else the tokenizer's end of text, else
-    none."""
+    """Tokens that end a reply: the checkpoint's, else the tokenizer's end of text, else none."""
     own = loaded.model.generation_config.eos_token_id
     stop = own if own is not None else loaded.tokenizer.eos_token_id
     return [stop] if isinstance(stop, int) else list(stop or [])
@@ -88,8 +86,7 @@ def _generate(
 
 @contextmanager
 def _without_own_generation_config(model: Any) -> Iterator[None]:
-    """Hide the checkpoint's generation settings: transformers would fill ours up from them
-    (repetition penalty, top-p)."""
+    """Hide the checkpoint's generation settings, with which transformers would fill up ours."""
     from transformers import GenerationConfig
 
     own = model.generation_config

@@ -1,5 +1,4 @@
-"""The language-model head apart from its model: logits of chosen positions, over all tokens or over
-some of them.
+"""The language-model head apart from its model: logits of chosen positions and tokens.
 
 What models do to the head's output is an elementwise map: nothing, a constant factor, or
 soft-capping c tanh(x / c). Which one is found by comparing with the model's own logits, never by a

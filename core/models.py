@@ -64,8 +64,7 @@ class LoadedModel:
 
     @cached_property
     def blocks(self) -> nn.ModuleList:
-        """The transformer blocks: the shallowest module list as long as the config's number of
-        layers."""
+        """The transformer blocks: the shallowest module list as long as the model is deep."""
         candidates = [
             (name.count("."), name, module)
             for name, module in self.decoder.named_modules()
@@ -82,8 +81,7 @@ class LoadedModel:
 
     @cached_property
     def embedding_table(self) -> torch.Tensor:
-        """(vocabulary, d_model): what the embedding layer returns for each id, its scaling
-        included."""
+        """(vocabulary, d_model): what the embedding layer returns per id, its scaling included."""
         embedding = self.model.get_input_embeddings()
         if type(embedding).forward is nn.Embedding.forward:
             return embedding.weight
@@ -104,8 +102,10 @@ class LoadedModel:
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
     def last_logits(self, keep: int, **inputs: Any) -> torch.Tensor:
-        """(batch, keep, vocabulary) float32 logits of the last ``keep`` positions, by the model's
-        own head."""
+        """(batch, keep, vocabulary) float32 logits of the last ``keep`` positions.
+
+        They come from the model's own head.
+        """
         if self.takes_logits_to_keep:
             # by index: a strided slice would be multiplied sequence by sequence, many times slower
             length = inputs["inputs_embeds" if "inputs_embeds" in inputs else "input_ids"].shape[1]

@@ -1,5 +1,7 @@
-"""Faster and rougher matrix products for a while: bfloat16 on a CPU, TF32 on CUDA, float32 results
-either way."""
+"""Faster and rougher matrix products for a while: bfloat16 on a CPU, TF32 on CUDA.
+
+Results are float32 either way.
+"""
 
 from __future__ import annotations
 

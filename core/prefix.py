@@ -1,5 +1,7 @@
-"""Keys and values of a token prefix that many sequences share: computed once, expanded to any batch
-without a copy."""
+"""Keys and values of a token prefix that many sequences share.
+
+They are computed once and expanded to any batch without a copy.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def keeps_keys_and_values_only(loaded: LoadedModel) -> bool:
-    """Whether keys and values are all that this model keeps of earlier tokens (no recurrent or
-    convolution state)."""
+    """Whether this model keeps nothing of earlier tokens but keys and values.
+
+    Recurrent models keep a state too.
+    """
     layers = DynamicCache(config=loaded.model.config).layers
     return all(type(layer) in PLAIN_LAYERS for layer in layers)
 
@@ -52,8 +56,10 @@ class SharedPrefix:
 
 
 def forked(cache: Any, rows: torch.Tensor | None = None) -> DynamicCache:
-    """A cache that goes on from ``cache``, which stays as it is; with ``rows`` (indices) of those
-    sequences, in that order."""
+    """A cache that goes on from ``cache``, which stays as it is.
+
+    ``rows`` are indices of its sequences, in the order that is wanted.
+    """
     return _copied(
         cache, (lambda states: states) if rows is None else (lambda states: states[rows])
     )

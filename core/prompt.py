@@ -44,8 +44,10 @@ FIXED_TODAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered conversation: text, token ids and where things lie. ``target_ids`` follow ``ids``
-    directly."""
+    """A rendered conversation: its text, its token ids, and where things lie in them.
+
+    ``target_ids`` follow ``ids`` directly.
+    """
 
     text: str
     ids: tuple[int, ...]
@@ -99,8 +101,7 @@ class Renderer:
 
     @cached_property
     def template(self) -> str:
-        """The chat template that is used: the model's own with the date held fixed, or the plain
-        one."""
+        """The chat template that is used: the model's own with the date held fixed, or ours."""
         if not self.loaded.has_chat_template:
             return PLAIN_TEMPLATE
         own = self.tokenizer.get_chat_template()
@@ -176,8 +177,7 @@ class Renderer:
         return self._around[key]
 
     def target_text(self, conversation: Conversation, target: str) -> str:
-        """The target as it follows the prompt: with the white space that the template puts before a
-        reply, if any."""
+        """The target as it follows the prompt, with the template's white space before a reply."""
         prompt = self._template(SENTINEL, conversation.system, conversation.history)
         full = self._template(
             SENTINEL, conversation.system, conversation.history, reply=REPLY_SENTINEL
@@ -189,8 +189,7 @@ class Renderer:
         return target
 
     def end_of_turn(self) -> tuple[int, ...]:
-        """The special token that the template puts right after a reply, else the tokenizer's end of
-        text, else none."""
+        """The special token that the template puts after a reply, else end of text, else none."""
         full = self._template(SENTINEL, None, (), reply=REPLY_SENTINEL)
         rest = full.partition(REPLY_SENTINEL)[2].strip()
         ids = self.tokenizer(rest, add_special_tokens=False).input_ids if rest else []
@@ -205,8 +204,10 @@ class Renderer:
         return self.tokenizer(list(texts), add_special_tokens=False).input_ids
 
     def decode(self, ids: Sequence[Sequence[int]], context: Sequence[int] = ()) -> list[str]:
-        """Text of token lists as it reads after ``context``: some decoders drop white space at the
-        very start."""
+        """Text of token lists as it reads after ``context``.
+
+        Some decoders drop white space at the very start.
+        """
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         head = self.tokenizer.decode(list(context), **options) if context else ""
         joined = self.tokenizer.batch_decode([[*context, *row] for row in ids], **options)

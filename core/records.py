@@ -35,8 +35,10 @@ NO_SOURCE = "none"
 
 
 def content_hash(content: Any, length: int = 16) -> str:
-    """First ``length`` hex digits of the SHA-256 of ``content`` as canonical JSON (sorted keys, no
-    spaces)."""
+    """The first ``length`` hex digits of the SHA-256 of ``content`` as canonical JSON.
+
+    Canonical: sorted keys, no spaces.
+    """
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
@@ -270,8 +272,7 @@ class PlanePoint(Record):
 
 @dataclass(frozen=True)
 class Activations:
-    """Residual stream of prompts at named positions, before each block and after the last (before
-    the final norm).
+    """Residual stream of prompts at named positions, before each block and after the last one.
 
     ``resid`` is (prompt, layer, position, d_model) float32 on the CPU, layer in 0..n_layers. A
     position that a prompt does not have (no request span, say) holds NaN.
@@ -296,8 +297,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class Directions:
-    """Unit harmfulness and refusal directions of one model, one a layer, with what is needed to
-    judge them.
+    """Harmfulness and refusal directions of one model, one per layer, and what judges them.
 
     ``harmfulness`` and ``refusal`` are (n_layers + 1, d_model) float32, pointing from harmless to
     harmful (accepted to refused for the ``zhao`` refusal estimator). ``harmfulness_norm`` and

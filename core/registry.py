@@ -30,7 +30,8 @@ class Registry(Generic[Item]):
     """Things by name.
 
     Args:
-        what: the kind, for messages. package: whose modules declare them.
+        what: the kind, for messages.
+        package: whose modules declare them.
     """
 
     def __init__(self, what: str, package: str) -> None:

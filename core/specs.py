@@ -37,8 +37,10 @@ class ModelSpec:
 
 
 def parse_spec(text: str) -> ModelSpec:
-    """Parse one spec; an unknown form is an error that names the forms. Local paths are looked up
-    on disk."""
+    """Parse one spec. An unknown form is an error that names the forms.
+
+    Local paths are looked up on disk.
+    """
 
     def fault(what: str, got: object) -> AttackPlaneError:
         return AttackPlaneError(

@@ -61,8 +61,7 @@ def bootstrap_columns(
 def bootstrap_difference(
     first: Numbers, second: Numbers, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval | None:
-    """Interval of mean(first) - mean(second), unpaired: both are resampled. None if one is
-    empty."""
+    """Interval of mean(first) - mean(second), both resampled; None if one is empty."""
     if not len(first) or not len(second):
         return None
     rng = np.random.default_rng(seed)

@@ -36,8 +36,7 @@ FAILURES = "failures.jsonl"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write ``path`` so that a reader, or a run after a crash, finds the old content or the new,
-    never a part."""
+    """Write ``path`` so that a reader finds the old content or the new, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
@@ -216,8 +215,7 @@ class RunFolder:
 
     @contextmanager
     def appending(self, name: str) -> Iterator[Callable[[dict[str, Any]], None]]:
-        """Append many rows at once: synced to disk every thousand and at the end, not one by
-        one."""
+        """Append many rows at once: synced to disk every thousand rows and at the end."""
         with open(self.path / name, "a", encoding="utf-8") as file:
             count = 0
 

@@ -1,5 +1,4 @@
-"""Files -> model and tokenizer, and what stands for them. The only ``from_pretrained`` of the
-suite.
+"""Files into model and tokenizer, and what stands for them: the only ``from_pretrained`` here.
 
 No code from a folder runs: ``trust_remote_code`` is False everywhere, so transformers neither asks
 nor obeys. Weights must fit: a key that is missing, unexpected or wrongly shaped refuses the model
@@ -206,8 +205,7 @@ def _four_bit(spec: ModelSpec, device: torch.device) -> dict[str, Any]:
 
 
 def local_folder(spec: ModelSpec) -> Path | None:
-    """Folder in Hugging Face format that a spec's base lies in, made if need be; None for the
-    hub."""
+    """The Hugging Face folder of a spec's base, made if need be. None for the hub."""
     if spec.kind == "embedded":
         return embedded_folder()
     if spec.kind == "gguf":

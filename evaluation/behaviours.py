@@ -111,9 +111,11 @@ def load_behaviours(
 
 
 def to_attack(source: str, label: str, splits: Sequence[str] | None) -> list[Behaviour]:
-    """``load_behaviours`` as commands and sweeps ask for it: label ``any`` is every label, and
-    without splits (None) the demonstration set gives its test split, since the others are what
-    checkpoints and directions are made from."""
+    """``load_behaviours`` as commands and sweeps ask for it.
+
+    The label ``any`` stands for every label. Without splits (None) the demonstration set gives its
+    test split, since checkpoints and directions are made from the others.
+    """
     if splits is None:
         splits = ("test",) if source == DEMONSTRATION else ()
     return load_behaviours(source, label=None if label == "any" else label, splits=splits)

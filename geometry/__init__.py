@@ -1,2 +1,1 @@
-"""Where prompts lie inside a model: activations, directions, layers, the harmfulness-refusal
-plane."""
+"""Where prompts lie inside a model: activations, directions, layers, the plane."""

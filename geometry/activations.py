@@ -118,8 +118,7 @@ def shared_length(ids: Sequence[Sequence[int]], first_wanted: int) -> int:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """Where the wanted tokens of a batch stand in its flattened tokens, and which (row, position)
-    each is of."""
+    """Where the wanted tokens of a batch stand in its flattened tokens, and whose they are."""
 
     tokens: Tensor
     owners: Tensor

@@ -42,8 +42,10 @@ SCREENED, KEPT = 4, 6
 
 @dataclass(frozen=True)
 class Carrier:
-    """A candidate with its scores; ``vector`` (d_model,) is a unit vector, ``norm`` its length
-    before."""
+    """A candidate with its scores.
+
+    ``vector`` (d_model,) is a unit vector, ``norm`` the length that it had.
+    """
 
     position: str
     layer: int

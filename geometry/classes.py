@@ -1,5 +1,4 @@
-"""Where each class of prompts lies on the plane: centroid, spread, displacement, each by
-behaviour."""
+"""Where each class of prompts lies on the plane: centroid, spread, displacement."""
 
 from __future__ import annotations
 
@@ -20,8 +19,9 @@ def describe_classes(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> list[dict[str, Any]]:
-    """Per target, frame and class: centroid with bootstrap interval, covariance, displacement from
-    the plain request.
+    """Centroid, spread and displacement of each class, per target and frame.
+
+    The centroid has a bootstrap interval. The displacement is from the plain request.
 
     Several prompts of a behaviour (variants of a class) are averaged first, so that each behaviour
     counts once; intervals resample behaviours. The displacement is the mean of (attacked - plain)

@@ -1,5 +1,4 @@
-"""An intervention with its controls: what it is compared with, so that an effect is more than any
-push of the residual.
+"""An intervention with its controls: any push of the residual does something.
 
 random          the same edit along random unit directions
 matched         the same, every token moved exactly as far as the intervention moves it
@@ -34,8 +33,9 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Site:
-    """Where vectors come from and where they are written. ``elsewhere``: by control name, the
-    vectors of another place.
+    """Where vectors come from and where they are written.
+
+    ``elsewhere`` holds the vectors of another place, by the control's name.
 
     ``length``: residual units of a steering strength of 1 by mode (1.0: strengths are in units of
     the residual).
@@ -74,8 +74,10 @@ def edit(
 
 
 def _usable(mode: str, pair: Pair) -> bool:
-    """Whether another place has the directions of a mode: none is zero, and two of them are not the
-    same one (harc's H and R are, at one position)."""
+    """Whether another place has the directions of a mode.
+
+    None may be zero, and two of them may not be the same: at one position harc's H and R are.
+    """
     h, r = (float(v.norm()) > 0 for v in pair)
     if mode in ("H", "R"):
         return h if mode == "H" else r
@@ -85,8 +87,9 @@ def _usable(mode: str, pair: Pair) -> bool:
 def design(
     mode: str, operation: str, strength: float, site: Site, *, controls: int, seed: int
 ) -> list[Intervention]:
-    """The intervention and its controls; the random directions are the same for all modes and
-    strengths of a seed.
+    """The intervention and its controls.
+
+    The random directions are the same for all modes and strengths of a seed.
 
     A control whose place has no such directions is left out.
     """

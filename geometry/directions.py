@@ -129,7 +129,8 @@ def estimate(
     """Estimate both directions at every layer, with the statistics of the module's text.
 
     Args:
-        activations: of the contrast prompts. harmful: their labels.
+        activations: residuals of the contrast prompts.
+        harmful: their labels.
         refused: whether the model's own reply refused each (None: not judged). ``zhao`` needs it;
             where it is given, ``harc`` reports cos(harc, zhao) too.
     """

@@ -26,8 +26,9 @@ from geometry.interventions import Edits, Intervention, edited, touched
 def _skipped(
     loaded: LoadedModel, layer: int, residual: Tensor, kinds: Sequence[bool]
 ) -> Iterator[None]:
-    """While open, blocks below ``layer`` compute nothing and the last of them returns ``residual``
-    (row, token, d_model).
+    """While open, blocks below ``layer`` compute nothing.
+
+    The last of them returns ``residual`` (row, token, d_model).
 
     ``kinds``: whether each block returns a tuple.
     """
@@ -50,8 +51,7 @@ def _skipped(
 
 
 class SharedEdits:
-    """Some interventions (leaders with their followers) on one model, and their keys and values of
-    the shared prefix."""
+    """Interventions on one model, and their keys and values of the shared prefix."""
 
     def __init__(
         self,
@@ -86,8 +86,11 @@ class SharedEdits:
         return DynamicCache(config=self.loaded.model.config)
 
     def pass_alone(self, ids: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor, list[bool]]:
-        """Unedited: (row, vocabulary) next log-probabilities, the residual at ``start``, which
-        blocks return a tuple."""
+        """The unedited pass of some rows.
+
+        It gives (row, vocabulary) next log-probabilities, the residual at ``start``, and which
+        blocks return a tuple.
+        """
         kept: list[Tensor] = []
         kinds: list[bool] = []
 
@@ -151,8 +154,10 @@ class EditedBatch:
         self.delta_norm = moved / count.clamp_min(1)
 
     def refusals(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """(row,) mean log-probability of the texts (token ids), nats per token; the cache stays as
-        it is."""
+        """(row,) mean log-probability of the refusal texts, nats per token.
+
+        The cache stays as it is.
+        """
         losses = []
         for text in texts:
             ids = torch.tensor(text, device=self.loaded.device)

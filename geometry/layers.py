@@ -29,8 +29,7 @@ MAX_KL, DEPTH = 0.1, 0.8
 
 
 def inner_layers(n_layers: int) -> range:
-    """Layers [4, n - 4]; a sixth of the depth is left out at each end of models with less than 12
-    layers."""
+    """Layers 4 to n - 4. In models of fewer than 12 layers a sixth is left out at each end."""
     edge = 4 if n_layers >= 12 else n_layers // 6
     return range(max(1, edge), n_layers - edge + 1)
 
@@ -46,8 +45,10 @@ def eq6(harm: Tensor, refusal: Tensor, harm_response: Tensor, refusal_response: 
 
 
 def arditi_layers(rows: Sequence[Mapping[str, float]], n_layers: int) -> list[int]:
-    """Layers that pass Arditi's filter, most refusal taken away first. Rows: layer, kl, refuse,
-    comply of one direction a layer."""
+    """Layers that pass Arditi's filter, the one that takes most refusal away first.
+
+    Rows have layer, kl, refuse and comply of one direction per layer.
+    """
     # layers that were tried; under zhao the direction is that of refused against accepted prompts
     passed = [
         r for r in rows if r["kl"] <= MAX_KL and r["refuse"] > 0 and r["layer"] < DEPTH * n_layers

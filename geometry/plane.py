@@ -1,5 +1,4 @@
-"""Project prompts onto the (harmfulness, refusal) plane and describe where each class of prompts
-lies.
+"""Projects prompts onto the (harmfulness, refusal) plane.
 
     x = (h[t_inst]      - harmless centroid at t_inst)      . harmfulness direction      at one
                         layer
@@ -41,17 +40,18 @@ class PromptInfo:
 
 
 def project(resid: Tensor, direction: Tensor, centroid: Tensor) -> tuple[Tensor, Tensor]:
-    """(prompt, d_model) -> dot product of the centred residual, and cosine of the uncentred one,
-    with ``direction``."""
+    """(prompt, d_model) -> dot products of the centred residual, cosines of the uncentred one."""
     resid, direction = resid.double(), direction.double()
     dot = (resid - centroid.double()) @ direction
     return dot, (resid @ direction) / (resid.norm(dim=-1) * direction.norm()).clamp_min(1e-12)
 
 
 def plain_requests(infos: Sequence[PromptInfo]) -> list[int | None]:
-    """For each attacked prompt the index of its behaviour's plain request: from its own source,
-    else from any (it is the same prompt), under the same system prompt. None for plain requests,
-    anchors, and behaviours without one."""
+    """For each attacked prompt the index of its behaviour's plain request.
+
+    It is the one from the prompt's own source, else any, since it is the same prompt; the system
+    prompt must be the same. None for plain requests, anchors, and behaviours without one.
+    """
     plain = [(n, i) for n, i in enumerate(infos) if i.attack == PLAIN]
     own = {(i.source, i.behaviour_id, i.system): n for n, i in plain}
     any_source = {(i.behaviour_id, i.system): n for n, i in reversed(plain)}

@@ -1,5 +1,4 @@
-"""Does the place of a prompt on the plane say whether it succeeds? And how far apart do classes
-lie?
+"""Does the place of a prompt on the plane say whether it succeeds? How far apart do classes lie?
 
 Within an attack class, AUROC of success by each of three scores; more than 0.5 means that
 suppression goes with success:
@@ -48,8 +47,10 @@ def success_auroc(scores: np.ndarray, success: np.ndarray) -> tuple[float, int]:
 
 
 def held_out_scores(where: np.ndarray, success: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """(n, 2) points -> (n,) discriminant scores, each from points of other groups only; 0 where
-    those have one outcome."""
+    """(n, 2) points -> (n,) discriminant scores.
+
+    Each comes from points of other groups only. It is 0 where those have one outcome.
+    """
     predicted = np.zeros(len(where))
     for group in np.unique(groups):
         test = groups == group
@@ -184,8 +185,9 @@ def success_prediction(
 def centroid_distances(
     points: Sequence[PlanePoint], *, draws: int = 200, resamples: int = 1000, seed: int = 0
 ) -> list[dict[str, Any]]:
-    """Distance of every two classes' centroids on the plane (units of the residual), over the
-    behaviours that both have.
+    """Distance of every two classes' centroids on the plane, in units of the residual.
+
+    It is measured over the behaviours that both have.
 
     The interval resamples behaviours; a resampled distance is biased upwards, so it is held against
     ``null_95``, from swapping the two classes' points within behaviours at random.

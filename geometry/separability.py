@@ -1,5 +1,4 @@
-"""Do attack classes occupy regions of the plane? A linear classifier on held-out behaviours,
-against permuted labels.
+"""Do attack classes occupy regions of the plane? A linear classifier on held-out behaviours.
 
 Classifier: linear discriminant analysis on (x, y) with equal priors,
 
@@ -30,8 +29,7 @@ FOLDS = 10
 def held_out_predictions(
     where: np.ndarray, labels: np.ndarray, folds: np.ndarray, classes: int
 ) -> np.ndarray:
-    """(n, 2) points, (draws, n) labels in 0..classes-1, (n,) fold of each point -> (draws, n)
-    predicted labels."""
+    """(n, 2) points, (draws, n) labels and (n,) folds -> (draws, n) predicted labels."""
     predicted = np.empty(labels.shape, dtype=int)
     for fold in np.unique(folds):
         train, test = folds != fold, folds == fold
@@ -51,8 +49,7 @@ def held_out_predictions(
 
 
 def balanced_accuracy(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """(draws, n) labels and predictions -> (draws,) mean over the classes that occur of their share
-    predicted right."""
+    """(draws, n) labels and predictions -> (draws,) share predicted right, a mean over classes."""
     right, onehot = (labels == predicted)[..., None], np.eye(classes)[labels]
     counts = onehot.sum(1)
     shares = np.where(counts > 0, (right * onehot).sum(1) / np.maximum(counts, 1), np.nan)
@@ -62,8 +59,10 @@ def balanced_accuracy(labels: np.ndarray, predicted: np.ndarray, classes: int) -
 def separability(
     points: Sequence[PlanePoint], *, draws: int = 200, resamples: int = 1000, seed: int = 0
 ) -> dict[str, Any] | None:
-    """Held-out accuracy of telling the classes of these points apart; None with fewer than two
-    classes or three behaviours."""
+    """Held-out accuracy of telling the classes of these points apart.
+
+    None with fewer than two classes or three behaviours.
+    """
     names = sorted({p.class_name for p in points})
     behaviours = sorted({p.behaviour_id for p in points})
     if len(names) < 2 or len(behaviours) < 3:
@@ -101,9 +100,10 @@ def separability(
 
 
 def separabilities(points: Sequence[PlanePoint]) -> list[dict[str, Any]]:
-    """Per target and frame: all classes but the plain requests against each other (``against``
-    "all"), and each against the plain request. One p-value a row, not corrected for their
-    number."""
+    """All classes against each other, and each against the plain request, per target and frame.
+
+    The field ``against`` says which. Each row has one p-value, not corrected for their number.
+    """
     rows = []
     for target, frame in dict.fromkeys((p.target, p.frame) for p in points):
         here = [p for p in points if (p.target, p.frame, p.kind) == (target, frame, "attack")]

@@ -1,5 +1,4 @@
-"""Prompts that come with a chat template baked in: recognised by their markers and unwrapped into
-user content.
+"""Prompts that come with a chat template baked in, unwrapped into user content.
 
 Sent as they are they would stand inside the target's own template, which is another prompt than the
 tool meant.
@@ -53,8 +52,11 @@ MARKERS = re.compile(
 
 @dataclass(frozen=True)
 class Unwrapped:
-    """``form`` is the template's name, None where there was none or it could not be unwrapped
-    (``fault`` says so)."""
+    """A prompt without its template.
+
+    ``form`` is the template's name, None where there was none or it could not be unwrapped.
+    ``fault`` says why.
+    """
 
     content: str
     system: str | None = None
@@ -63,8 +65,10 @@ class Unwrapped:
 
 
 def unwrap(prompt: str) -> Unwrapped:
-    """User content (and system prompt) of a prompt; a prompt with markers of no known form is kept
-    as it is and marked."""
+    """User content, and system prompt, of a prompt.
+
+    A prompt with markers of no known form is kept as it is, and marked.
+    """
     if not MARKERS.search(prompt):
         return Unwrapped(prompt)
     for name, form in COMPILED.items():

@@ -37,8 +37,7 @@ def jailbreakbench(
     *,
     target: str | None,
 ) -> str:
-    """A JailbreakBench artifact file: one attack on one model, one prompt a behaviour, null where
-    there is none.
+    """A JailbreakBench artifact file: one attack on one model, one prompt per behaviour or null.
 
     Args:
         behaviours: those that were attacked; each gets an entry.

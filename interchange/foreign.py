@@ -1,5 +1,4 @@
-"""What a reader of another tool's file gives: prompts, and rows that are none, each with its place
-and the reason."""
+"""What a reader of another tool's file gives: prompts, and rejected rows with place and reason."""
 
 from __future__ import annotations
 
@@ -14,8 +13,11 @@ from core.errors import AttackPlaneError
 
 @dataclass(frozen=True)
 class Foreign:
-    """One prompt of another tool. ``place`` is a line, or an item of a JSON document; ``said`` is
-    what the tool said of it."""
+    """One prompt of another tool.
+
+    ``place`` is a line, or an item of a JSON document. ``said`` is what the tool said of the
+    prompt.
+    """
 
     place: str
     prompt: str
@@ -38,8 +40,10 @@ class Foreign:
 
 @dataclass(frozen=True)
 class Reject:
-    """A row that gives no artifact: where and why. ``kind`` is ``bad`` (malformed) or ``no_prompt``
-    (the tool found none)."""
+    """A row that gives no artifact: where and why.
+
+    ``kind`` is ``bad`` (malformed) or ``no_prompt`` (the tool found none).
+    """
 
     place: str
     reason: str
@@ -51,8 +55,10 @@ Found = Iterator[Foreign | Reject]
 
 @dataclass(frozen=True)
 class Hints:
-    """What a file does not say and the user does: the prompt that nanogcg's string belongs to,
-    attack, model, target."""
+    """What a file does not say and the user does.
+
+    ``prompt`` is the one that nanogcg's string belongs to.
+    """
 
     request: str | None = None
     model: str | None = None

@@ -1,5 +1,4 @@
-"""Other tools' prompts as artifacts of a run, row by row: memory does not grow with the file but
-for ids."""
+"""Other tools' prompts as artifacts of a run, row by row. Memory grows with the ids alone."""
 
 from __future__ import annotations
 
@@ -23,8 +22,10 @@ SHOWN = 10
 
 @dataclass
 class ImportResult:
-    """What came of a file. Every row of it is in exactly one count, and rejects are listed in
-    ``import_rejects.jsonl``."""
+    """What came of a file.
+
+    Every row of it is in exactly one count. Rejects are listed in ``import_rejects.jsonl``.
+    """
 
     imported: int = 0
     known: int = 0
@@ -154,8 +155,7 @@ class Behaviours:
         return self.by_id.get(record.behaviour_id or "")
 
     def add(self, record: Foreign, kind: str) -> Behaviour:
-        """A new behaviour, by the tool's id if it is free and by the request's hash if another
-        request has taken it."""
+        """A new behaviour, under the tool's id, or under the request's hash if that id is taken."""
         if record.request is None:
             raise AttackPlaneError(
                 "its request is not known",

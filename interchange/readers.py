@@ -1,5 +1,6 @@
-"""Readers of other tools' files, one a format: path and hints in, prompts and rejects out,
-streamed.
+"""Readers of other tools' files, one per format: path and hints in, prompts and rejects out.
+
+Files are read as a stream.
 
 Nothing is dropped in silence: what is no prompt comes out as a ``Reject`` with its place and
 reason.
@@ -35,8 +36,10 @@ NOTHING = {
 
 
 def harmbench(path: Path, hints: Hints) -> Found:
-    """HarmBench ``test_cases.json``: {behaviour id: [prompt, ...]}. The requests come from the
-    behaviours given beside it."""
+    """HarmBench ``test_cases.json``: {behaviour id: [prompt, ...]}.
+
+    The requests come from the behaviours that are given beside it.
+    """
     place = None
     for place, pair in json_items(path, "", pairs=True):
         if isinstance(pair, Reject):
@@ -105,8 +108,10 @@ def _messages(value: Any) -> list[tuple[str, str]]:
 
 
 def adversariallm(path: Path, hints: Hints) -> Found:
-    """AdversariaLLM ``run.json``: {"config", "runs": [{"original_prompt", "steps": [...]}]}; a
-    run's step with the lowest loss."""
+    """AdversariaLLM ``run.json``: the step with the lowest loss of each run.
+
+    {"config", "runs": [{"original_prompt", "steps": [...]}]}
+    """
     config = next((v for _, v in json_items(path, "config") if isinstance(v, dict)), {})
     place = None
     for place, run in json_items(path, "runs.item"):
@@ -178,8 +183,10 @@ def easyjailbreak(path: Path, hints: Hints) -> Found:
 
 
 def garak(path: Path, hints: Hints) -> Found:
-    """garak ``report.jsonl``: completed attempts. (The hit log holds only hits, so it gives no
-    rate: it is refused.)"""
+    """garak ``report.jsonl``: completed attempts.
+
+    The hit log is refused: it holds only hits, so it gives no rate.
+    """
     model, begun = None, {}
     for place, row in json_lines(path):
         if isinstance(row, Reject):

@@ -13,9 +13,12 @@ from interchange.foreign import Foreign, Found, Hints, Reject, json_items, json_
 
 
 def nanogcg(path: Path, hints: Hints) -> Found:
-    """nanoGCG's GCGResult as JSON, one or several. The prompt that it was run with is a hint;
-    ``{optim_str}`` marks the string's place in it, without the marker it follows directly, as in
-    nanoGCG (white space at its beginning belongs to it)."""
+    """nanoGCG's GCGResult as JSON, one or several.
+
+    The prompt that it was run with is a hint. ``{optim_str}`` marks the string's place in it.
+    Without the marker the string follows directly, as in nanoGCG; white space at its beginning
+    belongs to it.
+    """
     if not hints.request or not hints.model:
         raise AttackPlaneError(
             "a nanoGCG result says neither prompt nor model",
@@ -75,8 +78,9 @@ def objects(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
 
 
 def gcg_log(path: Path, hints: Hints) -> Found:
-    """Logs of llm-attacks, and of PyRIT's GCG which writes the same: {"params", "controls",
-    "losses", "tests"}; best by loss.
+    """Logs of llm-attacks, and of PyRIT's GCG which writes the same; the best string by loss.
+
+    {"params", "controls", "losses", "tests"}
 
     ``tests`` names the goals that each control was tried on, so that a log of one goal after
     another is told from a universal one.

@@ -1,5 +1,4 @@
-"""One model in front of the contrast set: prompts, the model's own replies, who was refused,
-residuals.
+"""One model in front of the contrast set: prompts, its own replies, who was refused, residuals.
 
 Everything is read when it is first asked for, and once: the directions stage and a study of the
 same model share one reading. Replies are kept in the run folder, as they were made; they are judged

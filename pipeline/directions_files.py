@@ -19,8 +19,7 @@ def directions_path(folder: Path, model: str, estimator: str) -> Path:
 
 
 def save_directions(directions: Directions, folder: Path, extra: dict[str, object]) -> Path:
-    """Write ``folder/directions/MODEL.ESTIMATOR.safetensors`` and its JSON; returns the path of the
-    tensors."""
+    """Write ``directions/MODEL.ESTIMATOR.safetensors`` and its JSON; returns the tensors' path."""
     path = directions_path(folder, directions.model, directions.estimator)
     tensors: dict[str, Tensor] = {n: getattr(directions, n) for n in Directions.TENSORS}
     tensors |= {f"statistics.{n}": t for n, t in directions.statistics.items()}

@@ -36,8 +36,11 @@ TRAJECTORIES = "plane_trajectories.jsonl"
 
 @dataclass(frozen=True)
 class PlaneConfig:
-    """``base``: model of the base frame (None: the first target). ``layer``: None is the base
-    model's best by layer score. ``anchors``: plain prompts that are drawn beside the attacks."""
+    """What is projected, and in which frame.
+
+    ``base`` is the model of the base frame, the first target if None. ``layer`` is the base model's
+    best if None. ``anchors`` are plain prompts that are drawn beside the attacks.
+    """
 
     base: str | None = None
     estimator: str = "harc"

@@ -1,5 +1,6 @@
-"""The claims as a picture: a row a check, a column a model; every estimate with its interval
-against its threshold.
+"""The claims as a picture: one row per check, one column per model.
+
+Every estimate stands with its interval against its threshold.
 
 Each cell has a scale of its own, centred on the threshold: the claimed side is right of the line,
 whatever the claim says.

@@ -1,5 +1,6 @@
-"""Effects of interventions as a picture: a row a model, a column an outcome, strength along x, a
-line a mode.
+"""Effects of interventions as a picture: one row per model, one column per outcome.
+
+Strength goes along x, and each mode is a line.
 
 Filled: the intervention with its 95 % interval (of the change from leaving the model alone);
 dashed: mean over the matched controls;

@@ -1,5 +1,7 @@
-"""Profiles over layers as a picture: a row a model; separation, cosines, criteria, reliability, and
-the field of positions."""
+"""Profiles over layers as a picture, one row per model.
+
+Columns: separation, cosines, criteria, reliability, and the field of positions.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The plane as one self-contained HTML page: choose target and frame, hover for the prompt, hide
-classes."""
+"""The plane as one HTML file: choose target and frame, hover for the prompt, hide classes."""
 
 from __future__ import annotations
 

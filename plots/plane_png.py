@@ -156,8 +156,7 @@ def _arrow(panel: Any, start: Any, end: Any, colour: str, width: float, alpha: f
 
 
 def ellipse_axes(covariance: list[list[float]]) -> tuple[float, float, float]:
-    """Full width and height (two standard deviations each) and angle in degrees of a covariance's
-    ellipse."""
+    """Full width, full height (two standard deviations each) and angle (degrees) of an ellipse."""
     (a, b), (_, d) = covariance
     middle, spread = (a + d) / 2, math.hypot((a - d) / 2, b)
     angle = math.degrees(0.5 * math.atan2(2 * b, a - d))

@@ -1,5 +1,4 @@
-"""One look for the picture and the page: colour and marker of each class, sizes, what a class is
-called."""
+"""One look for the picture and the page: each class's colour, marker, size and name."""
 
 from __future__ import annotations
 
@@ -53,8 +52,7 @@ def attack_names(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def class_styles(names: Sequence[str], markers: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each class: eight colours, and another marker each time they come
-    round."""
+    """Colour and marker of each class: eight colours, with another marker each time round."""
     n = len(COLOURS)
     return {
         name: (COLOURS[i % n], markers[(i + i // n) % len(markers)]) for i, name in enumerate(names)

@@ -1,5 +1,4 @@
-"""Trajectories on the plane: prompts along their optimisation (upper row, own frame), classes
-across checkpoints (lower row, base frame).
+"""Trajectories on the plane: prompts along their optimisation, classes across checkpoints.
 
 Upper row, a panel a target: each thin line is one prompt from its first snapshot (hollow) to its
 last (filled), the bold one the mean of an attack's prompts over five equal parts of their way.
@@ -24,8 +23,7 @@ NAME = "plane_trajectories.png"
 
 
 def draw(folder: Path) -> Path:
-    """Read ``plane_trajectories.jsonl`` and the plane's exports in ``folder``; write
-    ``plane_trajectories.png`` there."""
+    """Draw ``plane_trajectories.png`` from the rows and the plane's exports in ``folder``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -24,8 +24,10 @@ SWEEP = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
 
 @dataclass(frozen=True)
 class Plan:
-    """``layers``: None for the default of the operation, empty for all. ``limit``: prompts of each
-    label."""
+    """Which interventions are made.
+
+    ``layers``: None is the operation's default, empty is all. ``limit``: prompts of each label.
+    """
 
     modes: tuple[str, ...] = ("H", "R", "R-H")
     operation: str = "ablate"

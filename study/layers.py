@@ -1,5 +1,4 @@
-"""Directions at every position and layer of each model, how far they can be trusted, and which
-layer each criterion takes."""
+"""Directions at every position and layer: how far can they be trusted, and which layer is taken?"""
 
 from __future__ import annotations
 
@@ -91,8 +90,7 @@ def _generator(study: Study) -> torch.Generator:
 
 
 def _contrasts(study: Study) -> Iterator[tuple[str, str, Contrast]]:
-    """(kind, position, contrast): harmful against harmless, and refused against accepted where
-    there are enough of both."""
+    """(kind, position, contrast) of all contrasts that the model has enough prompts for."""
     for position in study.positions:
         yield "harmful - harmless", position, study.contrast("harm", position)
         by_reply = study.contrast("refusal", position)
@@ -101,8 +99,7 @@ def _contrasts(study: Study) -> Iterator[tuple[str, str, Contrast]]:
 
 
 def field_rows(study: Study) -> list[dict[str, Any]]:
-    """One row a kind, position and layer: length, held-out AUROC, stability, split-half
-    reliability, each with its null."""
+    """One row per kind, position and layer: length, AUROC, stability and reliability with nulls."""
     rows = []
     for kind, position, c in _contrasts(study):
         g, draws = _generator(study), study.config.resamples
@@ -272,8 +269,10 @@ def size_rows(study: Study) -> list[dict[str, Any]]:
 def across_rows(
     study: Study, other: str, theirs: tuple[Contrast, Contrast]
 ) -> list[dict[str, Any]]:
-    """Cosines of this model's harc directions with another's of equal width, layer by layer up to
-    the shallower one."""
+    """Cosines of this model's harc directions with those of another model of equal width.
+
+    They go layer by layer, up to the depth of the shallower one.
+    """
     if theirs[0].resid.shape[2] != study.loaded.d_model:
         return []
     rows = []

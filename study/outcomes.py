@@ -19,8 +19,9 @@ TOGETHER = 4
 def site_of(
     study: Study, layers: Sequence[int] | None, *, where: str = "all", operation: str = "ablate"
 ) -> tuple[Site, Any]:
-    """The best carriers as the vectors of interventions, those of other places as controls; and
-    what they depend on.
+    """The best carriers as the vectors of interventions, those of other places as controls.
+
+    Also returned: what they depend on.
 
     ``layers``: None is all layers for an ablation, the refusal carrier's own for steering. Steering
     strengths are in units of the refusal carrier's class difference.
@@ -56,8 +57,7 @@ def measure(
     tokens: int,
     made_from: Any,
 ) -> list[dict[str, Any]]:
-    """Outcome rows of behaviours under interventions and left alone, as ``geometry.effects`` reads
-    them.
+    """Outcome rows of behaviours under interventions and left alone, for ``geometry.effects``.
 
     ``made_from``: what the interventions' vectors depend on, besides the contrast set. Equal random
     controls of several modes are run once.

@@ -1,5 +1,4 @@
-"""What the model writes: its own replies, its replies under refusal ablation, and the response-side
-contrasts of both.
+"""What the model writes by itself and under refusal ablation, and the contrasts of both.
 
 Replies under ablation are harmful continuations in the sense of HARC 2607.00572. They stay in the
 run folder.
@@ -27,8 +26,9 @@ from study.study import Study
 
 @dataclass(frozen=True)
 class Responses:
-    """Response-side residuals: ``harmful`` continuations, ``refusal`` and ``benign`` replies stand
-    on the sides of contrasts.
+    """Response-side residuals of harmful continuations, refusals and benign replies.
+
+    They stand on the sides of contrasts.
 
     ``forced``: the refusals are our texts after the prompt, since the model's own are too few.
     """

@@ -217,8 +217,10 @@ class Study:
         return "harm" if self.estimator == "harc" else "refusal"
 
     def contrast(self, kind: str, position: str) -> Contrast:
-        """``harm``: harmful against harmless prompts at a position; ``refusal``: refused against
-        accepted ones."""
+        """The contrast of a kind at a position.
+
+        ``harm`` is harmful against harmless prompts, ``refusal`` is refused against accepted ones.
+        """
         sides = (
             (indices(self.harmful), indices(not h for h in self.harmful))
             if kind == "harm"
@@ -260,15 +262,19 @@ class Study:
 
     # --- carriers ---------------------------------------------------------------------------------
     def field(self, kind: str) -> dict[str, Contrast]:
-        """Contrasts that carriers are looked for in: H at t_inst, R at the template's tokens by
-        this study's estimator."""
+        """Contrasts that carriers are looked for in.
+
+        H is looked for at t_inst, R at the template's tokens by this study's estimator.
+        """
         if kind == "H":
             return {"t_inst": self.harmfulness}
         return {p: self.contrast(self.refusal_kind, p) for p in self.tail}
 
     def carriers(self, kind: str) -> list[Carrier]:
-        """Scored candidates of one field, best first; their vectors are made anew from the
-        residuals."""
+        """Scored candidates of one field, best first.
+
+        Their vectors are made anew from the residuals.
+        """
         if kind not in self._carriers:
             self._carriers[kind] = self._scored(kind)
         return self._carriers[kind]
@@ -297,8 +303,10 @@ class Study:
         ]
 
     def carrier(self, kind: str) -> Carrier:
-        """The best admissible carrier of a field, else the one with the lowest KL (``admissible``
-        says which)."""
+        """The best admissible carrier, else the one with the lowest KL.
+
+        ``admissible`` says which it is.
+        """
         return self.carriers(kind)[0]
 
     def place(self, carrier: Carrier) -> list[Any]:

@@ -25,8 +25,11 @@ from core.statistics import bootstrap_difference, bootstrap_mean
 
 @dataclass(frozen=True)
 class Check:
-    """``claimed`` is ``above`` or ``below`` the threshold. ``nulls``: what meaningless directions
-    or labels give."""
+    """One number against its threshold.
+
+    ``claimed`` is ``above`` or ``below`` it. ``nulls`` are what meaningless directions or labels
+    give.
+    """
 
     name: str
     value: float
@@ -55,8 +58,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim on one model. ``note`` says what the reader must know to read it, or why it could
-    not be measured."""
+    """One claim on one model.
+
+    ``note`` says what the reader must know, or why the claim could not be measured.
+    """
 
     number: int
     title: str
@@ -134,8 +139,10 @@ def mean_check(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Check:
-    """The mean of per-behaviour values with its percentile bootstrap interval; NaN and unclear
-    without values."""
+    """The mean of per-behaviour values with its bootstrap interval.
+
+    Without values it is unclear.
+    """
     array = np.asarray([v for v in values if math.isfinite(v)], dtype=np.float64)
     if not len(array):
         return Check(name, math.nan, math.nan, math.nan, threshold, claimed, unit, 0, nulls or {})

@@ -1,5 +1,4 @@
-"""Supervised fine-tuning to refuse: LoRA on refusals for harmful prompts, ordinary replies for
-harmless ones.
+"""Supervised fine-tuning to refuse: LoRA on refusals and on ordinary replies.
 
     loss = mean over reply tokens of the batch of -log p(token | prompt, reply so far)
 
@@ -40,8 +39,10 @@ STATE, LOSSES = "state.pt", "losses.csv"
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """Units: steps are optimiser steps, ``batch_size`` is sequences, ``max_tokens`` is tokens of a
-    sequence."""
+    """Settings of the training.
+
+    Steps are optimiser steps, ``batch_size`` is sequences, ``max_tokens`` is tokens of a sequence.
+    """
 
     num_steps: int = 500
     checkpoints: tuple[int, ...] = (50, 100, 250, 500)
@@ -76,16 +77,20 @@ class Example:
 
 
 def make_example(renderer: Renderer, request: str, reply: str, *, ended: bool = True) -> Example:
-    """Prompt and reply as the chat template writes them; with ``ended`` the end-of-turn token is
-    learnt too."""
+    """Prompt and reply as the chat template writes them.
+
+    With ``ended`` the end-of-turn token is learnt too.
+    """
     prompt = renderer.render(Conversation.build(request), reply)
     end = renderer.end_of_turn() if ended else ()
     return Example((*prompt.ids, *prompt.target_ids, *end), len(prompt.ids))
 
 
 def collate(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids (batch, tokens), attention mask, labels with -100 outside the replies; padded on the
-    right."""
+    """ids (batch, tokens), attention mask, labels with -100 outside the replies.
+
+    Rows are padded on the right.
+    """
     longest = max(len(e.ids) for e in examples)
     ids = torch.full((len(examples), longest), pad)
     labels = torch.full((len(examples), longest), -100)
@@ -126,8 +131,7 @@ def batches(n: int, size: int, seed: int) -> Iterator[list[int]]:
 
 
 def attention_projections(model: nn.Module) -> list[str]:
-    """Full names of the linear layers inside attention modules: q, k, v, o, or fused ones in
-    families that fuse."""
+    """Full names of the linear layers inside attention modules: q, k, v, o, or fused ones."""
     linear = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
     layers = [
         name
@@ -142,8 +146,7 @@ def attention_projections(model: nn.Module) -> list[str]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Dropout and LoRA initialisation draw from torch's global stream: seed it here, restore it
-    after."""
+    """Seed torch's global stream, which dropout and LoRA draw from, and restore it afterwards."""
     devices = list(range(torch.cuda.device_count()))
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -167,8 +170,8 @@ def train(
     """Train and return the checkpoint folders ``out/step-N``.
 
     Args:
-        refusals: (harmful request, refusal) pairs. harmless: requests, which get the base model's
-            own replies.
+        refusals: (harmful request, refusal) pairs.
+        harmless: requests, which get the base model's own replies.
     """
     parsed = parse_spec(spec)
     if parsed.adapter:

@@ -1,5 +1,6 @@
-"""What was sent to a target, compared with what the source model saw: so that "the transfer failed"
-is told from "another prompt was sent".
+"""What was sent to a target, compared with what the source model saw.
+
+So a failed transfer is told from another prompt being sent.
 
 A certificate holds, for one prompt on one target:
 

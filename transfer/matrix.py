@@ -1,5 +1,4 @@
-"""ASR by attack x source x target, with intervals, paired against the plain request of the same
-behaviours.
+"""ASR by attack, source and target, with intervals, paired against the plain request.
 
 The plain request is the same prompt whatever the source, so attacks without a source, and imported
 ones, are paired with any plain request of the behaviour on that target under the same system prompt
@@ -55,10 +54,11 @@ def matrix(
     targets: Sequence[str] = (),
     seed: int = 0,
 ) -> list[Cell]:
-    """Cells by target and source in order of first appearance, baselines first; several replies of
-    one behaviour in a cell are averaged first. ``expected`` is how many prompts each (attack,
-    source) should have, on each of ``targets`` and of those that have replays; what lacks is
-    missing."""
+    """Cells by target and source in order of first appearance, baselines first.
+
+    Several replies to one behaviour in a cell are averaged first. ``expected`` is how many prompts
+    each (attack, source) should have on each target; the others count as missing.
+    """
     expected = expected or {}
     rows: dict[Key, list[Replay]] = {}
     for replay in replays:
@@ -113,8 +113,10 @@ def matrix(
 def _plain_rates(
     rows: Mapping[Key, Sequence[Replay]],
 ) -> dict[tuple[str | None, str, Any, str], float]:
-    """Success of the plain request by (source or None for any, target, system prompt,
-    behaviour)."""
+    """Success of the plain request by (source, target, system prompt, behaviour).
+
+    None stands for any source.
+    """
     own: dict[tuple[str | None, str, Any, str], float] = {}
     for (attack, source, target), replays in rows.items():
         if attack == PLAIN:

@@ -1,5 +1,6 @@
-"""The half of the reference engine that runs in nanogcg's own environment (nanogcg 0.3.0,
-transformers 4.47.1).
+"""The half of the reference engine that runs in nanogcg's own environment.
+
+That is nanogcg 0.3.0 with transformers 4.47.1.
 
 A program, not a module of the suite: it imports nothing of ours. ``attacks/nanogcg_engine.py``
 starts it and talks to it in JSON lines; nanogcg's own messages go to stderr.

@@ -1,5 +1,4 @@
-"""A sweep's TOML file, read and checked: behaviours x attacks x sources x targets, and what
-follows.
+"""A sweep's TOML file, read and checked: behaviours x attacks x sources x targets.
 
 run = "runs/classes"
 sources = ["embedded"]                      # attacks that need a model are made on each

@@ -26,8 +26,11 @@ REFUSED = 5
 
 @dataclass(frozen=True)
 class Evidence:
-    """``artifacts``, ``replays`` and ``points`` (own frame) are of behaviours that no direction was
-    estimated on; they are there for claims that need attacks."""
+    """What a claim may look at.
+
+    ``artifacts``, ``replays`` and ``points`` (own frame) are of behaviours that no direction was
+    estimated on. They are there for claims that need attacks.
+    """
 
     study: Study
     artifacts: Sequence[AttackArtifact] = ()
@@ -36,8 +39,11 @@ class Evidence:
 
     @cached_property
     def interventions(self) -> list[dict[str, Any]]:
-        """Outcome rows: ablation of every mode at all layers on held-out harmful prompts, and
-        refusal added to held-out harmless ones, each with its controls."""
+        """Outcome rows of the interventions that claims share, each with its controls.
+
+        Every mode is ablated at all layers on held-out harmful prompts. Refusal is added to
+        held-out harmless ones.
+        """
         study = self.study
         ablate, made_from = site_of(study, None)
         seed, n = study.config.seed, study.config.controls
