@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.rows import Row
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -233,7 +235,7 @@ def replay(
     temperature: float = 0.0,
     seed: int = 0,
     on_progress: OnProgress | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Send prompts, verbatim, to a model; its replies and what the judges say.
 
     Args:
@@ -304,7 +306,7 @@ def project(
     jailbroken: Sequence[bool | None] | None = None,
     with_plain: bool = True,
     on_progress: OnProgress | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Where prompts lie on the (harmfulness, refusal) plane of a model.
 
     x is the projection of the residual at t_inst on the harmfulness direction, y that at
@@ -333,7 +335,7 @@ def project(
     return [point.to_row() for point in points if base or point.frame == "own"]
 
 
-def plot_plane(rows: Sequence[dict[str, Any]] | Any) -> Figure:
+def plot_plane(rows: Sequence[Row] | Any) -> Figure:
     """Draw rows of ``project``, or a frame of them, as a matplotlib figure."""
     from pipeline.in_memory import plane_figure
 

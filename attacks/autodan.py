@@ -24,6 +24,7 @@ from attacks.result import AttackResult, Search, scored_result
 from attacks.words import MARKER, read_seeds
 from attacks.workbench import Progress, Task, Workbench, stream_seed
 from core.records import AUTODAN_SEED, PLAIN, content_hash
+from core.rows import Row
 from core.settings import setting
 from evaluation.judges import Exchange, succeeded
 
@@ -102,7 +103,7 @@ def run(bench: Workbench, task: Task, config: AutoDANConfig) -> Iterator[AttackR
     )
 
 
-def identity(bench: Workbench, config: AutoDANConfig, name: str) -> dict[str, Any]:
+def identity(bench: Workbench, config: AutoDANConfig, name: str) -> Row:
     """The settings, with the seeds by their text and the mutator by its weights."""
     values = asdict(config)
     judge = values.pop("judge")

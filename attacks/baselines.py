@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from attacks.slot import SuffixSlot, slot_for
 from attacks.workbench import Task, Workbench, stream_seed
 from core.errors import AttackPlaneError
 from core.records import INITIAL_SUFFIX, PLAIN, RANDOM_SUFFIX
+from core.rows import Row
 from core.settings import check_settings, setting
 
 SUFFIX_BASELINES = "baselines"
@@ -97,7 +97,7 @@ def run(bench: Workbench, task: Task, config: SuffixBaselinesConfig) -> Iterator
             yield suffix_result(slot, task.behaviour, name, suffix_ids, system=system)
 
 
-def identity(bench: Workbench, config: SuffixBaselinesConfig, name: str) -> dict[str, Any]:
+def identity(bench: Workbench, config: SuffixBaselinesConfig, name: str) -> Row:
     """The plain request depends on the system prompt alone, whatever suffixes stand beside it."""
     values = asdict(config)
     del values["names"]

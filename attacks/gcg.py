@@ -18,6 +18,7 @@ from attacks.workbench import Progress, Task, Workbench, stream_seed
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.records import Behaviour
+from core.rows import Row
 
 log = logging.getLogger(__name__)
 NAME = "gcg"
@@ -95,7 +96,7 @@ def searched_result(
     return suffix_result(slot, behaviour, attack, state.best_ids, system=system, search=search)
 
 
-def identity(bench: Workbench, config: GCGConfig, name: str) -> dict[str, Any]:
+def identity(bench: Workbench, config: GCGConfig, name: str) -> Row:
     """The settings; a draft model by its weights."""
     values = asdict(config)
     if config.draft:

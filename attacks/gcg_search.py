@@ -27,7 +27,6 @@ import base64
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -35,6 +34,7 @@ from attacks.candidates import sample_candidates
 from attacks.protocols import Growth, SuffixLoss, SuffixPlace
 from attacks.selection import choose
 from core.errors import AttackPlaneError
+from core.rows import Row
 from core.settings import check_settings, setting
 
 
@@ -160,7 +160,7 @@ class GCGState:
             )
             self.momentum = values.view(len(self.suffix_ids), -1)
 
-    def to_row(self) -> dict[str, Any]:
+    def to_row(self) -> Row:
         row = dict(vars(self))
         if isinstance(self.momentum, torch.Tensor):
             row["momentum"] = base64.b64encode(self.momentum.cpu().numpy().tobytes()).decode()

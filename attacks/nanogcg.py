@@ -16,6 +16,7 @@ from attacks.slot import slot_for
 from attacks.workbench import Progress, Task, Workbench, stream_seed
 from core.errors import AttackPlaneError
 from core.records import nearest
+from core.rows import Row
 from core.settings import check_settings, setting
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ class NanoGCGConfig:
     stop_on_match: bool = setting(
         False, "Stop at a suffix after which greedy decoding gives the target."
     )
-    options: dict[str, Any] = setting(
+    options: Row = setting(
         {}, "Another field of nanogcg's GCGConfig, for example buffer_size=4.", flag="--option"
     )
 
@@ -51,7 +52,7 @@ class NanoGCGConfig:
                 )
 
 
-OURS_ALONE: dict[str, Any] = {
+OURS_ALONE: Row = {
     "stop_loss": 0.0,
     "momentum": 0.0,
     "screen": 0,
@@ -65,7 +66,7 @@ OURS_ALONE: dict[str, Any] = {
 """Settings that GCG's artifacts name and nanogcg does not have: part of the artifacts' identity."""
 
 
-def identity(bench: Workbench, config: NanoGCGConfig, name: str) -> dict[str, Any]:
+def identity(bench: Workbench, config: NanoGCGConfig, name: str) -> Row:
     """As GCG's, with nanogcg's own options beside it."""
     values = asdict(config)
     options = values.pop("options")
@@ -86,7 +87,7 @@ def run(bench: Workbench, task: Task, config: NanoGCGConfig) -> Iterator[AttackR
     kept: list[list[int]] = []
     losses: list[float] = []
 
-    def on_step(step: dict[str, Any]) -> None:
+    def on_step(step: Row) -> None:
         kept.append(step["kept"])
         losses.append(step["loss"])
         task.on_step(Progress(len(losses), config.num_steps, losses[-1], min(losses)))

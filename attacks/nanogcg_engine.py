@@ -38,6 +38,7 @@ from core.embedded import cache_folder
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.prompt import Conversation, Renderer
+from core.rows import Row
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def interpreter() -> Path:
     return python
 
 
-def older_config(config: dict[str, Any]) -> dict[str, Any]:
+def older_config(config: Row) -> Row:
     """A transformers 5 ``config.json`` as 4.47 reads it: rope settings at the top level,
     ``torch_dtype``."""
     older = dict(config)
@@ -119,12 +120,12 @@ class Reference:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
-    def ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, **request: Any) -> Row:
         """Send a request and read the next answer."""
         self._send(request)
         return self._read()
 
-    def _send(self, request: dict[str, Any]) -> None:
+    def _send(self, request: Row) -> None:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -132,7 +133,7 @@ class Reference:
         except BrokenPipeError:
             pass  # ``_read`` says what became of it
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> Row:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         answer = (
@@ -152,13 +153,13 @@ class Reference:
     def run(
         self,
         slot: SuffixSlot,
-        config: dict[str, Any],
+        config: Row,
         *,
         system: str | None = None,
-        on_step: Callable[[dict[str, Any]], None] = lambda step: None,
+        on_step: Callable[[Row], None] = lambda step: None,
         before_step: Callable[[], None] | None = None,
         torch_seed: int | None = None,
-    ) -> dict[str, Any]:
+    ) -> Row:
         """One behaviour: nanogcg's result, and the ids that it put around the suffix.
 
         Args:
@@ -267,17 +268,17 @@ def _check_agreement(engine: Reference, loaded: LoadedModel) -> None:
         )
 
 
-def scored_ids(result: dict[str, Any], suffix_ids: list[int]) -> tuple[int, ...]:
+def scored_ids(result: Row, suffix_ids: list[int]) -> tuple[int, ...]:
     """The whole sequence that nanogcg scored with this suffix, target included."""
     return (*result["before_ids"], *suffix_ids, *result["after_ids"], *result["target_ids"])
 
 
 def faults_of(
     engine: Reference,
-    result: dict[str, Any],
+    result: Row,
     scored: tuple[int, ...],
     faithful: bool,
-    options: dict[str, Any],
+    options: Row,
     tolerance: float,
 ) -> list[str]:
     """What is wrong with a result of nanogcg: the three faults above, each with its evidence.

@@ -22,7 +22,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from attacks.baselines import SUFFIX_BASELINES, SuffixBaselinesConfig
 from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
@@ -32,6 +31,7 @@ from core.chat import LocalChat, Message
 from core.errors import AttackPlaneError
 from core.prompt import Conversation
 from core.records import PLAIN, AttackArtifact, Behaviour
+from core.rows import Row
 from core.settings import check_settings, setting
 from evaluation.judges import DEFAULT_JUDGE, Exchange, succeeded
 
@@ -247,7 +247,7 @@ def run(bench: Workbench, task: Task, config: PAIRConfig) -> Iterator[AttackResu
     )
 
 
-def identity(bench: Workbench, config: PAIRConfig, name: str) -> dict[str, Any]:
+def identity(bench: Workbench, config: PAIRConfig, name: str) -> Row:
     """The settings, with helper models by their weights.
 
     The target as its own attacker is the same setting for every source model.

@@ -20,6 +20,7 @@ from core.errors import AttackPlaneError
 from core.models import ModelHandle
 from core.records import AttackArtifact, Behaviour, config_from_dict, content_hash, nearest
 from core.registry import Registry
+from core.rows import Row
 
 PAPER, QUICK = "paper", "quick"
 Key = tuple[str, str | None]
@@ -80,9 +81,7 @@ class Attack:
     sources: str = "none"
     needs_target: bool = False
     keys: Callable[[Config, Behaviour, Workbench], Sequence[Key]] | None = None
-    identity: Callable[[Workbench, Config, str], dict[str, Any]] = lambda bench, config, name: (
-        asdict(config)
-    )
+    identity: Callable[[Workbench, Config, str], Row] = lambda bench, config, name: asdict(config)
     baselines: Callable[[Config], Sequence[tuple[str, Config]]] = lambda config: ()
     steps: Callable[[Config], int] = lambda config: 1
     unit: str = "behaviour"

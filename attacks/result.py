@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from attacks.likelihood import plain_loss
 from attacks.slot import SuffixSlot
 from core.prompt import Conversation, Prompt, Renderer
 from core.records import NO_SOURCE, Behaviour
+from core.rows import Row
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class AttackResult:
     system_prompt: str | None = None
     faults: list[str] = field(default_factory=list)
     variant: str | None = None
-    rendering: dict[str, Any] | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
-    snapshots: list[dict[str, Any]] = field(default_factory=list)
+    rendering: Row | None = None
+    provenance: Row = field(default_factory=dict)
+    snapshots: list[Row] = field(default_factory=list)
 
     @property
     def losses(self) -> list[float]:
         """``loss_history`` by its short name."""
         return self.loss_history
 
-    def to_row(self) -> dict[str, Any]:
+    def to_row(self) -> Row:
         """A plain dictionary, as JSON and pandas take it."""
         return asdict(self)
 
 
-def rendering_of(renderer: Renderer, prompt: Prompt) -> dict[str, Any]:
+def rendering_of(renderer: Renderer, prompt: Prompt) -> Row:
     """What is kept of how a source model rendered a prompt, for the certificate of a replay."""
     return {
         "content_ids": list(prompt.ids[prompt.content.start : prompt.content.stop]),
@@ -89,7 +89,7 @@ def scored_result(
     suffix_ids: list[int] | None = None,
     variant: str | None = None,
     allow_trim: bool = False,
-    provenance: dict[str, Any] | None = None,
+    provenance: Row | None = None,
 ) -> AttackResult:
     """Render a prompt on its source model and score it.
 
@@ -129,7 +129,7 @@ def prompt_result(
     *,
     variant: str | None = None,
     system: str | None = None,
-    provenance: dict[str, Any] | None = None,
+    provenance: Row | None = None,
 ) -> AttackResult:
     """A prompt that no model's loss was computed for."""
     return AttackResult(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from attacks.baselines import PlainConfig
 from attacks.registry import ATTACKS, Attack, Key
@@ -23,6 +22,7 @@ from attacks.workbench import Task, Workbench, stream_seed
 from core.chat import ChatModel
 from core.errors import AttackPlaneError
 from core.records import PLAIN, Behaviour, content_hash
+from core.rows import Row
 from core.settings import check_settings, setting
 
 LEET = str.maketrans("aeiostAEIOST", "431057431057")
@@ -239,7 +239,7 @@ def run(bench: Workbench, task: Task, config: TemplatesConfig) -> Iterator[Attac
             if (name, variant_name) in task.there:
                 continue
             prompt = variant.wrapper.replace(MARKER, variant.encode(request))
-            rewritten: dict[str, Any] = {}
+            rewritten: Row = {}
             if mutator and variant.rewrite:
                 asked = variant.rewrite.replace(MARKER, request)
                 stream = (task.behaviour.behaviour_id, name, variant_name)
@@ -269,7 +269,7 @@ def keys(config: TemplatesConfig, behaviour: Behaviour, bench: Workbench) -> lis
     return [(name, v) for name in config.classes for v in variants_of(config, name)]
 
 
-def identity(bench: Workbench, config: TemplatesConfig, name: str) -> dict[str, Any]:
+def identity(bench: Workbench, config: TemplatesConfig, name: str) -> Row:
     """What one class's prompts depend on: its own wrappers, and who rewrites."""
     variants = variants_of(config, name).values()
     return {

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +39,7 @@ from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.prompt import Renderer
 from core.records import SEVERAL_SOURCES, Behaviour, content_hash
+from core.rows import Row
 from core.settings import setting
 
 UNIVERSAL = "gcg_universal"
@@ -177,7 +177,7 @@ def _same_vocabulary(sources: Sequence[LoadedModel]) -> None:
             )
 
 
-def identity(bench: Workbench, config: UniversalConfig, name: str) -> dict[str, Any]:
+def identity(bench: Workbench, config: UniversalConfig, name: str) -> Row:
     """GCG's settings and the requests that the suffix is optimised on."""
     values = asdict(config)
     del values["optimise_on"]

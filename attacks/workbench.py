@@ -20,6 +20,7 @@ from core.chat import ChatModel, open_chat
 from core.models import LoadedModel, ModelHandle, OpenModel
 from core.prompt import Renderer
 from core.records import Behaviour, content_hash
+from core.rows import Row
 from evaluation.judges import Judge, make_judge
 
 T = TypeVar("T")
@@ -33,9 +34,9 @@ def stream_seed(seed: int, *names: str) -> int:
 class States(Protocol):
     """Where a search in progress is kept, by name; what is loaded goes on to the bit."""
 
-    def load(self, name: str) -> dict[str, Any] | None: ...
+    def load(self, name: str) -> Row | None: ...
 
-    def save(self, name: str, state: Callable[[], dict[str, Any]]) -> None: ...
+    def save(self, name: str, state: Callable[[], Row]) -> None: ...
 
     def drop(self, name: str) -> None: ...
 
@@ -43,10 +44,10 @@ class States(Protocol):
 class NoStates:
     """Keeps nothing: for searches outside a run folder."""
 
-    def load(self, name: str) -> dict[str, Any] | None:
+    def load(self, name: str) -> Row | None:
         return None
 
-    def save(self, name: str, state: Callable[[], dict[str, Any]]) -> None:
+    def save(self, name: str, state: Callable[[], Row]) -> None:
         pass
 
     def drop(self, name: str) -> None:

@@ -31,11 +31,12 @@ from attacks.objective import TargetLoss
 from attacks.slot import default_slot
 from core.models import LoadedModel, load
 from core.prompt import Renderer
+from core.rows import Row
 from core.text import aligned
 from evaluation.behaviours import load_behaviours
 
 PLAIN, AGAIN = "gcg", "gcg again"
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, Row] = {
     PLAIN: {},
     AGAIN: {},
     "momentum 0.5": {"momentum": 0.5},
@@ -72,9 +73,9 @@ def search(
     behaviour: Any,
     seed: int,
     width: int,
-    options: dict[str, Any],
+    options: Row,
     seconds: float,
-) -> dict[str, Any]:
+) -> Row:
     """Best loss against time (seconds from the first step on) of one search."""
     slot = default_slot(
         Renderer(loaded),
@@ -128,7 +129,7 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(mean([math.log(v) for v in values]))
 
 
-def report(rows: list[dict[str, Any]]) -> str:
+def report(rows: list[Row]) -> str:
     by = {(r["variant"], r["behaviour"], r["seed"]): r for r in rows}
     behaviours = list(dict.fromkeys(r["behaviour"] for r in rows))
     seeds = sorted({r["seed"] for r in rows})
@@ -181,11 +182,11 @@ def report(rows: list[dict[str, Any]]) -> str:
     return aligned(lines)
 
 
-def sooner(variant: dict[str, Any], plain: dict[str, Any]) -> float:
+def sooner(variant: Row, plain: Row) -> float:
     """Plain's time to the worse of the two final losses over the variant's time to it."""
     goal = max(variant["losses"][-1], plain["losses"][-1])
 
-    def reached(row: dict[str, Any]) -> float:
+    def reached(row: Row) -> float:
         return next(t for t, x in zip(row["times"], row["losses"], strict=True) if x <= goal)
 
     return reached(plain) / reached(variant)

@@ -26,7 +26,6 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -48,6 +47,7 @@ from benchmarks.measure import (
 )
 from core.models import LoadedModel, load
 from core.prompt import Renderer
+from core.rows import Row
 from core.text import aligned
 from core.weights import DTYPES
 from evaluation.behaviours import load_behaviours
@@ -130,7 +130,7 @@ class Ours:
         winner, loss = self.objective.best(kept)
         return int((candidates == kept[winner]).all(1).nonzero()[0]), loss
 
-    def step(self, suffix: torch.Tensor, candidates: torch.Tensor | None) -> dict[str, Any]:
+    def step(self, suffix: torch.Tensor, candidates: torch.Tensor | None) -> Row:
         """One step by parts; scores ``candidates``, or its own where there are none."""
         device, objective = self.loaded.device, self.objective
         peak = matrix_peak(device, self.loaded.dtype)
@@ -164,9 +164,7 @@ class Ours:
         }
 
 
-def compare(
-    ours: Ours, theirs: dict[str, Any], row: dict[str, Any], candidates: torch.Tensor
-) -> float:
+def compare(ours: Ours, theirs: Row, row: Row, candidates: torch.Tensor) -> float:
     """Largest difference of the candidates' losses; refuses where it is more than rounding."""
     expected = torch.tensor(theirs["losses"])
     worst = float((ours.objective.losses(candidates) - expected).abs().max())
@@ -182,12 +180,12 @@ def compare(
     return worst
 
 
-def pairs_with_reference(ours: Ours, steps: int, batch_size: int | None) -> list[dict[str, Any]]:
+def pairs_with_reference(ours: Ours, steps: int, batch_size: int | None) -> list[Row]:
     """Steps of nanogcg, each followed by one of ours on the same suffix and candidates; the first
     pair warms up."""
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
 
-    def follow(theirs: dict[str, Any]) -> None:
+    def follow(theirs: Row) -> None:
         suffix, candidates = torch.tensor(theirs["suffix"]), torch.tensor(theirs["candidates"])
         row = ours.step(suffix, candidates)
         row["difference"] = compare(ours, theirs, row, candidates)
@@ -214,7 +212,7 @@ def pairs_with_reference(ours: Ours, steps: int, batch_size: int | None) -> list
     return rows[1:]
 
 
-def alone(ours: Ours, steps: int) -> list[dict[str, Any]]:
+def alone(ours: Ours, steps: int) -> list[Row]:
     suffix, rows = torch.tensor(ours.slot.initial_ids), []
     for _ in range(steps + 1):
         row = ours.step(suffix, None)
@@ -223,7 +221,7 @@ def alone(ours: Ours, steps: int) -> list[dict[str, Any]]:
     return rows[1:]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Medians by part, and what the scoring reached."""
     lines: list[tuple[str, ...]] = [("seconds", "nanogcg", "ours", "ratio")]
     for part in PARTS:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from core.models import LoadedModel, default_device
+from core.rows import Row
 
-RANDOM: dict[str, dict[str, Any]] = {
+RANDOM: dict[str, Row] = {
     "smollm2-135m": {
         "hidden_size": 576,
         "intermediate_size": 1536,

@@ -22,6 +22,7 @@ from commands.options import (
     open_model,
     quiet_libraries,
 )
+from core.rows import Row
 from core.settings import BELOW, CHOICES, FLAG, HELP, HIGH, LOW, default_of
 
 COMMON = (
@@ -137,7 +138,7 @@ def _setting_option(field: dataclasses.Field[Any], hint: Any, by_preset: bool) -
     if "[default:" not in text and default not in (None, (), {}) and kind is not bool:
         shown = ", ".join(default) if isinstance(default, tuple) else default
         text += " [default: by preset]" if by_preset else f" [default: {shown}]"
-    options: dict[str, Any] = {"help": text, "default": None, "show_default": False}
+    options: Row = {"help": text, "default": None, "show_default": False}
     flag = flag_of(field)
     if kind is bool:
         return click.option(flag, field.name, is_flag=True, **options)
@@ -169,7 +170,7 @@ def _type_of(kind: type[Any], metadata: Any) -> Any:
     return str
 
 
-def _json_pairs(pairs: tuple[str, ...]) -> dict[str, Any]:
+def _json_pairs(pairs: tuple[str, ...]) -> Row:
     """``("buffer_size=4",)`` -> {"buffer_size": 4}."""
     values = {}
     for pair in pairs:
@@ -182,7 +183,7 @@ def _json_pairs(pairs: tuple[str, ...]) -> dict[str, Any]:
     return values
 
 
-def given_settings(attack: Attack, options: dict[str, Any]) -> dict[str, Any]:
+def given_settings(attack: Attack, options: Row) -> Row:
     """The settings that were given on the command line."""
     hints = typing.get_type_hints(attack.config)
     values = {}
@@ -192,7 +193,7 @@ def given_settings(attack: Attack, options: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def run_attack(attack: Attack, common: dict[str, Any], options: dict[str, Any]) -> None:
+def run_attack(attack: Attack, common: Row, options: Row) -> None:
     """Attack the chosen behaviours, and print what came of it."""
     from commands.tables.attacks import attack_table, counts_line
     from pipeline.campaign import Plan, baseline_plans, campaign

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from commands.options import RUN
+from core.rows import Row
 
 
 @click.command()
@@ -43,7 +43,7 @@ def report(run: Path, attack: str | None, target: str | None, prompts: bool) -> 
             click.echo(f"{where}: {difference(r.certificate)}")
 
 
-def difference(certificate: dict[str, Any]) -> str:
+def difference(certificate: Row) -> str:
     """How what was sent differs from what the source saw."""
     trimmed = "white space around it was removed"
     what = certificate.get("fault") or ("other token ids" if certificate["verbatim"] else trimmed)

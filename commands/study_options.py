@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from commands.options import JUDGE, SEED, SYSTEM, default_run
+from core.rows import Row
 
 if TYPE_CHECKING:
     from study.study import StudyConfig
@@ -63,7 +64,7 @@ def study_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def study_config(options: dict[str, Any]) -> StudyConfig:
+def study_config(options: Row) -> StudyConfig:
     """Splits are those of the demonstration set; a file is taken whole. Takes its options out."""
     from pipeline.contrast_reading import CONTRAST_SPLITS, HELD_OUT_SPLITS, splits_of
     from study.study import StudyConfig

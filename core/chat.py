@@ -15,12 +15,13 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 from core.errors import AttackPlaneError
 from core.generate import complete
 from core.models import ModelHandle, OpenModel
 from core.prompt import Conversation, Renderer
+from core.rows import Row
 
 Message = tuple[str, str]
 """(role, content); roles are system, user and assistant."""
@@ -126,7 +127,7 @@ class ServerChat:
         with ThreadPoolExecutor(4) as pool:
             return list(pool.map(one, range(len(conversations)), conversations))
 
-    def _ask(self, body: dict[str, Any]) -> str:
+    def _ask(self, body: Row) -> str:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(
             f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers

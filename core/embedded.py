@@ -19,11 +19,11 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
 from core.errors import AttackPlaneError
+from core.rows import Row
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def convert_gguf(path: Path) -> Path:
         part = _made(root / f"{key}.part-{os.getpid()}")
         log.info("converting %s to safetensors (once)", path.name)
         try:
-            where: dict[str, Any] = {
+            where: Row = {
                 "pretrained_model_name_or_path": str(path.parent),
                 "gguf_file": path.name,
             }

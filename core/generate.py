@@ -12,6 +12,7 @@ from core.batching import BatchSize
 from core.models import LoadedModel
 from core.progress import bar as progress_bar
 from core.prompt import Renderer
+from core.rows import Row
 
 
 def complete(
@@ -73,7 +74,7 @@ def _generate(
     mask = torch.tensor(
         [[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=loaded.device
     )
-    options: dict[str, Any] = {"do_sample": False}
+    options: Row = {"do_sample": False}
     if temperature > 0:
         options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     config = GenerationConfig(

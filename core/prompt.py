@@ -20,12 +20,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from core.conversation import Conversation, Span
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.records import content_hash
+from core.rows import Row
 
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"
@@ -138,7 +138,7 @@ class Renderer:
         messages.append({"role": "user", "content": content})
         if reply is not None:
             messages.append({"role": "assistant", "content": reply})
-        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": reply is None}
+        options: Row = {"tokenize": False, "add_generation_prompt": reply is None}
         options["chat_template"] = self.template
         try:
             text = self.tokenizer.apply_chat_template(messages, **options, **FIXED)

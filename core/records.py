@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from core.errors import AttackPlaneError
+from core.rows import Row
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ def nearest(name: str, known: list[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
-def config_from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
+def config_from_dict(cls: type[T], values: Row, where: str) -> T:
     """Build a config dataclass; an unknown key is an error that names the nearest known one."""
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
@@ -68,11 +69,11 @@ def _require(condition: bool, what: str, record: Any, got: object) -> None:
 class Record:
     """Conversion to and from JSON rows, shared by the records that live in ``*.jsonl`` files."""
 
-    def to_row(self) -> dict[str, Any]:
+    def to_row(self) -> Row:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     @classmethod
-    def from_row(cls, row: dict[str, Any], where: str = "a row") -> Self:
+    def from_row(cls, row: Row, where: str = "a row") -> Self:
         version = row.get("schema_version", SCHEMA_VERSION)
         if version != SCHEMA_VERSION:
             raise AttackPlaneError(
@@ -167,9 +168,9 @@ class AttackArtifact(Record):
     system_prompt: str | None = None
     faults: list[str] = field(default_factory=list)
     variant: str | None = None
-    rendering: dict[str, Any] | None = None
-    provenance: dict[str, Any] = field(default_factory=dict)
-    snapshots: list[dict[str, Any]] = field(default_factory=list)
+    rendering: Row | None = None
+    provenance: Row = field(default_factory=dict)
+    snapshots: list[Row] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -219,7 +220,7 @@ class Replay(Record):
     judgements: dict[str, float | None]
     jailbroken: bool | None
     config_hash: str
-    certificate: dict[str, Any] = field(default_factory=dict)
+    certificate: Row = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
 
@@ -317,7 +318,7 @@ class Directions:
     harmless_t_post_inst: torch.Tensor
     sample_counts: dict[str, int]
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Row = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     TENSORS: ClassVar[tuple[str, ...]] = (

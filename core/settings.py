@@ -17,6 +17,7 @@ from typing import Any
 
 from core.errors import AttackPlaneError
 from core.records import nearest
+from core.rows import Row
 
 HELP, FLAG, LOW, HIGH, BELOW, CHOICES = "help", "flag", "low", "high", "below", "choices"
 
@@ -37,7 +38,7 @@ def setting(
         flag: the option's name on the command line, where it is not the field's. low, high:
             bounds that belong to the range. below: a bound that does not. choices: for strings.
     """
-    metadata: dict[str, Any] = {
+    metadata: Row = {
         HELP: help,
         FLAG: flag,
         LOW: low,

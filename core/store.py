@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from core.errors import AttackPlaneError
 from core.records import SCHEMA_VERSION, Behaviour, content_hash
+from core.rows import Row
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     os.replace(temporary, path)
 
 
-def read_rows(path: Path, *, repair: bool = False) -> list[dict[str, Any]]:
+def read_rows(path: Path, *, repair: bool = False) -> list[Row]:
     """All rows of a JSON lines file; [] if it does not exist.
 
     A last line without its newline is torn (the process died while writing it): it is left out with
@@ -62,7 +63,7 @@ def read_rows(path: Path, *, repair: bool = False) -> list[dict[str, Any]]:
             with open(path, "r+b") as file:
                 file.truncate(len(whole) + len(newline))
                 os.fsync(file.fileno())
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for number, line in enumerate(whole.split(b"\n") if newline else [], start=1):
         if not line.strip():
             continue
@@ -146,14 +147,14 @@ class RunFolder:
 
     # --- manifest ---------------------------------------------------------------------------------
     @property
-    def manifest(self) -> dict[str, Any]:
+    def manifest(self) -> Row:
         path = self.path / "manifest.json"
         if not path.exists():
             return {"schema_version": SCHEMA_VERSION, "stages": {}, "models": {}, "history": []}
         return json.loads(path.read_text())
 
     def begin_stage(
-        self, stage: str, settings: dict[str, Any], models: dict[str, str], *, derived: bool = False
+        self, stage: str, settings: Row, models: dict[str, str], *, derived: bool = False
     ) -> str:
         """Record a stage's settings and the identities of its models; returns the settings' hash.
 
@@ -200,7 +201,7 @@ class RunFolder:
         return content_hash(settings)
 
     # --- rows -------------------------------------------------------------------------------------
-    def rows(self, name: str) -> list[dict[str, Any]]:
+    def rows(self, name: str) -> list[Row]:
         return read_rows(self.path / name, repair=self._lock.is_locked)
 
     def each(self, name: str, key: str) -> Iterator[Any]:
@@ -214,12 +215,12 @@ class RunFolder:
                         yield json.loads(line)[key]
 
     @contextmanager
-    def appending(self, name: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    def appending(self, name: str) -> Iterator[Callable[[Row], None]]:
         """Append many rows at once: synced to disk every thousand rows and at the end."""
         with open(self.path / name, "a", encoding="utf-8") as file:
             count = 0
 
-            def add(row: dict[str, Any]) -> None:
+            def add(row: Row) -> None:
                 nonlocal count
                 file.write(json.dumps(row, separators=(",", ":")) + "\n")
                 count += 1
@@ -235,7 +236,7 @@ class RunFolder:
         if not count and (self.path / name).stat().st_size == 0:
             (self.path / name).unlink()
 
-    def append(self, name: str, row: dict[str, Any]) -> None:
+    def append(self, name: str, row: Row) -> None:
         """Append one row and sync it to disk."""
         with open(self.path / name, "a", encoding="utf-8") as file:
             with jsonlines.Writer(file, compact=True) as writer:
@@ -276,10 +277,10 @@ class RunFolder:
     def _state_path(self, name: str) -> Path:
         return self.path / "state" / f"{name}.json"
 
-    def save_state(self, name: str, state: dict[str, Any]) -> None:
+    def save_state(self, name: str, state: Row) -> None:
         write_atomically(self._state_path(name), json.dumps(state))
 
-    def load_state(self, name: str) -> dict[str, Any] | None:
+    def load_state(self, name: str) -> Row | None:
         path = self._state_path(name)
         return json.loads(path.read_text()) if path.exists() else None
 
@@ -292,7 +293,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:100]}... ({content_hash(value, 8)})"
 
 
-def environment_versions() -> dict[str, Any]:
+def environment_versions() -> Row:
     """Versions that a result depends on: Python, the main packages, this suite's git commit."""
     packages: dict[str, str | None] = {}
     for package in ("torch", "transformers", "tokenizers", "peft", "numpy"):

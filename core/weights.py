@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from core.embedded import convert_gguf, embedded_folder
 from core.errors import AttackPlaneError
+from core.rows import Row
 from core.specs import FORMS, ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -50,7 +51,7 @@ def load_base(spec: ModelSpec, device: torch.device) -> tuple[Any, Any]:
 
     folder = local_folder(spec)
     name = str(folder) if folder else spec.base
-    options: dict[str, Any] = {
+    options: Row = {
         "dtype": DTYPES[spec.dtype] if spec.dtype else default_dtype(device),
         "revision": spec.revision,
     }
@@ -103,7 +104,7 @@ def _unloadable(what: str, where: str, error: Exception) -> AttackPlaneError:
     return AttackPlaneError(f"cannot load the {what}", where=where, got=message, remedy=remedy)
 
 
-def _require_all_weights(report: dict[str, Any], where: str) -> None:
+def _require_all_weights(report: Row, where: str) -> None:
     """Refuse weights that do not fit, from transformers' own loading report."""
     faults = []
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -179,7 +180,7 @@ def load_classifier(name: str) -> tuple[Any, Any]:
     return model.eval().requires_grad_(False).to(default_device()), tokenizer
 
 
-def _four_bit(spec: ModelSpec, device: torch.device) -> dict[str, Any]:
+def _four_bit(spec: ModelSpec, device: torch.device) -> Row:
     from importlib.util import find_spec
 
     if device.type != "cuda" or find_spec("bitsandbytes") is None:

@@ -11,10 +11,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from core.errors import AttackPlaneError
 from core.records import LABELS, SPLITS, Behaviour, content_hash
+from core.rows import Row
 
 REQUEST_COLUMNS = (
     *("request", "goal", "behavior", "behaviour", "prompt"),
@@ -24,7 +24,7 @@ TARGET_COLUMNS = ("target", "target_string", "target_str")
 ID_COLUMNS = ("behaviour_id", "behaviorid", "behavior_id", "id")
 CATEGORY_COLUMNS = ("category", "semanticcategory", "type")
 
-Numbered = list[tuple[int, dict[str, Any]]]
+Numbered = list[tuple[int, Row]]
 
 
 def read_csv(text: str, path: Path) -> Numbered:
@@ -88,7 +88,7 @@ def read_txt(text: str, path: Path) -> Numbered:
 
 
 # --- rows to behaviours ---------------------------------------------------------------------------
-def _column(row: dict[str, Any], names: Sequence[str]) -> str | None:
+def _column(row: Row, names: Sequence[str]) -> str | None:
     """The row's own name of the first recognised column."""
     lowered = {str(key).strip().lower(): key for key in row}
     return next((lowered[name] for name in names if name in lowered), None)
@@ -127,7 +127,7 @@ def to_behaviours(
     return behaviours
 
 
-def _value(row: dict[str, Any], names: Sequence[str]) -> str | None:
+def _value(row: Row, names: Sequence[str]) -> str | None:
     """The text of the first recognised column; None where it is absent or empty."""
     column = _column(row, names)
     value = row[column] if column is not None else None
@@ -151,7 +151,7 @@ class _Rows:
     def fault(self, line: int, what: str) -> None:
         self.faults.append(f"{self.unit} {line}: {what}")
 
-    def read(self, line: int, row: dict[str, Any]) -> Behaviour | None:
+    def read(self, line: int, row: Row) -> Behaviour | None:
         """The behaviour of a row; None for a fault, or a duplicate that is merged."""
         request = row.get(self.request_column)
         if not isinstance(request, str) or not request.strip():

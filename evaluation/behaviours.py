@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from core.errors import AttackPlaneError
 from core.records import LABELS, SPLITS, Behaviour, nearest
+from core.rows import Row
 from evaluation.behaviour_rows import (
     read_csv,
     read_json,
@@ -34,10 +34,10 @@ class HubSet:
     path: str
     split: str
     config: str | None = None
-    label: str | Callable[[dict[str, Any]], str] = "harmful"
+    label: str | Callable[[Row], str] = "harmful"
 
 
-def _xstest_label(row: dict[str, Any]) -> str:
+def _xstest_label(row: Row) -> str:
     return (
         "harmful"
         if str(row.get("label", row.get("type", ""))).startswith(("unsafe", "contrast"))

@@ -43,6 +43,7 @@ from core.prefix import SharedPrefix, keeps_keys_and_values_only
 from core.progress import bar as progress_bar
 from core.prompt import Prompt
 from core.records import Activations
+from core.rows import Row
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ def read_residuals(loaded: LoadedModel, keep: Callable[[int, Tensor], None]) -> 
     """
 
     def before(layer: int) -> Any:
-        def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(_: Any, args: tuple[Any, ...], kwargs: Row) -> None:
             keep(layer, args[0] if args else kwargs["hidden_states"])
 
         return hook

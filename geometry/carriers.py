@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from torch import Tensor
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.prompt import Prompt
+from core.rows import Row
 from geometry.contrasts import Contrast, unit
 from geometry.interventions import ablation, steering
 from geometry.layers import DEPTH, MAX_KL, inner_layers
@@ -63,7 +63,7 @@ class Carrier:
     def score(self) -> float:
         return self.refuse + self.comply - self.kl
 
-    def to_row(self) -> dict[str, Any]:
+    def to_row(self) -> Row:
         row = asdict(self) | {"admissible": self.admissible, "score": self.score}
         del row["vector"]
         return row

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from core.records import PlanePoint
+from core.rows import Row
 from core.statistics import RESAMPLES, bootstrap_columns
 from geometry.plane import Nulls
 
@@ -18,7 +18,7 @@ def describe_classes(
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Centroid, spread and displacement of each class, per target and frame.
 
     The centroid has a bootstrap interval. The displacement is from the plain request.

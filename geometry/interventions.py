@@ -39,6 +39,7 @@ from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.prompt import Prompt
 from core.records import nearest
+from core.rows import Row
 from geometry.activations import span_of
 from geometry.contrasts import unit
 
@@ -282,7 +283,7 @@ def edited(loaded: LoadedModel, edits: Edits) -> Iterator[None]:
     handles = []
 
     def before(layer: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Row) -> Any:
             if args:
                 return (edits(layer, args[0]), *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": edits(layer, kwargs["hidden_states"])}

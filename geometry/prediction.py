@@ -22,11 +22,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
 from core.records import PLAIN, PlanePoint
+from core.rows import Row
 from core.statistics import auroc, cluster_rows, percentile_interval
 
 SCORES = ("H", "R", "H moved", "R moved", "both")
@@ -143,7 +143,7 @@ class _Judged:
 
 def success_prediction(
     points: Sequence[PlanePoint], *, draws: int = 200, resamples: int = 1000, seed: int = 0
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Rows (class or pooled) x score of the judged attack points of one target and frame."""
     judged = [
         p for p in points if p.kind == "attack" and p.attack != PLAIN and p.jailbroken is not None
@@ -184,7 +184,7 @@ def success_prediction(
 
 def centroid_distances(
     points: Sequence[PlanePoint], *, draws: int = 200, resamples: int = 1000, seed: int = 0
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Distance of every two classes' centroids on the plane, in units of the residual.
 
     It is measured over the behaviours that both have.

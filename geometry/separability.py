@@ -16,11 +16,11 @@ Interval: percentile bootstrap over behaviours of the held-out predictions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from core.records import PLAIN, PlanePoint
+from core.rows import Row
 from core.statistics import cluster_rows, percentile_interval, permutation_p
 
 FOLDS = 10
@@ -58,7 +58,7 @@ def balanced_accuracy(labels: np.ndarray, predicted: np.ndarray, classes: int) -
 
 def separability(
     points: Sequence[PlanePoint], *, draws: int = 200, resamples: int = 1000, seed: int = 0
-) -> dict[str, Any] | None:
+) -> Row | None:
     """Held-out accuracy of telling the classes of these points apart.
 
     None with fewer than two classes or three behaviours.
@@ -99,7 +99,7 @@ def separability(
     }
 
 
-def separabilities(points: Sequence[PlanePoint]) -> list[dict[str, Any]]:
+def separabilities(points: Sequence[PlanePoint]) -> list[Row]:
     """All classes against each other, and each against the plain request, per target and frame.
 
     The field ``against`` says which. Each row has one p-value, not corrected for their number.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from core.errors import AttackPlaneError
 from core.records import AttackArtifact, Behaviour
+from core.rows import Row
 
 
 def without_system_prompts(artifacts: Sequence[AttackArtifact]) -> None:
@@ -89,7 +89,7 @@ def jailbreakbench(
         )
     successes = sum(bool(verdicts.get(a.artifact_id)) for a in artifacts)
     judged = [verdicts.get(a.artifact_id) is not None for a in artifacts]
-    parameters: dict[str, Any] = {
+    parameters: Row = {
         "method": first.attack,
         "model": target or first.source_model,
         "attack_type": "white_box" if first.loss is not None else "black_box",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
+from core.rows import Row
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Foreign:
     prompt_ids: list[int] | None = None
     variant: str | None = None
     faults: list[str] = field(default_factory=list)
-    said: dict[str, Any] = field(default_factory=dict)
+    said: Row = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def check_encoding(path: Path) -> None:
         )
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
+def json_lines(path: Path) -> Iterator[tuple[str, Row | Reject]]:
     """(place, object or reject) of each line that is not empty, one line in memory at a time."""
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):

@@ -7,10 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from core.errors import AttackPlaneError
 from core.records import NO_SOURCE, AttackArtifact, Behaviour, content_hash
+from core.rows import Row
 from core.store import ATTACKS, BEHAVIOURS, RunFolder, write_atomically
 from interchange.chat_templates import unwrap
 from interchange.foreign import Foreign, Hints, Reject
@@ -185,7 +185,7 @@ def _artifact(
     attack = slug(hints.attack or record.attack or kind)
     system = record.system or inner.system
     faults = [*record.faults, *([inner.fault] if inner.fault else [])]
-    said: dict[str, Any] = {"format": kind, "file": path.name, "place": record.place, **record.said}
+    said: Row = {"format": kind, "file": path.name, "place": record.place, **record.said}
     if inner.form:
         result.unwrapped[inner.form] = result.unwrapped.get(inner.form, 0) + 1
         said["unwrapped"] = inner.form

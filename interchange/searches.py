@@ -6,9 +6,9 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from core.errors import AttackPlaneError
+from core.rows import Row
 from interchange.foreign import Foreign, Found, Hints, Reject, json_items, json_lines
 
 
@@ -60,7 +60,7 @@ def nanogcg(path: Path, hints: Hints) -> Found:
         )
 
 
-def objects(path: Path) -> Iterator[tuple[str, dict[str, Any] | Reject]]:
+def objects(path: Path) -> Iterator[tuple[str, Row | Reject]]:
     """The object, the list's objects, or the lines' objects of a file."""
     with open(path, "rb") as file:
         first = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
 
+from core.rows import Row
 from interchange.foreign import Foreign, Found, Hints, Reject, json_lines
 
 
-def text_of(row: dict[str, Any], *names: str) -> str | None:
+def text_of(row: Row, *names: str) -> str | None:
     """The first of these fields that holds text; case does not matter."""
     lower = {str(key).lower().strip(): value for key, value in row.items()}
     return next((v for name in names if isinstance(v := lower.get(name), str) and v.strip()), None)
@@ -27,11 +27,11 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _plain_row(place: str, row: dict[str, Any]) -> Foreign | Reject:
+def _plain_row(place: str, row: Row) -> Foreign | Reject:
     prompt = text_of(row, "prompt", "jailbreak_prompt", "attack_prompt", "adversarial_prompt")
     if prompt is None:
         return Reject(place, f"no text under prompt (columns: {', '.join(map(str, row))[:80]})")
-    fields: dict[str, Any] = {field: text_of(row, *names) for field, names in COLUMNS.items()}
+    fields: Row = {field: text_of(row, *names) for field, names in COLUMNS.items()}
     fields["category"] = fields["category"] or ""
     if fields["suffix"] and fields["suffix"] not in prompt:
         fields["suffix"] = None

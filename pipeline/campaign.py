@@ -24,6 +24,7 @@ from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
 from core.progress import bar as progress_bar
 from core.records import PLAIN, AttackArtifact, Behaviour, content_hash
+from core.rows import Row
 from core.store import ATTACKS as ATTACKS_FILE
 from core.store import RunFolder
 
@@ -118,10 +119,10 @@ class RunStates:
     def __init__(self, run: RunFolder) -> None:
         self._run = run
 
-    def load(self, name: str) -> dict[str, Any] | None:
+    def load(self, name: str) -> Row | None:
         return self._run.load_state(name)
 
-    def save(self, name: str, state: Callable[[], dict[str, Any]]) -> None:
+    def save(self, name: str, state: Callable[[], Row]) -> None:
         self._run.save_state(name, state())
 
     def drop(self, name: str) -> None:
@@ -142,7 +143,7 @@ class Cells:
     def keys(self, behaviour: Behaviour) -> Sequence[Key]:
         return self.plan.attack.keys_of(self.plan.config, behaviour, self.bench)
 
-    def identity(self, name: str) -> dict[str, Any]:
+    def identity(self, name: str) -> Row:
         """What the artifacts of one name depend on, besides request, source model and seed."""
         return self.bench.once(
             ("identity", name),
@@ -239,7 +240,7 @@ class Cells:
         wanted = [i for b in behaviours for i in self.ids(b)]
         return [AttackArtifact.from_row(done[i]) for i in wanted if i in done]
 
-    def _attack_one(self, behaviour: Behaviour, bar: Any, done: dict[str, Any]) -> None:
+    def _attack_one(self, behaviour: Behaviour, bar: Any, done: Row) -> None:
         """Make what lacks of one behaviour, and append it to the run."""
         start, steps = bar.n, self.plan.attack.steps(self.plan.config)
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
 
 from core.generate import complete
 from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Prompt, Renderer
 from core.records import Activations, Behaviour, content_hash
+from core.rows import Row
 from core.store import RunFolder
 from evaluation.behaviours import DEMONSTRATION, load_behaviours
 from evaluation.judges import DEFAULT_JUDGE, Exchange, make_judge, refusals
@@ -44,12 +44,12 @@ class DirectionsConfig:
     system_prompt: str | None = None
     judge: str = DEFAULT_JUDGE
 
-    def to_settings(self) -> dict[str, Any]:
+    def to_settings(self) -> Row:
         """For a run's manifest. Runs from before there were judges name none."""
         return without_default_judge(asdict(self))
 
 
-def without_default_judge(settings: dict[str, Any]) -> dict[str, Any]:
+def without_default_judge(settings: Row) -> Row:
     return {k: v for k, v in settings.items() if (k, v) != ("judge", DEFAULT_JUDGE)}
 
 

@@ -22,6 +22,7 @@ from core.models import LoadedModel, evaluating, handle_of
 from core.progress import OnProgress, reporting
 from core.prompt import Conversation, Prompt, Renderer
 from core.records import PLAIN, AttackArtifact, Behaviour, Directions, PlanePoint
+from core.rows import Row
 from evaluation.judges import Exchange, Judge, make_judge, refusals
 from geometry.activations import collect
 from geometry.classes import describe_classes
@@ -210,7 +211,7 @@ def replayed(
     judges: Sequence[str | Judge] | str,
     config: ReplayConfig,
     on_progress: OnProgress | None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """One row per prompt, in their order: the reply and what the judges say."""
     specs = [judges] if isinstance(judges, str) else judges
     made = [judge_of(judge) for judge in specs]

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
 from core.prompt import Conversation, Prompt, Renderer
 from core.records import AttackArtifact, Behaviour, Directions, PlanePoint, content_hash
+from core.rows import Row
 from core.specs import short_spec
 from core.store import RunFolder, write_atomically
 from evaluation.behaviours import DEMONSTRATION, load_behaviours
@@ -97,7 +97,7 @@ class PlaneStage:
         self.infos = prompt_infos(run, self.artifacts, self.anchors)
         self.points: list[PlanePoint] = []
         self.nulls: Nulls = {}
-        self.trajectories: list[dict[str, Any]] = []
+        self.trajectories: list[Row] = []
 
     def _directions(self, spec: str) -> Directions:
         return load_directions(self.run.path, spec, self.config.estimator)

@@ -6,9 +6,9 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from core.records import PlanePoint
+from core.rows import Row
 from core.store import PLANE, write_atomically
 from geometry.classes import describe_classes
 from geometry.plane import Nulls
@@ -30,7 +30,7 @@ def by_panel(points: Sequence[PlanePoint]) -> list[list[PlanePoint]]:
     return list(panels.values())
 
 
-def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+def as_csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -38,7 +38,7 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def as_parquet(rows: Sequence[dict[str, Any]]) -> bytes:
+def as_parquet(rows: Sequence[Row]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

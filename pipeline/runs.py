@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from core.records import AttackArtifact, Replay
+from core.rows import Row
 from core.specs import parse_spec
 from core.store import ATTACKS, REPLAYS, RunFolder, write_atomically
 
@@ -32,7 +32,7 @@ def check_specs(specs: Sequence[str]) -> None:
         parse_spec(spec)
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+def write_rows(path: Path, rows: Iterable[Row]) -> Path:
     """Write JSON lines in place of an earlier file."""
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path

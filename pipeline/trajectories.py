@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from core.errors import AttackPlaneError
 from core.prompt import Conversation, Prompt, Renderer
 from core.records import AttackArtifact, Directions
+from core.rows import Row
 from geometry.activations import collect
 from geometry.plane import project
 
@@ -15,7 +15,7 @@ SNAPSHOTS = 12
 """Most prompts of one optimisation that are projected."""
 
 
-def _chosen(artifacts: Sequence[AttackArtifact]) -> list[tuple[AttackArtifact, dict[str, Any]]]:
+def _chosen(artifacts: Sequence[AttackArtifact]) -> list[tuple[AttackArtifact, Row]]:
     """At most ``SNAPSHOTS`` of each artifact's snapshots, evenly spaced."""
     chosen = []
     for a in artifacts:
@@ -30,7 +30,7 @@ def trajectory_rows(
     artifacts: Sequence[AttackArtifact],
     frames: Mapping[str, Directions],
     layer: int,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """One row per snapshot and frame: step, loss, and its place (x, y) on the plane."""
     prompts: list[Prompt] = []
     snapshots = []

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
+from core.rows import Row
 from core.specs import short_spec
 from core.store import read_rows
 
@@ -80,7 +81,7 @@ def draw(folder: Path) -> Path:
     return path
 
 
-def _cell(axis: Any, line: int, check: dict[str, Any], applicable: bool) -> None:
+def _cell(axis: Any, line: int, check: Row, applicable: bool) -> None:
     if not all(
         isinstance(check[k], int | float) and math.isfinite(check[k])
         for k in ("value", "low", "high", "threshold")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
+from core.rows import Row
 from core.specs import short_spec
 from core.store import read_rows
 from plots.style import COLOURS, MARKERS
@@ -62,7 +63,7 @@ def draw(folder: Path) -> Path:
     return path
 
 
-def _panel(axis: Any, rows: list[dict[str, Any]], modes: list[str]) -> None:
+def _panel(axis: Any, rows: list[Row], modes: list[str]) -> None:
     if rows:
         axis.axhline(rows[0]["alone"], color="#999999", linewidth=1)
     offset = 0.03 * (max([abs(r["strength"]) for r in rows], default=1) or 1)

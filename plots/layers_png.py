@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
+from core.rows import Row
 from core.specs import short_spec
 from core.store import read_rows
 from plots.style import COLOURS
@@ -49,7 +50,7 @@ def draw(folder: Path) -> Path:
     return path
 
 
-def _separation(axis: Any, rows: list[dict[str, Any]]) -> None:
+def _separation(axis: Any, rows: list[Row]) -> None:
     n = 0
     for kind, positions in SHOWN.items():
         for position in positions:
@@ -66,7 +67,7 @@ def _separation(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.legend(fontsize=7, loc="lower right")
 
 
-def _cosines(axis: Any, rows: list[dict[str, Any]]) -> None:
+def _cosines(axis: Any, rows: list[Row]) -> None:
     x = [r["layer"] for r in rows]
     for n, name in enumerate(rows[0]["cosines"]):
         c, colour = [r["cosines"][name] for r in rows], COLOURS[n]
@@ -82,7 +83,7 @@ def _cosines(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.legend(fontsize=6.5, loc="lower left", ncol=2)
 
 
-def _criteria(axis: Any, rows: list[dict[str, Any]], chosen: dict[str, int | None]) -> None:
+def _criteria(axis: Any, rows: list[Row], chosen: dict[str, int | None]) -> None:
     for n, name in enumerate(rows[0]["scores"]):
         known = [(r["layer"], r["scores"][name]) for r in rows if r["scores"][name] is not None]
         largest = max((abs(v) for _, v in known), default=0) or 1
@@ -117,7 +118,7 @@ def _criteria(axis: Any, rows: list[dict[str, Any]], chosen: dict[str, int | Non
     axis.legend(fontsize=6.5, loc="upper left")
 
 
-def _reliability(axis: Any, rows: list[dict[str, Any]]) -> None:
+def _reliability(axis: Any, rows: list[Row]) -> None:
     for n, name in enumerate(dict.fromkeys(r["direction"] for r in rows)):
         here = [r for r in rows if r["direction"] == name]
         x = [r["n"] for r in here]
@@ -137,7 +138,7 @@ def _reliability(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.legend(fontsize=7, loc="lower right")
 
 
-def _field(figure: Any, axis: Any, rows: list[dict[str, Any]]) -> None:
+def _field(figure: Any, axis: Any, rows: list[Row]) -> None:
     here = [r for r in rows if r["kind"] == "harmful - harmless"]
     positions = list(dict.fromkeys(r["position"] for r in here))
     grid = [[r["auroc"] for r in here if r["position"] == p] for p in positions]

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from core.rows import Row
 from core.specs import short_spec
 from core.store import ATTACKS, BEHAVIOURS, read_rows
 from plots.plane_png import FRAMES, ellipse_axes
@@ -42,7 +43,7 @@ def draw(folder: Path) -> Path:
             trace.visible = view == views[0]
             figure.add_trace(trace)
             owners.append(view)
-    buttons: list[dict[str, Any]] = []
+    buttons: list[Row] = []
     for view in views:
         first = next(r for r in rows if (r["target"], r["frame"]) == view)
         title = _title(first)
@@ -73,7 +74,7 @@ def draw(folder: Path) -> Path:
     return path
 
 
-def _title(row: dict[str, Any]) -> str:
+def _title(row: Row) -> str:
     return (
         f"Attack plane of {html.escape(short_spec(row['target']))}, {row['frame']} frame, layer "
         f"{row['layer']}"
@@ -84,8 +85,8 @@ def _title(row: dict[str, Any]) -> str:
 
 
 def _traces(
-    rows: list[dict[str, Any]],
-    classes: list[dict[str, Any]],
+    rows: list[Row],
+    classes: list[Row],
     style: dict[str, tuple[str, str]],
     prompts: dict[str, str],
 ) -> list[Any]:
@@ -178,7 +179,7 @@ def _outline(
     return x, y
 
 
-def _hover(row: dict[str, Any], prompts: dict[str, str]) -> str:
+def _hover(row: Row, prompts: dict[str, str]) -> str:
     prompt = prompts.get(row["prompt_id"], "")
     lines = [html.escape(prompt[i : i + 80]) for i in range(0, len(prompt), 80)]
     verdict = {True: "jailbroken", False: "not jailbroken", None: "not judged"}[row["jailbroken"]]

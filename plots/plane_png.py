@@ -12,6 +12,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from core.rows import Row
 from core.specs import short_spec
 from plots.style import (
     ANCHORS,
@@ -40,7 +41,7 @@ def draw(folder: Path) -> Path:
     return path
 
 
-def figure_of(rows: list[dict[str, Any]], classes: list[dict[str, Any]]) -> Figure:
+def figure_of(rows: list[Row], classes: list[Row]) -> Figure:
     """The picture of plane rows and their class rows: one column per target, one row per frame."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -70,7 +71,7 @@ def figure_of(rows: list[dict[str, Any]], classes: list[dict[str, Any]]) -> Figu
     return figure
 
 
-def _title(row: dict[str, Any]) -> str:
+def _title(row: Row) -> str:
     cosines = f"H {row['cos_base_own_harmfulness']:.2f} R {row['cos_base_own_refusal']:.2f}"
     where = f"{row['frame']} frame, layer {row['layer']}"
     return f"{short_spec(row['target'])}\n{where}, cos(base, own) {cosines}"
@@ -91,15 +92,15 @@ def _legend(style: dict[str, tuple[str, str]], present: set[str]) -> list[Any]:
         ("not judged", {"marker": "o", "markerfacecolor": NOT_JUDGED}),
         ("from plain to attacked", {"marker": r"$\rightarrow$", "markersize": 11}),
     ):
-        options: dict[str, Any] = {"color": "#555555", "linestyle": "", "label": label}
+        options: Row = {"color": "#555555", "linestyle": "", "label": label}
         handles.append(Line2D([], [], **(options | look)))
     return handles
 
 
 def _panel(
     panel: Any,
-    rows: list[dict[str, Any]],
-    classes: list[dict[str, Any]],
+    rows: list[Row],
+    classes: list[Row],
     style: dict[str, tuple[str, str]],
     names: list[str],
 ) -> None:

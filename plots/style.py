@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from core.errors import AttackPlaneError
 from core.records import BASELINES
+from core.rows import Row
 from core.store import read_rows
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
@@ -33,7 +33,7 @@ NOT_JUDGED = "#bbbbbb"
 PLOTLY_ANCHORS = {"x": "x-thin", "+": "cross-thin", "1": "y-down"}
 
 
-def read_exports(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def read_exports(folder: Path) -> tuple[list[Row], list[Row]]:
     """Rows of plane.jsonl and plane_classes.jsonl."""
     rows, classes = read_rows(folder / "plane.jsonl"), read_rows(folder / "plane_classes.jsonl")
     if not rows:
@@ -45,7 +45,7 @@ def read_exports(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any
     return rows, classes
 
 
-def attack_names(rows: Sequence[dict[str, Any]]) -> list[str]:
+def attack_names(rows: Sequence[Row]) -> list[str]:
     """Names of the attack classes, optimised ones first, in order of appearance."""
     attacks = {r["class_name"]: r["attack"] for r in rows if r["kind"] == "attack"}
     return sorted(attacks, key=lambda name: attacks[name] in BASELINES)
@@ -59,14 +59,12 @@ def class_styles(names: Sequence[str], markers: Sequence[str]) -> dict[str, tupl
     }
 
 
-def centres_of(
-    classes: Sequence[dict[str, Any]], target: str, frame: str
-) -> dict[str, dict[str, Any]]:
+def centres_of(classes: Sequence[Row], target: str, frame: str) -> dict[str, Row]:
     """Class rows of one panel by class name."""
     return {c["class"]: c for c in classes if (c["target"], c["frame"]) == (target, frame)}
 
 
-def centre_start(centre: dict[str, Any]) -> tuple[float, float] | None:
+def centre_start(centre: Row) -> tuple[float, float] | None:
     """Where a class's mean displacement from the plain requests begins."""
     if not centre["displacement"]:
         return None

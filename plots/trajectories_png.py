@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from core.errors import AttackPlaneError
+from core.rows import Row
 from core.specs import short_spec
 from core.store import read_rows
 from plots.style import MARKERS, attack_names, class_styles, read_exports
@@ -61,7 +62,7 @@ def draw(folder: Path) -> Path:
     return path
 
 
-def _optimisation(axis: Any, rows: list[dict[str, Any]], attack: str, colour: str) -> None:
+def _optimisation(axis: Any, rows: list[Row], attack: str, colour: str) -> None:
     ways = []
     for artifact in dict.fromkeys(r["artifact_id"] for r in rows):
         way = sorted((r for r in rows if r["artifact_id"] == artifact), key=lambda r: r["step"])
@@ -83,7 +84,7 @@ def _optimisation(axis: Any, rows: list[dict[str, Any]], attack: str, colour: st
         )
 
 
-def _checkpoints(axis: Any, classes: list[dict[str, Any]], names: list[str]) -> None:
+def _checkpoints(axis: Any, classes: list[Row], names: list[str]) -> None:
     style = class_styles(names, MARKERS)
     for name in names:
         way = [c for c in classes if (c["class"], c["frame"]) == (name, "base")]

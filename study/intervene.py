@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
+from core.rows import Row
 from core.store import RunFolder
 from geometry.controls import design
 from geometry.effects import summary
@@ -43,7 +43,7 @@ class Plan:
 class InterveneResult:
     """Effects (rows of ``SUMMARY``), files, and the carriers that were used, in words."""
 
-    effects: list[dict[str, Any]]
+    effects: list[Row]
     files: list[Path]
     notes: list[str]
 
@@ -58,7 +58,7 @@ def intervene(
 ) -> InterveneResult:
     """Run the plan on every model, and write rows, effects and picture."""
     check_specs(specs)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     notes: list[str] = []
     with RunFolder(path) as run:
         settings = asdict(config) | {"plan": asdict(plan)}
@@ -76,7 +76,7 @@ def intervene(
     return InterveneResult(effects, [*files, interventions_png.draw(path)], notes)
 
 
-def of_model(study: Study, plan: Plan, notes: list[str]) -> list[dict[str, Any]]:
+def of_model(study: Study, plan: Plan, notes: list[str]) -> list[Row]:
     """Outcome rows of one model; what should be told is added to ``notes``."""
     every = tuple(range(study.loaded.n_layers + 1))
     layers = every if plan.layers == () else plan.layers
@@ -109,7 +109,7 @@ def of_model(study: Study, plan: Plan, notes: list[str]) -> list[dict[str, Any]]
             seed=study.config.seed,
         )
     ]
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for behaviours in held_out.values():
         rows += measure(study, edits, behaviours, plan.max_new_tokens, made_from)
     return rows

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
+from core.rows import Row
 from core.statistics import auroc
 from core.store import RunFolder
 from geometry.carriers import candidates, scored
@@ -45,7 +45,7 @@ ARDITI_PROMPTS = 8
 class LayersResult:
     """Rows by file name (``FIELD``, ``PROFILE``, ``SELECTION``, ``SIZES``, ``ACROSS``)."""
 
-    rows: dict[str, list[dict[str, Any]]]
+    rows: dict[str, list[Row]]
     files: list[Path]
 
 
@@ -59,7 +59,7 @@ def layers(
     """Measure every model, write ``layers_*.jsonl`` and ``layers.png``."""
     check_specs(specs)
     names = (FIELD, PROFILE, SELECTION, SIZES, ACROSS)
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    rows: dict[str, list[Row]] = {name: [] for name in names}
     known: dict[str, tuple[Contrast, Contrast]] = {}
     with RunFolder(path) as run:
         run.begin_stage("layers", asdict(config), {}, derived=True)
@@ -98,7 +98,7 @@ def _contrasts(study: Study) -> Iterator[tuple[str, str, Contrast]]:
             yield "refused - accepted", position, by_reply
 
 
-def field_rows(study: Study) -> list[dict[str, Any]]:
+def field_rows(study: Study) -> list[Row]:
     """One row per kind, position and layer: length, AUROC, stability and reliability with nulls."""
     rows = []
     for kind, position, c in _contrasts(study):
@@ -140,7 +140,7 @@ def arditi_rows(study: Study) -> list[dict[str, float]]:
     layer."""
     tried = candidates({"-1": study.refusal}, study.loaded.n_layers, study.config.carrier_every)
 
-    def make() -> list[dict[str, Any]]:
+    def make() -> list[Row]:
         bad, good = (
             [p for p, h in zip(study.prompts, study.harmful, strict=True) if h is kind][
                 :ARDITI_PROMPTS
@@ -197,7 +197,7 @@ def _profile(study: Study) -> _Profile:
     return profile
 
 
-def profile_rows(study: Study) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def profile_rows(study: Study) -> tuple[list[Row], Row]:
     """Statistics by layer, and the layer that each criterion of ``geometry/layers.py`` takes."""
     profile = _profile(study)
     statistics = {
@@ -208,7 +208,7 @@ def profile_rows(study: Study) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     by_layer = {int(row["layer"]): row for row in tried}
     rows = []
     for layer in range(study.loaded.n_layers + 1):
-        row: dict[str, Any] = {"model": study.spec, "layer": layer}
+        row: Row = {"model": study.spec, "layer": layer}
         row["cosines"] = {name: _at(s, layer) for name, s in statistics.items()}
         row["scores"] = {
             name: float(score[layer]) if score[layer].isfinite() else None
@@ -231,7 +231,7 @@ def profile_rows(study: Study) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, selection
 
 
-def _at(statistics: dict[str, Tensor], layer: int) -> dict[str, Any]:
+def _at(statistics: dict[str, Tensor], layer: int) -> Row:
     """A cosine's statistics at one layer, as plain numbers."""
     return {
         "value": float(statistics["value"][layer]),
@@ -241,7 +241,7 @@ def _at(statistics: dict[str, Tensor], layer: int) -> dict[str, Any]:
     }
 
 
-def size_rows(study: Study) -> list[dict[str, Any]]:
+def size_rows(study: Study) -> list[Row]:
     """Reliability at the study's layer from n prompts a side, up to half of them."""
     rows = []
     for name, c in (("H", study.harmfulness), ("R", study.refusal)):
@@ -266,9 +266,7 @@ def size_rows(study: Study) -> list[dict[str, Any]]:
     return rows
 
 
-def across_rows(
-    study: Study, other: str, theirs: tuple[Contrast, Contrast]
-) -> list[dict[str, Any]]:
+def across_rows(study: Study, other: str, theirs: tuple[Contrast, Contrast]) -> list[Row]:
     """Cosines of this model's harc directions with those of another model of equal width.
 
     They go layer by layer, up to the depth of the shallower one.

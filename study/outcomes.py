@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from core.records import Behaviour, content_hash
+from core.rows import Row
 from geometry.controls import Site, far_layer
 from geometry.interventions import Intervention
 from geometry.rollout import Outcome, rollout
@@ -56,7 +57,7 @@ def measure(
     behaviours: Sequence[Behaviour],
     tokens: int,
     made_from: Any,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Outcome rows of behaviours under interventions and left alone, for ``geometry.effects``.
 
     ``made_from``: what the interventions' vectors depend on, besides the contrast set. Equal random
@@ -66,12 +67,12 @@ def measure(
     names = [_identity(edit) for edit in interventions]
     todo = dict(zip(names, interventions, strict=True))
     edits = [None, *todo.values()]
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     starts = range(0, len(behaviours), TOGETHER)
     for start in starts:
         part = slice(start, start + TOGETHER)
 
-        def make(part: slice = part) -> list[list[dict[str, Any]]]:
+        def make(part: slice = part) -> list[list[Row]]:
             outcomes = rollout(
                 study.loaded,
                 prompts[part],
@@ -98,7 +99,7 @@ def measure(
     return rows
 
 
-def _kept(study: Study, outcome: Outcome) -> dict[str, Any]:
+def _kept(study: Study, outcome: Outcome) -> Row:
     """What is kept of one rollout in the run folder."""
     return {
         "kl": outcome.kl,
@@ -109,7 +110,7 @@ def _kept(study: Study, outcome: Outcome) -> dict[str, Any]:
 
 
 def _judged(
-    study: Study, behaviour: Behaviour, of: dict[str, Any], tokens: int
+    study: Study, behaviour: Behaviour, of: Row, tokens: int
 ) -> dict[str, dict[str, float | None]]:
     """By intervention: 1 for what the reply is, 0 for what it is not; None where that is not known.
 
@@ -125,7 +126,7 @@ def _judged(
     }
 
 
-def _described(edit: Intervention | None) -> dict[str, Any]:
+def _described(edit: Intervention | None) -> Row:
     if edit is None:
         return {"mode": "none", "operation": "none", "strength": 0.0, "kind": "none", "draw": 0}
     return {

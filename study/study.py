@@ -18,6 +18,7 @@ from core.errors import AttackPlaneError
 from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Prompt, Renderer
 from core.records import AttackArtifact, Behaviour, Directions, content_hash
+from core.rows import Row
 from core.store import RunFolder
 from evaluation.behaviours import DEMONSTRATION, load_behaviours
 from evaluation.judges import DEFAULT_JUDGE, Exchange, Judge, make_judge, outcomes
@@ -68,7 +69,7 @@ class StudyConfig:
     system_prompt: str | None = None
     judge: str = DEFAULT_JUDGE
 
-    def to_settings(self) -> dict[str, Any]:
+    def to_settings(self) -> Row:
         """For a run's manifest."""
         return without_default_judge(asdict(self))
 
@@ -283,7 +284,7 @@ class Study:
         field, n = self.field(kind), self.config.carrier_prompts
         tried = candidates(field, self.loaded.n_layers, self.config.carrier_every)
 
-        def make() -> list[dict[str, Any]]:
+        def make() -> list[Row]:
             harmful = [p for p, h in zip(self.prompts, self.harmful, strict=True) if h][:n]
             harmless = [p for p, h in zip(self.prompts, self.harmful, strict=True) if not h][:n]
             return [

@@ -16,10 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 
+from core.rows import Row
 from core.statistics import bootstrap_difference, bootstrap_mean
 
 
@@ -71,7 +71,7 @@ class Claim:
     applicable: bool = True
     """Whether the model has what the claim is about; if not the claim is undecided whatever its
     checks say."""
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Row = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -82,13 +82,13 @@ class Claim:
             return "fails"
         return "holds" if outcomes == {"yes"} else "undecided"
 
-    def to_row(self) -> dict[str, Any]:
+    def to_row(self) -> Row:
         row = asdict(self) | {"verdict": self.verdict}
         row["checks"] = [_finite(asdict(c)) | {"outcome": c.outcome} for c in self.checks]
         return row
 
 
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
+def _finite(row: Row) -> Row:
     """What could not be measured is null: JSON has no NaN."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 

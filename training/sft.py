@@ -30,6 +30,7 @@ from core.errors import AttackPlaneError
 from core.models import LoadedModel, ModelHandle
 from core.progress import bar as progress_bar
 from core.prompt import Conversation, Renderer
+from core.rows import Row
 from core.specs import parse_spec
 from core.store import RunFolder, write_atomically
 
@@ -201,7 +202,7 @@ def train(
         return paths
 
 
-def _saved_state(path: Path) -> dict[str, Any] | None:
+def _saved_state(path: Path) -> Row | None:
     return torch.load(path, weights_only=True) if path.is_file() else None
 
 
@@ -229,9 +230,7 @@ def _examples(
 class _Training:
     """A LoRA adapter with its optimiser, and how both are saved and taken up again."""
 
-    def __init__(
-        self, base: LoadedModel, config: SFTConfig, out: Path, state: dict[str, Any] | None
-    ) -> None:
+    def __init__(self, base: LoadedModel, config: SFTConfig, out: Path, state: Row | None) -> None:
         from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
         self.config, self.out, self.device = config, out, base.device

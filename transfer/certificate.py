@@ -23,13 +23,12 @@ transferred to with theirs.
 
 from __future__ import annotations
 
-from typing import Any
-
 from core.prompt import Conversation, Renderer
 from core.records import AttackArtifact, content_hash
+from core.rows import Row
 
 
-def certificate(renderer: Renderer, artifact: AttackArtifact) -> dict[str, Any]:
+def certificate(renderer: Renderer, artifact: AttackArtifact) -> Row:
     """The certificate of one artifact on the renderer's model."""
     prompt = renderer.render(
         Conversation(artifact.prompt, system=artifact.system_prompt), allow_trim=True

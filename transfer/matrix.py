@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from core.records import BASELINES, PLAIN, Replay
+from core.rows import Row
 from core.statistics import Interval, bootstrap_mean, wilson
 
 Key = tuple[str, str, str]
@@ -43,7 +44,7 @@ class Cell:
     """Replies whose certificate says so (``transfer/certificate.py``); None for rows without
     certificates."""
 
-    def to_row(self) -> dict[str, Any]:
+    def to_row(self) -> Row:
         return asdict(self)
 
 

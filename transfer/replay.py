@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from core.errors import AttackPlaneError
 from core.generate import complete
 from core.models import LoadedModel
 from core.prompt import Conversation, Renderer
 from core.records import AttackArtifact, Replay, content_hash
+from core.rows import Row
 from core.settings import check_settings, setting
 from evaluation.judges import Exchange, Judge, judge_all
 from transfer.certificate import certificate
@@ -47,7 +47,7 @@ class _Outgoing:
 
     artifact: AttackArtifact
     text: str
-    certificate: dict[str, Any]
+    certificate: Row
 
 
 def _outgoing(

@@ -7,6 +7,7 @@ from typing import Any
 
 from commands.tables.layout import Columns, ends, text_of
 from core.records import BASELINES, AttackArtifact, Replay
+from core.rows import Row
 from core.specs import short_spec
 from transfer.matrix import Cell
 
@@ -115,25 +116,25 @@ def pivot_table(cells: Sequence[Cell]) -> str:
 
 def certificates_table(replays: Sequence[Replay]) -> str:
     """The transfer report: per attack, source and target, whether the source's prompt was sent."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for r in replays:
         if r.certificate:
             key = (r.attack, r.source_model, r.target_model)
             groups.setdefault(key, []).append(r.certificate)
 
     def share(name: str) -> Callable[[Any], str]:
-        def fill(item: tuple[Any, list[dict[str, Any]]]) -> str:
+        def fill(item: tuple[Any, list[Row]]) -> str:
             known = [c[name] for c in item[1] if c.get(name) is not None]
             return f"{sum(known)}/{len(known)}" if known else "not known"
 
         return fill
 
-    def tokens(item: tuple[Any, list[dict[str, Any]]]) -> str:
+    def tokens(item: tuple[Any, list[Row]]) -> str:
         counts = [c["content_tokens"] for c in item[1] if "content_tokens" in c] or [0]
         return f"{min(counts)} to {max(counts)}"
 
     def hashes(name: str, length: int) -> Callable[[Any], str]:
-        def fill(item: tuple[Any, list[dict[str, Any]]]) -> str:
+        def fill(item: tuple[Any, list[Row]]) -> str:
             return ", ".join(sorted({(c.get(name) or "none")[:length] for c in item[1]}))
 
         return fill

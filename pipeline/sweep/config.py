@@ -38,6 +38,7 @@ from attacks.registry import ATTACKS, Attack, find_attack
 from attacks.workbench import Workbench
 from core.errors import AttackPlaneError
 from core.records import Behaviour, config_from_dict, nearest
+from core.rows import Row
 from core.specs import parse_spec
 from evaluation.behaviours import DEMONSTRATION, load_behaviours, to_attack
 from evaluation.judges import DEFAULT_JUDGES, judge_kind
@@ -230,7 +231,7 @@ def _check(config: SweepConfig, where: str) -> None:
 
 def _check_baselines(config: SweepConfig, where: str) -> None:
     """One baseline must serve all attacks: the same seeds, suffix and system prompt."""
-    bench, known = Workbench(), dict[str, Any]()
+    bench, known = Workbench(), Row()
     for name, (attack, settings) in config.attacks.items():
         for baseline, own in attack.baselines(settings):
             chosen = ATTACKS.get(baseline)

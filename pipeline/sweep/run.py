@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
 from core.progress import bar as progress_bar
 from core.records import NO_SOURCE, AttackArtifact, Behaviour
+from core.rows import Row
 from core.store import ATTACKS, FAILURES, RunFolder, write_atomically
 from interchange.foreign import Hints
 from interchange.importer import ImportResult, import_file
@@ -102,7 +102,7 @@ class Failures:
         self.before = []
         self._write(self.rows)
 
-    def _write(self, rows: list[dict[str, Any]]) -> None:
+    def _write(self, rows: list[Row]) -> None:
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 
+from core.rows import Row
 from geometry.contrasts import (
     Contrast,
     basic_interval,
@@ -91,7 +91,7 @@ def _split_half(contrast: Contrast, layer: int, generator: torch.Generator) -> f
     return float(reliability(contrast, contrast.size // 2, SPLITS, generator)[:, layer].mean())
 
 
-def coupling(study: Study) -> dict[str, Any]:
+def coupling(study: Study) -> Row:
     """C_cos, C_sub, C_layer, both HRCI, effective ranks of the fields, and their random nulls."""
     h, r = study.carrier("H"), study.carrier("R")
     stacked = [torch.cat([c.difference for c in study.field(kind).values()]) for kind in ("H", "R")]

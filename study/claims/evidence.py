@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from core.records import AttackArtifact, PlanePoint, Replay
+from core.rows import Row
 from geometry.carriers import Carrier
 from geometry.controls import design
 from geometry.interventions import MODES
@@ -38,7 +38,7 @@ class Evidence:
     points: Sequence[PlanePoint] = ()
 
     @cached_property
-    def interventions(self) -> list[dict[str, Any]]:
+    def interventions(self) -> list[Row]:
         """Outcome rows of the interventions that claims share, each with its controls.
 
         Every mode is ablated at all layers on held-out harmful prompts. Refusal is added to
