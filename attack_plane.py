@@ -230,7 +230,7 @@ def replay(
     prompts: Sequence[Prompt],
     target: LoadedModel,
     *,
-    judges: Sequence[str | Judge] | str = ("refusal_phrases",),
+    judges: Sequence[str | Judge] | str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
@@ -241,7 +241,8 @@ def replay(
     Args:
         prompts: results, artifacts, behaviours (their plain requests) or texts.
         target: the model that replies.
-        judges: specs or objects. The first one decides ``jailbroken``.
+        judges: specs or objects. The first one decides ``jailbroken``. None is the default judge,
+            which looks for refusal phrases.
         max_new_tokens: length of the replies.
         temperature: 0 is greedy.
         seed: of the sampling.
@@ -265,7 +266,7 @@ def directions(
     harmless: Sequence[str | Behaviour],
     *,
     estimator: str = "harc",
-    judge: str | Judge = "refusal_phrases",
+    judge: str | Judge | None = None,
     resamples: int = 200,
     seed: int = 0,
     system_prompt: str | None = None,
@@ -279,7 +280,7 @@ def directions(
         harmless: requests of the other side, at least four.
         estimator: ``harc`` contrasts the two sets at both positions; ``zhao`` contrasts for refusal
             what the model itself refused with what it accepted.
-        judge: says refused or accepted, for ``zhao``.
+        judge: says refused or accepted, for ``zhao``; None is the default judge.
         resamples: number of bootstrap samples, of permutations and of random directions.
         seed: of these.
         system_prompt: stands before every request.

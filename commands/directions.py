@@ -52,8 +52,9 @@ def directions(
       python cli.py directions --run runs/first --model embedded --estimator harc
     """
     from commands.tables.study import directions_table
+    from evaluation.behaviours import CONTRAST_SPLITS
     from geometry.directions import ESTIMATORS
-    from pipeline.contrast_reading import CONTRAST_SPLITS, DirectionsConfig, splits_of
+    from pipeline.contrast_reading import DirectionsConfig, splits_of
     from pipeline.directions import directions as stage
 
     config = DirectionsConfig(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from core.errors import AttackPlaneError
+from evaluation.judges.registry import DEFAULT_JUDGE
 
 if TYPE_CHECKING:
     from core.models import LoadedModel, ModelHandle
@@ -91,7 +92,7 @@ RUN = click.option(
 SEED = click.option("--seed", type=int, default=0, help="Random seed.")
 SYSTEM = click.option("--system", help="System prompt.")
 JUDGE = click.option(
-    "--judge", default="refusal_phrases", help="Says refused or complied (see transfer --judge)."
+    "--judge", default=DEFAULT_JUDGE, help="Says refused or complied (see transfer --judge)."
 )
 
 

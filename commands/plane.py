@@ -51,7 +51,8 @@ def plane(
     """
     from commands.tables.plane import classes_table, success_table
     from core.store import read_rows
-    from pipeline.contrast_reading import HELD_OUT_SPLITS, splits_of
+    from evaluation.behaviours import HELD_OUT_SPLITS
+    from pipeline.contrast_reading import splits_of
     from pipeline.plane import PlaneConfig
     from pipeline.plane import plane as stage
     from pipeline.plane_files import CLASSES, SUCCESS

@@ -66,7 +66,8 @@ def study_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def study_config(options: Row) -> StudyConfig:
     """Splits are those of the demonstration set; a file is taken whole. Takes its options out."""
-    from pipeline.contrast_reading import CONTRAST_SPLITS, HELD_OUT_SPLITS, splits_of
+    from evaluation.behaviours import CONTRAST_SPLITS, HELD_OUT_SPLITS
+    from pipeline.contrast_reading import splits_of
     from study.study import StudyConfig
 
     contrast, held_out = options.pop("contrast"), options.pop("held_out")

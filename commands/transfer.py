@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from commands.options import RUN, echo_notes, open_model, quiet_libraries
+from evaluation.judges.registry import DEFAULT_JUDGES
 
 
 @click.command()
@@ -22,7 +23,7 @@ from commands.options import RUN, echo_notes, open_model, quiet_libraries
     "--judge",
     "judges",
     multiple=True,
-    default=("refusal_phrases", "target_prefix"),
+    default=DEFAULT_JUDGES,
     help="refusal_phrases, target_prefix, classifier:MODEL[#LABEL], judgezoo:NAME, or a plugin's; "
     "the first one decides.",
 )

@@ -25,6 +25,10 @@ from evaluation.behaviour_rows import (
 )
 
 DEMONSTRATION = "demonstration"
+CONTRAST_SPLITS = ("train", "validation")
+"""Splits of the demonstration set that directions are estimated on,"""
+HELD_OUT_SPLITS = ("test",)
+"""and those that everything else is measured on."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def to_attack(source: str, label: str, splits: Sequence[str] | None) -> list[Beh
     test split, since checkpoints and directions are made from the others.
     """
     if splits is None:
-        splits = ("test",) if source == DEMONSTRATION else ()
+        splits = HELD_OUT_SPLITS if source == DEMONSTRATION else ()
     return load_behaviours(source, label=None if label == "any" else label, splits=splits)
 
 

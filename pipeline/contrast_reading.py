@@ -17,15 +17,11 @@ from core.prompt import Conversation, Prompt, Renderer
 from core.records import Activations, Behaviour, content_hash
 from core.rows import Row
 from core.store import RunFolder
-from evaluation.behaviours import DEMONSTRATION, load_behaviours
+from evaluation.behaviours import CONTRAST_SPLITS, DEMONSTRATION, load_behaviours
 from evaluation.judges import DEFAULT_JUDGE, Exchange, make_judge, refusals
 from geometry.activations import POSITIONS, collect
 
 CONTRAST = "contrast.jsonl"
-CONTRAST_SPLITS = ("train", "validation")
-"""Splits of the demonstration set that directions are estimated on,"""
-HELD_OUT_SPLITS = ("test",)
-"""and those that everything else is measured on."""
 
 
 @dataclass(frozen=True)

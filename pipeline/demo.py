@@ -16,11 +16,11 @@ from attacks.gcg import ATTACK, GCGConfig
 from core.models import ModelHandle, OpenModel
 from core.records import Directions
 from core.store import ATTACKS, REPLAYS
-from evaluation.behaviours import load_behaviours
+from evaluation.behaviours import HELD_OUT_SPLITS, load_behaviours
 from evaluation.judges import DEFAULT_JUDGES
 from geometry.directions import ESTIMATORS
 from pipeline.campaign import CampaignResult, Plan, baseline_plans, campaign
-from pipeline.contrast_reading import HELD_OUT_SPLITS, DirectionsConfig
+from pipeline.contrast_reading import DirectionsConfig
 from pipeline.directions import directions
 from pipeline.plane import PlaneConfig, plane
 from pipeline.train import TrainResult, train_sft

@@ -23,7 +23,7 @@ from core.progress import OnProgress, reporting
 from core.prompt import Conversation, Prompt, Renderer
 from core.records import PLAIN, AttackArtifact, Behaviour, Directions, PlanePoint
 from core.rows import Row
-from evaluation.judges import Exchange, Judge, make_judge, refusals
+from evaluation.judges import DEFAULT_JUDGE, Exchange, Judge, make_judge, refusals
 from geometry.activations import collect
 from geometry.classes import describe_classes
 from geometry.directions import EstimateConfig, best_layers, estimate
@@ -172,7 +172,8 @@ def listed(items: Any, what: str) -> list[Any]:
     return list(items)
 
 
-def judge_of(judge: str | Judge) -> Judge:
+def judge_of(judge: str | Judge | None) -> Judge:
+    judge = DEFAULT_JUDGE if judge is None else judge
     return make_judge(judge) if isinstance(judge, str) else judge
 
 
@@ -208,12 +209,12 @@ def artifact_of(prompt: Any, number: int) -> AttackArtifact:
 def replayed(
     prompts: Sequence[Any],
     target: LoadedModel,
-    judges: Sequence[str | Judge] | str,
+    judges: Sequence[str | Judge] | str | None,
     config: ReplayConfig,
     on_progress: OnProgress | None,
 ) -> list[Row]:
     """One row per prompt, in their order: the reply and what the judges say."""
-    specs = [judges] if isinstance(judges, str) else judges
+    specs = [judges] if judges is None or isinstance(judges, str) else judges
     made = [judge_of(judge) for judge in specs]
     artifacts = [artifact_of(prompt, n) for n, prompt in enumerate(listed(prompts, "prompts"))]
     with evaluating(target), reporting(on_progress):
@@ -238,7 +239,7 @@ def estimated(
     harmful: Sequence[str | Behaviour],
     harmless: Sequence[str | Behaviour],
     estimator: str,
-    judge: str | Judge,
+    judge: str | Judge | None,
     config: EstimateConfig,
     system_prompt: str | None,
     on_progress: OnProgress | None,

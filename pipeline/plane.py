@@ -19,11 +19,11 @@ from core.records import AttackArtifact, Behaviour, Directions, PlanePoint, cont
 from core.rows import Row
 from core.specs import short_spec
 from core.store import RunFolder, write_atomically
-from evaluation.behaviours import DEMONSTRATION, load_behaviours
+from evaluation.behaviours import DEMONSTRATION, HELD_OUT_SPLITS, load_behaviours
 from geometry.activations import collect
 from geometry.directions import best_layers
 from geometry.plane import Nulls, PromptInfo, displacement_nulls, points
-from pipeline.contrast_reading import HELD_OUT_SPLITS, rendered
+from pipeline.contrast_reading import rendered
 from pipeline.directions_files import directions_path, load_directions
 from pipeline.plane_files import export
 from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows

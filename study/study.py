@@ -20,7 +20,7 @@ from core.prompt import Conversation, Prompt, Renderer
 from core.records import AttackArtifact, Behaviour, Directions, content_hash
 from core.rows import Row
 from core.store import RunFolder
-from evaluation.behaviours import DEMONSTRATION, load_behaviours
+from evaluation.behaviours import CONTRAST_SPLITS, DEMONSTRATION, HELD_OUT_SPLITS, load_behaviours
 from evaluation.judges import DEFAULT_JUDGE, Exchange, Judge, make_judge, outcomes
 from evaluation.refusals import refusal_openings
 from geometry.activations import POSITIONS as DIRECTION_POSITIONS
@@ -28,13 +28,7 @@ from geometry.activations import collect
 from geometry.carriers import Carrier, candidates, screened
 from geometry.contrasts import SMALLEST_CLASS, Contrast, indices
 from geometry.directions import best_layers, refused_and_accepted
-from pipeline.contrast_reading import (
-    CONTRAST_SPLITS,
-    HELD_OUT_SPLITS,
-    ContrastReading,
-    DirectionsConfig,
-    without_default_judge,
-)
+from pipeline.contrast_reading import ContrastReading, DirectionsConfig, without_default_judge
 from pipeline.directions import begun_otherwise, directions_of, estimated
 
 MEASURED = "measured.jsonl"

@@ -40,11 +40,11 @@ from core.errors import AttackPlaneError
 from core.records import Behaviour, config_from_dict, nearest
 from core.rows import Row
 from core.specs import parse_spec
-from evaluation.behaviours import DEMONSTRATION, load_behaviours, to_attack
+from evaluation.behaviours import DEMONSTRATION, HELD_OUT_SPLITS, load_behaviours, to_attack
 from evaluation.judges import DEFAULT_JUDGES, judge_kind
 from geometry.directions import ESTIMATORS
 from interchange.readers import READERS
-from pipeline.contrast_reading import HELD_OUT_SPLITS, DirectionsConfig, contrast_set
+from pipeline.contrast_reading import DirectionsConfig, contrast_set
 from pipeline.plane import PlaneConfig
 from transfer.replay import ReplayConfig
 
