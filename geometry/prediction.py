@@ -207,7 +207,7 @@ def centroid_distances(
         )
         drawn = moved[rng.integers(len(moved), size=(resamples, len(moved)))].mean(1)
         signs = rng.choice([-1.0, 1.0], size=(draws, len(moved), 1))
-        low, high = np.quantile(np.linalg.norm(drawn, axis=1), [0.025, 0.975])
+        low, high = percentile_interval(np.linalg.norm(drawn, axis=1))
         rows.append(
             {
                 "target": points[0].target,
@@ -215,7 +215,7 @@ def centroid_distances(
                 "classes": [first, second],
                 "behaviours": len(shared),
                 "distance": float(np.linalg.norm(moved.mean(0))),
-                "interval": [float(low), float(high)],
+                "interval": [low, high],
                 "null_95": float(
                     np.quantile(np.linalg.norm((signs * moved).mean(1), axis=1), 0.95)
                 ),

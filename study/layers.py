@@ -125,9 +125,7 @@ def field_rows(study: Study) -> list[Row]:
                     "auroc_null_95": float(null[layer]),
                     "stability": stability[layer].tolist(),
                     "split_half": r,
-                    "split_half_interval": halves[:, layer]
-                    .quantile(torch.tensor([0.025, 0.975]))
-                    .tolist(),
+                    "split_half_interval": percentiles(halves)[layer].tolist(),
                     "split_half_null_95": float(chance[layer]),
                     "cosine_with_truth": spearman_brown(r),
                 }
@@ -259,7 +257,7 @@ def size_rows(study: Study) -> list[Row]:
                     "layer": study.layer,
                     "n": size,
                     "cosine": float(values.mean()),
-                    "interval": values.quantile(torch.tensor([0.025, 0.975])).tolist(),
+                    "interval": percentiles(values[:, None])[0].tolist(),
                     "null_95": float(null.quantile(0.95)),
                 }
             )
