@@ -21,8 +21,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.rows import Row
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -38,6 +36,7 @@ if TYPE_CHECKING:
     from core.models import wrap as wrap
     from core.progress import OnProgress
     from core.records import Behaviour
+    from core.rows import Row
     from evaluation.judges import Judge
     from geometry.steering import ablate as ablate
     from geometry.steering import steer as steer
