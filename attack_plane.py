@@ -152,7 +152,7 @@ def attack(
         AttackPlaneError: unknown attack, a config of another class, no source model or target
             where one is needed.
     """
-    from pipeline.in_memory import run_attack
+    from pipeline.attack_in_memory import run_attack
 
     options = {"source": source, "config": config, "preset": preset}
     return run_attack(name, request, target, **options, seed=seed, on_step=on_step)
@@ -187,7 +187,7 @@ def gcg_universal(
     The suffix is optimised on the first ``config.optimise_on`` requests. Every request gets a
     result; its ``variant`` is ``seen`` or ``held out``. Other arguments are those of ``attack``.
     """
-    from pipeline.in_memory import run_attacks
+    from pipeline.attack_in_memory import run_attacks
 
     return run_attacks("gcg_universal", requests, sources, config, preset, seed, on_step)
 
@@ -233,6 +233,7 @@ def replay(
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    system_prompt: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[Row]:
     """Send prompts, verbatim, to a model; its replies and what the judges say.
@@ -245,6 +246,7 @@ def replay(
         max_new_tokens: length of the replies.
         temperature: 0 is greedy.
         seed: of the sampling.
+        system_prompt: stands before texts and behaviours; attacks bring their own.
         on_progress: called with (what, done, total).
 
     Returns:
@@ -256,7 +258,7 @@ def replay(
     from transfer.replay import ReplayConfig
 
     config = ReplayConfig(max_new_tokens, temperature, seed)
-    return replayed(prompts, target, judges, config, on_progress)
+    return replayed(prompts, target, judges, config, system_prompt, on_progress)
 
 
 def directions(
@@ -315,7 +317,7 @@ def project(
 
     Args:
         prompts: results, artifacts or texts; a ``Behaviour`` is an anchor of its label. Texts and
-            anchors get the directions' system prompt.
+            anchors get the system prompt of ``base``, or of ``directions``.
         directions: of the model that reads the prompts.
         base: another model's, for a second frame.
         layer: None is the best one of ``base``, or of ``directions``.

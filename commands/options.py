@@ -51,7 +51,7 @@ class CleanGroup(click.Group):
 
 
 def quiet_libraries(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn off transformers' own progress bars for a command; ours say what is going on."""
+    """Turn off the libraries' warnings for a command."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -60,7 +60,6 @@ def quiet_libraries(command: Callable[..., None]) -> Callable[..., None]:
         from transformers.utils import logging as transformers_logging
 
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        transformers_logging.disable_progress_bar()
         transformers_logging.set_verbosity_error()
         command(*args, **kwargs)
 

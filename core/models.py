@@ -20,6 +20,7 @@ from torch import nn
 from core.errors import AttackPlaneError
 from core.specs import ModelSpec, parse_spec
 from core.weights import (
+    at_cached_commit,
     default_device,
     fingerprint_of_parameters,
     identity,
@@ -236,7 +237,8 @@ class ModelHandle:
     @cached_property
     def loaded(self) -> LoadedModel:
         assert self._parsed is not None
-        model = load(self._parsed)
+        known = "fingerprint" in vars(self)  # of a commit of the hub: that one is loaded
+        model = load(at_cached_commit(self._parsed) if known else self._parsed)
         if vars(self).get("fingerprint", model.fingerprint) != model.fingerprint:
             raise AttackPlaneError(
                 "the model's files changed while it was in use",

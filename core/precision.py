@@ -37,7 +37,8 @@ def reduced_products(device: torch.device) -> AbstractContextManager[None]:
 
 def is_reduced(device: torch.device) -> bool:
     """Whether a stretch of ``reduced_products`` is under way on a CPU."""
-    return device.type == "cpu" and torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+    products: Any = torch.backends.mkldnn
+    return device.type == "cpu" and products.matmul.fp32_precision == "bf16"
 
 
 def full_products(device: torch.device) -> AbstractContextManager[None]:

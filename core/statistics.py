@@ -84,9 +84,10 @@ def cluster_rows(
 
 
 def percentile_interval(draws: Numbers) -> Interval:
-    """The central 95 % of the draws that are numbers."""
+    """The central 95 % of the draws that are numbers; NaN where none is."""
     array = np.asarray(draws, dtype=np.float64)
-    low, high = _ends(array[~np.isnan(array)])
+    array = array[~np.isnan(array)]
+    low, high = _ends(array) if len(array) else (math.nan, math.nan)
     return float(low), float(high)
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def load_base(spec: ModelSpec, device: torch.device) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=spec.revision, trust_remote_code=False
         )
-        with nullcontext() if folder is None else _no_bars():  # a download may draw its bar
+        with _no_bars():
             made: Any = AutoModelForCausalLM.from_pretrained(
                 name,
                 trust_remote_code=False,
@@ -82,11 +83,17 @@ def load_base(spec: ModelSpec, device: torch.device) -> tuple[Any, Any]:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """While open, transformers draws no progress bars."""
+    """While open, transformers draws no progress bars. Downloads from the hub still do."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    shown, downloads = (
+        transformers_logging.is_progress_bar_enabled(),
+        not are_progress_bars_disabled(),
+    )
+    transformers_logging.disable_progress_bar()  # which turns those of the hub off too
+    if downloads:
+        enable_progress_bars()
     try:
         yield
     finally:
@@ -167,12 +174,13 @@ def load_classifier(name: str) -> tuple[Any, Any]:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        made: Any = AutoModelForSequenceClassification.from_pretrained(
-            name,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with _no_bars():
+            made: Any = AutoModelForSequenceClassification.from_pretrained(
+                name,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except UNREADABLE as error:
         raise _unloadable("classifier", name, error) from error
     model, report = made  # public classifiers often hold a pooler that their class does not use
@@ -238,6 +246,12 @@ def _cached_commit(spec: ModelSpec) -> str | None:
 
     path = try_to_load_from_cache(spec.base, "config.json", revision=spec.revision or "main")
     return Path(path).parent.name if isinstance(path, str) else None
+
+
+def at_cached_commit(spec: ModelSpec) -> ModelSpec:
+    """The spec of a hub model at the commit that the local cache holds, else the spec itself."""
+    commit = _cached_commit(spec) if spec.kind == "hub" else None
+    return replace(spec, revision=commit) if commit else spec
 
 
 def fingerprint(spec: ModelSpec, folder: Path | None, commit: str | None = None) -> str:

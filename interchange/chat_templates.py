@@ -43,7 +43,8 @@ FORMS: dict[str, str] = {
 }
 COMPILED = {name: re.compile(form, re.DOTALL) for name, form in FORMS.items()}
 MARKERS = re.compile(
-    r"<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|<\|begin_of_text\|>|\[/?INST\]|<</?SYS>>"
+    r"<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|<\|begin_of_text\|>"
+    r"|\[/?INST\]|<</?SYS>>"
     r"|<(?:start|end)_of_turn>|<\|(?:system|user|assistant)\|>|\bUSER: .*\bASSISTANT:|### "
     r"Instruction:.*### Response:",
     re.DOTALL,

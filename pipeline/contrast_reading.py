@@ -41,12 +41,8 @@ class DirectionsConfig:
     judge: str = DEFAULT_JUDGE
 
     def to_settings(self) -> Row:
-        """For a run's manifest. Runs from before there were judges name none."""
-        return without_default_judge(asdict(self))
-
-
-def without_default_judge(settings: Row) -> Row:
-    return {k: v for k, v in settings.items() if (k, v) != ("judge", DEFAULT_JUDGE)}
+        """For a run's manifest. The judge may change: replies are judged when they are read."""
+        return {k: v for k, v in asdict(self).items() if k != "judge"}
 
 
 def splits_of(behaviours: str, splits: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:

@@ -61,10 +61,14 @@ def begin_directions(run: RunFolder, config: DirectionsConfig) -> None:
     run.begin_stage(STAGE, config.to_settings(), {})
 
 
-def begun_otherwise(run: RunFolder, config: DirectionsConfig) -> bool:
-    """Whether the run's directions were made with other settings."""
-    own = json.loads(json.dumps(config.to_settings()))
-    return run.manifest["stages"].get(STAGE, own) != own
+def begun_otherwise(reading: ContrastReading, estimator: str) -> bool:
+    """Whether the run holds such directions that were made from something else."""
+    run, spec = reading.run, reading.model.spec
+    own = json.loads(json.dumps(reading.config.to_settings()))
+    if run.manifest["stages"].get(STAGE, own) != own:
+        return True
+    there = directions_path(run.path, spec, estimator).exists()
+    return there and not have_directions(run.path, spec, estimator, reading.made_from)
 
 
 def directions_of(reading: ContrastReading, estimators: Sequence[str]) -> DirectionsResult:

@@ -6,28 +6,27 @@ put into evaluation mode while it is used, and left as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from attacks.registry import PAPER, find_attack
 from attacks.result import AttackResult, prompt_result
-from attacks.workbench import Progress, Task, Workbench
 from core.errors import AttackPlaneError
 from core.generate import complete
-from core.models import LoadedModel, evaluating, handle_of
+from core.models import LoadedModel, evaluating
 from core.progress import OnProgress, reporting
+from core.progress import bar as progress_bar
 from core.prompt import Conversation, Prompt, Renderer
-from core.records import PLAIN, AttackArtifact, Behaviour, Directions, PlanePoint
+from core.records import PLAIN, AttackArtifact, Behaviour, Directions, PlanePoint, Replay
 from core.rows import Row
 from evaluation.judges import DEFAULT_JUDGE, Exchange, Judge, make_judge, refusals
 from geometry.activations import collect
 from geometry.classes import describe_classes
 from geometry.directions import EstimateConfig, best_layers, estimate
 from geometry.plane import PromptInfo, points
+from pipeline.attack_in_memory import behaviour_of, listed
 from pipeline.contrast_reading import rendered
 from plots import plane_png
 from transfer.replay import ReplayConfig, replay
@@ -82,96 +81,6 @@ class ModelDirections:
         return best_layers(self.estimate)[0]
 
 
-def run_attack(
-    name: str,
-    request: str | Behaviour,
-    target: str | None = None,
-    *,
-    source: LoadedModel | None = None,
-    config: Any = None,
-    preset: str = PAPER,
-    seed: int = 0,
-    on_step: Callable[[Progress], None] | None = None,
-) -> list[AttackResult]:
-    """Run one attack of the registry on one request."""
-    attack, _ = find_attack(name)
-    behaviour = behaviour_of(request, target)
-    if attack.sources == "several":
-        raise AttackPlaneError(
-            f"{attack.name} optimises on several requests",
-            remedy=f"call attack_plane.{attack.name}, or run it on the command line",
-        )
-    if attack.sources == "one" and source is None:
-        raise AttackPlaneError(f"{name} needs a source model", remedy="give source=ap.load(...)")
-    sources = [source] if source and attack.sources == "one" else []
-    return run_attacks(name, [behaviour], sources, config, preset, seed, on_step)
-
-
-def run_attacks(
-    name: str,
-    behaviours: Sequence[Behaviour],
-    sources: Sequence[LoadedModel],
-    config: Any,
-    preset: str,
-    seed: int,
-    on_step: Callable[[Progress], None] | None,
-) -> list[AttackResult]:
-    """Run one attack on several requests, one after another."""
-    attack, made = find_attack(name)[0], config_of(name, config, preset)
-    if attack.needs_target and not all(b.target_string for b in behaviours):
-        raise AttackPlaneError(
-            f"{name} needs a target string", remedy="say how the reply should begin, with target="
-        )
-    results: list[AttackResult] = []
-    with (
-        Workbench([handle_of(s) for s in sources], behaviours, seed) as bench,
-        ExitStack() as open_,
-    ):
-        open_.enter_context(reporting(None))
-        for source in sources:
-            open_.enter_context(evaluating(source))
-        attack.check(bench, made)
-        for behaviour in behaviours:
-            task = Task(behaviour, on_step=on_step or (lambda progress: None))
-            results += attack.run(bench, task, made)
-    return results
-
-
-def config_of(name: str, config: Any, preset: str) -> Any:
-    """The settings of an attack or of one of its forms, which fixes some of them.
-
-    Raises:
-        AttackPlaneError: a config of another class; an unknown preset.
-    """
-    attack, fixed = find_attack(name)
-    if config is None:
-        return attack.make_config(fixed, where=name, preset=preset)
-    if not isinstance(config, attack.config):
-        raise AttackPlaneError(
-            "a config of another class",
-            where=name,
-            got=type(config).__name__,
-            remedy=f"give a {attack.config.__name__}",
-        )
-    return replace(config, **fixed)
-
-
-def behaviour_of(request: str | Behaviour, target: str | None = None) -> Behaviour:
-    """A request as a behaviour; ``target`` wins over its own target string."""
-    if isinstance(request, str):
-        return Behaviour("request", request, target, "none", "harmful", "none")
-    return replace(request, target_string=target) if target else request
-
-
-def listed(items: Any, what: str) -> list[Any]:
-    """A sequence as a list; a lone item is refused, for a text would be read letter by letter."""
-    if isinstance(items, str) or not isinstance(items, Iterable):
-        raise AttackPlaneError(
-            f"not a list of {what}", got=type(items).__name__, remedy="put it into a list"
-        )
-    return list(items)
-
-
 def judge_of(judge: str | Judge | None) -> Judge:
     judge = DEFAULT_JUDGE if judge is None else judge
     return make_judge(judge) if isinstance(judge, str) else judge
@@ -211,14 +120,21 @@ def replayed(
     target: LoadedModel,
     judges: Sequence[str | Judge] | str | None,
     config: ReplayConfig,
+    system_prompt: str | None,
     on_progress: OnProgress | None,
 ) -> list[Row]:
     """One row per prompt, in their order: the reply and what the judges say."""
     specs = [judges] if judges is None or isinstance(judges, str) else judges
     made = [judge_of(judge) for judge in specs]
-    artifacts = [artifact_of(prompt, n) for n, prompt in enumerate(listed(prompts, "prompts"))]
+    entries = [_entry(p, n, system_prompt) for n, p in enumerate(listed(prompts, "prompts"))]
+    artifacts = [artifact for artifact, _ in entries]
+    batches: list[list[Replay]] = []
     with evaluating(target), reporting(on_progress):
-        batches = list(replay(target, artifacts, made, config))
+        bar = progress_bar(len(artifacts), "replies", "reply")
+        with bar, reporting(None):  # one count over all batches
+            for batch in replay(target, artifacts, made, config):
+                batches.append(batch)
+                bar.update(len(batch))
     records = {record.artifact_id: record for batch in batches for record in batch}
     return [
         {

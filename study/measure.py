@@ -87,7 +87,8 @@ def claims(
     on_attacks = any(test.needs_attacks for test in tests)
     with RunFolder(path) as run:  # a refusal comes before hours of work
         run.begin_stage(STAGE, config.to_settings(), {})
-        begin_directions(run, config.directions)
+        if on_attacks:  # the plane reads the run's directions
+            begin_directions(run, config.directions)
     if on_attacks:
         make_attacks(path, config, open_model)
     with RunFolder(path) as run:

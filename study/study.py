@@ -28,7 +28,7 @@ from geometry.activations import collect
 from geometry.carriers import Carrier, candidates, screened
 from geometry.contrasts import SMALLEST_CLASS, Contrast, indices
 from geometry.directions import best_layers, refused_and_accepted
-from pipeline.contrast_reading import ContrastReading, DirectionsConfig, without_default_judge
+from pipeline.contrast_reading import ContrastReading, DirectionsConfig
 from pipeline.directions import begun_otherwise, directions_of, estimated
 
 MEASURED = "measured.jsonl"
@@ -64,8 +64,9 @@ class StudyConfig:
     judge: str = DEFAULT_JUDGE
 
     def to_settings(self) -> Row:
-        """For a run's manifest."""
-        return without_default_judge(asdict(self))
+        """For a run's manifest. Runs from before a judge could be chosen name none."""
+        settings = asdict(self)
+        return {k: v for k, v in settings.items() if (k, v) != ("judge", DEFAULT_JUDGE)}
 
     @property
     def directions(self) -> DirectionsConfig:
@@ -176,9 +177,9 @@ class Study:
     def directions(self) -> Directions:
         """The run's harc directions of this model; they are estimated where it has none.
 
-        A run whose directions were made with other settings keeps them; then ours are not saved.
+        A run whose directions were made from something else keeps them; then ours are not saved.
         """
-        if begun_otherwise(self.run, self.reading.config):
+        if begun_otherwise(self.reading, "harc"):
             return estimated(self.reading, "harc")
         return directions_of(self.reading, ("harc",)).directions[0]
 

@@ -57,6 +57,13 @@ def test_autodan_pair_and_templates(qwen):
         ap.pair(qwen, REQUEST, config=small)
 
 
+def test_a_helper_that_is_there_is_not_loaded_again(own):
+    mine = ap.wrap(*own, "mine")  # no spec: it could not be loaded
+    config = ap.TemplatesConfig(("past_tense",), mutator="mine")
+    (result,) = ap.attack("templates", REQUEST, source=mine, config=config)
+    assert result.provenance == {"rewritten_by": "mine"}
+
+
 def test_what_an_attack_needs_is_asked_for(qwen):
     with pytest.raises(ap.AttackPlaneError, match="needs a target string"):
         ap.gcg(qwen, REQUEST)
@@ -91,6 +98,13 @@ def test_a_universal_suffix_is_optimised_on_several_requests(qwen):
     results = ap.gcg_universal([qwen], requests, config)
     assert len({r.suffix for r in results}) == 1
     assert [r.variant for r in results] == ["seen", "seen", "held out"]
+    for sources, asked, fault in (
+        ([], requests, "needs a source model"),
+        (qwen, requests, "not a list of models"),
+        ([qwen], ["a text"], "needs a target string"),
+    ):
+        with pytest.raises(ap.AttackPlaneError, match=fault):
+            ap.gcg_universal(sources, asked, config)
     with pytest.raises(ap.AttackPlaneError, match="gcg_universal"):
         ap.attack("gcg_universal", REQUEST, TARGET, source=qwen)
 
@@ -109,10 +123,11 @@ def test_a_text_in_place_of_a_list_is_refused(estimated, qwen):
 
 def test_nothing_is_drawn_and_progress_is_told(estimated, qwen, capfd):
     told = []
-    ap.replay(["Say hi", "Say ho"], qwen, max_new_tokens=2, on_progress=lambda *a: told.append(a))
+    many = [f"Say {n}" for n in range(20)]  # more than a batch
+    ap.replay(many, qwen, max_new_tokens=2, on_progress=lambda *a: told.append(a))
     ap.project(["Say hi"], estimated)
     ap.gcg(qwen, REQUEST, TARGET, SMALL)
-    assert told[-1][1:] == (2, 2)
+    assert told == [("replies", 16, 20), ("replies", 20, 20)]
     assert capfd.readouterr() == ("", "")
 
 
@@ -177,6 +192,8 @@ def test_the_directions_system_prompt_stands_before_anchors_and_texts(qwen):
     anchors = [b for b in load_behaviours(label="harmless") if b.request in HARMLESS]
     rows = pd.DataFrame(ap.project(anchors, own))
     assert rows.x.mean() == pytest.approx(0.0, abs=1e-4)  # their centroid is the origin
+    with_system = ap.replay([HARMLESS[0]], qwen, max_new_tokens=8, system_prompt=system)
+    assert with_system[0]["reply"] != ap.replay([HARMLESS[0]], qwen, max_new_tokens=8)[0]["reply"]
     attacked = ap.templates(REQUEST, ap.TemplatesConfig(("persona",), system_prompt=system))
     first, *rest = ap.project(attacked, own)
     assert [r["attack"] for r in rest] == ["plain"] and first["plain_x"] == rest[0]["x"]

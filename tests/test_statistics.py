@@ -110,4 +110,5 @@ def test_clusters_are_drawn_whole():
 
 
 def test_percentiles_leave_out_what_is_no_number():
+    assert all(math.isnan(end) for end in percentile_interval([float("nan")]))
     assert percentile_interval([*range(101), float("nan")]) == (2.5, 97.5)

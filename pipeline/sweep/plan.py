@@ -28,6 +28,7 @@ from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Renderer
 from core.records import NO_SOURCE, PLAIN
 from core.store import write_atomically
+from core.weights import default_device
 from pipeline.sweep.config import SAMPLE, SweepConfig
 
 SPEED = "speed.json"
@@ -73,15 +74,22 @@ def calibrate(loaded: LoadedModel) -> Speed:
 
 
 def speed_of(model: ModelHandle, run: Path, *, keep: bool) -> Speed:
-    """What ``calibrate`` measured on this model, now or in an earlier command of this run."""
-    path = run / SPEED
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    fingerprint = model.known_fingerprint()
-    if fingerprint in kept:
-        return Speed(**kept[fingerprint])
+    """What ``calibrate`` measured on this model here, now or in an earlier command of this run.
+
+    The model is released again.
+    """
+    path, here = run / SPEED, f"{default_device()}, {torch.get_num_threads()} threads"
+    try:
+        kept = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError):
+        kept = {}
+    if kept.get("model") == model.known_fingerprint() and kept.get("machine") == here:
+        return Speed(**kept["speed"])
     speed = calibrate(model.loaded)
     if keep:
-        write_atomically(path, json.dumps({model.fingerprint: asdict(speed)}) + "\n")
+        row = {"model": model.fingerprint, "machine": here, "speed": asdict(speed)}
+        write_atomically(path, json.dumps(row) + "\n")
+    model.release()
     return speed
 
 

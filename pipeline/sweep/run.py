@@ -23,7 +23,7 @@ from core.store import ATTACKS, FAILURES, RunFolder, write_atomically
 from interchange.foreign import Hints
 from interchange.importer import ImportResult, import_file
 from pipeline.campaign import Cells, Plan, make_bench
-from pipeline.directions import directions
+from pipeline.directions import begin_directions, directions
 from pipeline.plane import plane
 from pipeline.sweep.config import SweepConfig, behaviours_of
 from pipeline.sweep.plan import Part, Step, attack_steps, total_seconds
@@ -52,6 +52,7 @@ def sweep(
     path, result = Path(config.run), SweepResult()
     with Progress(parts) as progress:
         with RunFolder(path) as run:
+            begin_directions(run, config.directions)  # a refusal comes before hours of work
             work = Sweep(config, run, open_model, progress, result)
             work.attack()
             work.import_prompts()
