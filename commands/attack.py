@@ -20,6 +20,7 @@ from commands.options import (
     default_run,
     echo_notes,
     open_model,
+    program,
     quiet_libraries,
 )
 from core.rows import Row
@@ -224,4 +225,4 @@ def run_attack(attack: Attack, common: Row, options: Row) -> None:
         if attack.describe and artifact.attack == attack.name:
             click.echo(f"{artifact.behaviour_id}: {attack.describe(artifact)}")
     target = models[0] if models else "embedded"
-    click.echo(f"next: python cli.py transfer --run {path} --target '{target}'")
+    click.echo(f"next: {program()} transfer --run {path} --target '{target}'")

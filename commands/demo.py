@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from commands.options import echo_notes, open_model, quiet_libraries
+from commands.options import echo_notes, open_model, program, quiet_libraries
 
 BEST_LAYERS = 2
 """Layers of each model that are printed."""
@@ -41,7 +41,7 @@ def demo(run: Path) -> None:
     for path in result.files:
         click.echo(path)
     minutes = (time.monotonic() - start) / 60
-    click.echo(f"{minutes:.1f} minutes; python cli.py verify --run {run}")
+    click.echo(f"{minutes:.1f} minutes; {program()} verify --run {run}")
 
 
 def show(result: Any, run: Path) -> None:

@@ -76,6 +76,12 @@ def open_model(spec: str) -> ModelHandle:
     return ModelHandle(spec, describe)
 
 
+def program() -> str:
+    """How the command line was called, for the next command that is proposed."""
+    name = click.get_current_context().find_root().info_name or ""
+    return "python cli.py" if name.endswith(".py") else "attack-plane"
+
+
 def echo_notes(notes: Sequence[str]) -> None:
     for note in notes:
         click.echo(note)
