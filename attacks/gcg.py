@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from attacks.baselines import SUFFIX_BASELINES, SuffixBaselinesConfig
-from attacks.gcg_search import GCGConfig, GCGState, run_gcg
+from attacks.gcg_search import GCGConfig, GCGState, SuffixSearchConfig, run_gcg
 from attacks.likelihood import ROUNDING
 from attacks.objective import TargetLoss
 from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
@@ -111,13 +111,18 @@ def step_seconds(config: GCGConfig, speed: Speed) -> float:
     return speed.gradient + width * fed * speed.token
 
 
-def baselines(config: GCGConfig) -> list[tuple[str, Any]]:
+def baselines(config: SuffixSearchConfig) -> list[tuple[str, Any]]:
     """The plain request, the initial suffix and a random one, by the search's own settings."""
     names = [f.name for f in fields(SuffixBaselinesConfig)]
     same = {name: getattr(config, name) for name in names if hasattr(config, name)}
     return [(SUFFIX_BASELINES, SuffixBaselinesConfig(**same))]
 
 
+PRESETS: dict[str, Row] = {
+    PAPER: {},
+    QUICK: {"num_steps": 30, "search_width": 32, "topk": 64},
+}
+"""Of all suffix searches."""
 ATTACK = ATTACKS.add(
     Attack(
         name="gcg",
@@ -125,7 +130,7 @@ ATTACK = ATTACKS.add(
         config=GCGConfig,
         run=run,
         cost=lambda config, count, speed: count * config.num_steps * step_seconds(config, speed),
-        presets={PAPER: {}, QUICK: {"num_steps": 30, "search_width": 32, "topk": 64}},
+        presets=PRESETS,
         sources="one",
         needs_target=True,
         identity=identity,

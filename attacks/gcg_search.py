@@ -39,8 +39,11 @@ from core.settings import check_settings, setting
 
 
 @dataclass(frozen=True)
-class GCGConfig:
-    """Defaults are the paper's (section 3: 500 steps, B = 512, k = 256, 20 tokens of "!")."""
+class SuffixSearchConfig:
+    """What every GCG has, ours and nanogcg's.
+
+    Defaults are the paper's (section 3: 500 steps, B = 512, k = 256, 20 tokens of "!").
+    """
 
     num_steps: int = setting(500, "Optimiser steps.", flag="--steps", low=0)
     search_width: int = setting(512, "Candidates per step.", flag="--width", low=1)
@@ -51,6 +54,12 @@ class GCGConfig:
     placement: str = setting("{request} {suffix}", "Where the suffix stands.")
     system_prompt: str | None = setting(None, "System prompt.", flag="--system")
     ascii_only: bool = setting(True, "Allow ASCII tokens only.", flag="--ascii-only/--any-token")
+
+
+@dataclass(frozen=True)
+class GCGConfig(SuffixSearchConfig):
+    """The paper's settings, and options that are not the paper's, which are off."""
+
     stop_loss: float = setting(
         0.0, "Stop at this loss (nats per target token); 0: never, as in the paper.", low=0
     )

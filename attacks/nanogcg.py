@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
-from attacks.baselines import SUFFIX_BASELINES, SuffixBaselinesConfig
+from attacks.gcg import PRESETS, baselines
+from attacks.gcg_search import SuffixSearchConfig
 from attacks.likelihood import ROUNDING, plain_loss
 from attacks.nanogcg_engine import OPTIONS, faults_of, reference, scored_ids
-from attacks.registry import ATTACKS, PAPER, QUICK, Attack
+from attacks.registry import ATTACKS, Attack
 from attacks.result import AttackResult, Search, suffix_result
 from attacks.slot import slot_for
 from attacks.workbench import Progress, Task, Workbench, stream_seed
@@ -24,18 +24,10 @@ NAME = "nanogcg"
 
 
 @dataclass(frozen=True)
-class NanoGCGConfig:
+class NanoGCGConfig(SuffixSearchConfig):
     """Defaults are GCG's; ``options`` are further fields of nanogcg's own GCGConfig."""
 
     num_steps: int = setting(500, "Optimiser steps.", flag="--steps", low=1)
-    search_width: int = setting(512, "Candidates per step.", flag="--width", low=1)
-    topk: int = setting(256, "Tokens tried per position.", low=1)
-    n_replace: int = setting(1, "Positions replaced in each candidate.", low=1)
-    suffix_length: int = setting(20, 'Words of the initial suffix ("! ! ...").', low=1)
-    init_suffix: str | None = setting(None, "Initial suffix in its place.")
-    placement: str = setting("{request} {suffix}", "Where the suffix stands.")
-    system_prompt: str | None = setting(None, "System prompt.", flag="--system")
-    ascii_only: bool = setting(True, "Allow ASCII tokens only.", flag="--ascii-only/--any-token")
     stop_on_match: bool = setting(
         False, "Stop at a suffix after which greedy decoding gives the target."
     )
@@ -71,13 +63,6 @@ def identity(bench: Workbench, config: NanoGCGConfig, name: str) -> Row:
     values = asdict(config)
     options = values.pop("options")
     return {**values, **OURS_ALONE, "engine_options": options}
-
-
-def baselines(config: NanoGCGConfig) -> list[tuple[str, Any]]:
-    """The plain request, the initial suffix and a random one."""
-    names = [f.name for f in fields(SuffixBaselinesConfig)]
-    same = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    return [(SUFFIX_BASELINES, SuffixBaselinesConfig(**same))]
 
 
 def run(bench: Workbench, task: Task, config: NanoGCGConfig) -> Iterator[AttackResult]:
@@ -130,7 +115,7 @@ ATTACK = ATTACKS.add(
         summary="Run the published package nanogcg as a reference, in its own environment.",
         config=NanoGCGConfig,
         run=run,
-        presets={PAPER: {}, QUICK: {"num_steps": 30, "search_width": 32, "topk": 64}},
+        presets=PRESETS,
         sources="one",
         needs_target=True,
         identity=identity,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from attacks.gcg import (
+    PRESETS,
     GCGConfig,
     GCGState,
     baselines,
@@ -31,7 +32,7 @@ from attacks.gcg import (
     step_seconds,
 )
 from attacks.objective import TargetLoss
-from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Key, sources_hash
+from attacks.registry import ATTACKS, Attack, Key, sources_hash
 from attacks.result import AttackResult
 from attacks.slot import SuffixSlot, slot_for
 from attacks.workbench import Progress, Task, Workbench, stream_seed
@@ -261,7 +262,7 @@ ATTACK = ATTACKS.add(
         cost=lambda config, count, speed: (
             config.num_steps * config.optimise_on * step_seconds(config, speed)
         ),
-        presets={PAPER: {}, QUICK: {"num_steps": 30, "search_width": 32, "topk": 64}},
+        presets=PRESETS,
         sources="several",
         needs_target=True,
         keys=keys,
