@@ -230,7 +230,7 @@ def replay(
     target: LoadedModel,
     *,
     judges: Sequence[str | Judge] | str | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     system_prompt: str | None = None,
@@ -242,17 +242,20 @@ def replay(
         prompts: results, artifacts, behaviours (their plain requests) or texts.
         target: the model that replies.
         judges: specs or objects. The first one decides ``jailbroken``. None is the default judge,
-            which looks for refusal phrases.
-        max_new_tokens: length of the replies.
+            ``three_way``.
+        max_new_tokens: length of the replies; None is 64, and more for attack classes that ask for
+            copying.
         temperature: 0 is greedy.
         seed: of the sampling.
         system_prompt: stands before texts and behaviours; attacks bring their own.
         on_progress: called with (what, done, total).
 
     Returns:
-        One row per prompt, in their order: attack, request, prompt, target_model, reply, jailbroken
-        (None where the judge cannot say), and one score per judge under its name. A score is 1
-        where the model did what was asked, 0 where it did not.
+        One row per prompt, in their order: attack, request, prompt, target_model, reply, outcome
+        (refused, complied, neither, or None where the judge cannot say), jailbroken (whether that
+        is complied), d (how far the model leans towards refusing, nats per token, see
+        ``evaluation/refusal_score.py``), and one score per judge under its name. A score is 1 where
+        the model did what was asked, 0 where it did not.
     """
     from pipeline.in_memory import replayed
     from transfer.replay import ReplayConfig

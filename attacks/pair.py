@@ -33,7 +33,7 @@ from core.prompt import Conversation
 from core.records import PLAIN, AttackArtifact, Behaviour
 from core.rows import Row
 from core.settings import check_settings, setting
-from evaluation.judges import DEFAULT_JUDGE, Exchange, succeeded
+from evaluation.judges import QUICK_JUDGE, Exchange, succeeded
 
 NAME = "pair"
 APPROACHES = {
@@ -81,7 +81,7 @@ class PAIRConfig:
     judge_model: str | None = setting(
         None, "Scores replies 1 to 10 (spec or server) [default: none, success by the judge]"
     )
-    judge: str = setting(DEFAULT_JUDGE, "Success test without a judge model.")
+    judge: str = setting(QUICK_JUDGE, "Success test without a judge model.")
 
     def __post_init__(self) -> None:
         check_settings(self, "pair")

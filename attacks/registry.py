@@ -68,6 +68,8 @@ class Attack:
         describe: one line on a finished artifact, where its losses do not say enough.
         catalogue: (title, lines) of the classes that it has, for a list of them.
         examples: command lines, without the program.
+        reply_tokens: name in the artifacts -> new tokens that a reply needs, where that is more
+            than usual because the prompt asks for copying or for a story first.
         command: whether it has a command of its own.
     """
 
@@ -91,6 +93,7 @@ class Attack:
     describe: Callable[[AttackArtifact], str] | None = None
     catalogue: Callable[[], Sequence[tuple[str, Sequence[str]]]] | None = None
     examples: Sequence[str] = ()
+    reply_tokens: Mapping[str, int] = field(default_factory=dict)
     command: bool = True
 
     def keys_of(self, config: Config, behaviour: Behaviour, bench: Workbench) -> Sequence[Key]:
@@ -130,6 +133,11 @@ def find_attack(name: str) -> tuple[Attack, Mapping[str, Any]]:
             f"unknown attack {name!r}", remedy=nearest(name, sorted([*known, *forms]))
         )
     return forms[name]
+
+
+def reply_tokens_by_class() -> dict[str, int]:
+    """Name in the artifacts -> new tokens of a reply, for the classes that need more than usual."""
+    return {k: v for attack in ATTACKS.all().values() for k, v in attack.reply_tokens.items()}
 
 
 def sources_hash(sources: Sequence[ModelHandle]) -> str:

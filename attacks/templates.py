@@ -211,6 +211,11 @@ CLASSES: dict[str, TemplateClass] = {
 }
 
 
+REPLY_TOKENS = {"code_completion": 256, "nested_fiction": 128, "persona": 128}
+"""New tokens of a reply to these classes: it copies the code, sets up a story, or answers twice
+before it comes to the request."""
+
+
 @dataclass(frozen=True)
 class TemplatesConfig:
     classes: tuple[str, ...] = setting(
@@ -297,6 +302,7 @@ ATTACK = ATTACKS.add(
         identity=identity,
         baselines=lambda config: [(PLAIN, PlainConfig(config.system_prompt))],
         catalogue=catalogue,
+        reply_tokens=REPLY_TOKENS,
         examples=(
             "templates --list",
             "templates --run runs/first --class persona --class past_tense",

@@ -45,7 +45,8 @@ def claims(run: Path | None, models: tuple[str, ...], numbers: str | None, **stu
     if coupled := coupling_table(result.claims):
         click.echo(f"coupling of the carriers, effective rank of their fields\n{coupled}")
     for c in result.claims:
-        click.echo(f"{c.number} {c.model}: {c.note}")
+        if c.note:
+            click.echo(f"{c.number} {c.model}: {c.note}")
     for file in result.files:
         click.echo(file)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from core.errors import AttackPlaneError
-from evaluation.judges.registry import DEFAULT_JUDGE
+from evaluation.judges.registry import QUICK_JUDGE
 
 if TYPE_CHECKING:
     from core.models import LoadedModel, ModelHandle
@@ -97,7 +97,7 @@ RUN = click.option(
 SEED = click.option("--seed", type=int, default=0, help="Random seed.")
 SYSTEM = click.option("--system", help="System prompt.")
 JUDGE = click.option(
-    "--judge", default=DEFAULT_JUDGE, help="Says refused or complied (see transfer --judge)."
+    "--judge", default=QUICK_JUDGE, help="Says refused or complied (see transfer --judge)."
 )
 
 
@@ -123,7 +123,7 @@ def behaviour_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--behaviours",
             default="demonstration",
-            help="demonstration, a CSV/JSON/JSONL/TXT file, or a hub set.",
+            help="demonstration, demonstration-v1, a CSV/JSON/JSONL/TXT file, or a hub set.",
         ),
     ):
         command = option(command)
@@ -134,10 +134,10 @@ def chosen(
     behaviours: str, label: str, splits: tuple[str, ...], limit: int | None
 ) -> tuple[list[Behaviour], int]:
     """The behaviours that the options name, and of how many."""
-    from evaluation.behaviours import DEMONSTRATION, to_attack
+    from evaluation.behaviours import BUILT_IN, to_attack
 
     known = to_attack(behaviours, label, splits or None)
-    most = limit or (DEFAULT_LIMIT if behaviours == DEMONSTRATION else None)
+    most = limit or (DEFAULT_LIMIT if behaviours in BUILT_IN else None)
     return known[:most], len(known)
 
 

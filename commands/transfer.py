@@ -24,10 +24,23 @@ from evaluation.judges.registry import DEFAULT_JUDGES
     "judges",
     multiple=True,
     default=DEFAULT_JUDGES,
-    help="refusal_phrases, target_prefix, classifier:MODEL[#LABEL], judgezoo:NAME, or a plugin's; "
-    "the first one decides.",
+    help="three_way[:MODEL], rules, refusal_phrases, target_prefix, classifier:MODEL[#LABEL], "
+    "judgezoo:NAME, or a plugin's; the first one decides.",
 )
-@click.option("--max-new-tokens", type=click.IntRange(1), default=64)
+@click.option("--behaviours", help="Also send these requests as they are, without an attack.")
+@click.option(
+    "--label",
+    type=click.Choice(["harmful", "harmless", "pseudo_harmful", "any"]),
+    default="any",
+    help="Of those, only this label.",
+)
+@click.option("--split", "splits", multiple=True, help="Of those, only these splits; repeatable.")
+@click.option("--system", help="System prompt of those requests.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    help="New tokens of a reply [default: 64, more for classes that ask for copying]",
+)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0: greedy.")
 @click.option("--seed", type=int, default=0, help="Random seed of the sampling.")
 @click.option("--batch-size", type=click.IntRange(1), default=16)
@@ -36,28 +49,45 @@ def transfer(
     run: Path,
     targets: tuple[str, ...],
     judges: tuple[str, ...],
-    max_new_tokens: int,
+    behaviours: str | None,
+    label: str,
+    splits: tuple[str, ...],
+    system: str | None,
+    max_new_tokens: int | None,
     temperature: float,
     seed: int,
     batch_size: int,
 ) -> None:
     """Replay frozen prompts on targets and judge.
 
-    Every artifact of the run is sent verbatim; replies and judgements are kept.
+    Every artifact of the run is sent verbatim, and the plain request of every attacked one; replies
+    and judgements are kept.
 
     \b
-    Example:
+    Examples:
       python cli.py transfer --run runs/first --target embedded \\
           --target embedded+runs/demo/checkpoints/step-12
+      python cli.py transfer --run runs/plain --target embedded --behaviours demonstration
     """
-    from commands.tables.attacks import matrix_table
+    from commands.tables.attacks import agreements_table, matrix_table
+    from evaluation.behaviours import to_attack
     from pipeline.transfer import transfer as stage
     from transfer.replay import ReplayConfig
 
     config = ReplayConfig(max_new_tokens, temperature, seed)
-    result = stage(run, targets, judges, config, batch_size=batch_size, open_model=open_model)
+    result = stage(
+        run,
+        targets,
+        judges,
+        config,
+        behaviours=to_attack(behaviours, label, splits or None) if behaviours else (),
+        system_prompt=system,
+        batch_size=batch_size,
+        open_model=open_model,
+    )
     echo_notes(result.notes)
     click.echo(matrix_table(result.cells))
+    click.echo(agreements_table(result.agreements))
 
 
 command = transfer

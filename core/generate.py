@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from core.models import LoadedModel
 from core.progress import bar as progress_bar
 from core.prompt import Renderer
 from core.rows import Row
+
+NEXT_TURN = re.compile(r"^\s*(?:User|Human|Assistant):", re.M)
 
 
 def complete(
@@ -27,7 +30,8 @@ def complete(
 ) -> list[str]:
     """Replies to whole rendered texts (BOS included), in their order. Greedy without a temperature.
 
-    Prompts are batched by length and padded on the left. Sampling draws from a stream of its own,
+    The reply of a model without a chat template ends where it invents a next turn. Prompts are
+    batched by length and padded on the left. Sampling draws from a stream of its own,
     started from
     ``seed``; the global one is left as it was.
     """
@@ -42,7 +46,7 @@ def complete(
             rows = _generate(loaded, [ids[i] for i in part], max_new_tokens, temperature)
             texts = loaded.tokenizer.batch_decode(rows, skip_special_tokens=True)
             for index, text in zip(part, texts, strict=True):
-                replies[index] = text.strip()
+                replies[index] = (text if loaded.has_chat_template else first_turn(text)).strip()
             bar.update(len(part))
 
         devices = [loaded.device] if loaded.device.type == "cuda" else []
@@ -51,6 +55,11 @@ def complete(
             for _ in batches.over(order, work):
                 pass
     return replies
+
+
+def first_turn(text: str) -> str:
+    """A reply up to where it begins a next turn of the plain template (``core/prompt.py``)."""
+    return NEXT_TURN.split(text, maxsplit=1)[0]
 
 
 def stop_ids(loaded: LoadedModel) -> list[int]:

@@ -100,8 +100,9 @@ class Behaviour(Record):
     """One request of a behaviour set.
 
     ``label`` is harmful, harmless or pseudo_harmful (safe, but with alarming words).
-    ``target_string`` is the affirmative prefix that an optimising attack aims at; without one such
-    an attack refuses the behaviour.
+    ``target_string`` is the affirmative prefix that an optimising attack aims at, and the opening
+    of a helpful reply to a harmless request; without one such an attack refuses the behaviour.
+    ``pair_id`` is the same for a harmful request and the harmless one that is matched with it.
     """
 
     behaviour_id: str
@@ -111,6 +112,7 @@ class Behaviour(Record):
     label: str
     benchmark: str
     split: str | None = None
+    pair_id: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -141,11 +143,9 @@ class AttackArtifact(Record):
     made, in words.
 
     ``variant`` tells prompts of one attack on one behaviour apart (the seed prompt, the technique).
-    ``rendering`` is how the
-    source model rendered the prompt: ``content_ids`` (token ids of the user content),
-    ``vocabulary`` and ``template`` (hashes).
-    ``snapshots`` are the prompts that were the best in turn, each {"step": index in
-    ``loss_history``, "prompt"}.
+    ``rendering`` is how the source model rendered the prompt: ``content_ids`` (token ids of the
+    user content), ``vocabulary`` and ``template`` (hashes). ``snapshots`` are the prompts that were
+    the best in turn, each {"step": index in ``loss_history``, "prompt"}.
     ``provenance`` is what else is known of how it was made; of an imported prompt: format, file,
     place, what the other tool said.
     """
@@ -205,7 +205,10 @@ class Replay(Record):
     """A frozen prompt sent to a target model, with the reply and what each judge said.
 
     ``judgements`` maps judge to score in [0, 1] (1 = the model did what was asked) or None.
-    ``jailbroken`` is the primary judge's verdict; None means not judged, never False.
+    ``outcome`` is what the first judge says: refused, complied or neither; ``jailbroken`` whether
+    that is complied. None means not judged, never False.
+    ``d`` and ``log_odds`` say how far the model leans towards refusing before it writes
+    (``evaluation/refusal_score.py``); None in rows of earlier versions.
     ``certificate`` says what was sent, compared with what the source model saw; see
     ``transfer/certificate.py``.
     """
@@ -221,6 +224,9 @@ class Replay(Record):
     jailbroken: bool | None
     config_hash: str
     certificate: Row = field(default_factory=dict)
+    outcome: str | None = None
+    d: float | None = None
+    log_odds: float | None = None
     schema_version: int = SCHEMA_VERSION
 
 
@@ -235,11 +241,9 @@ class PlanePoint(Record):
     ``frame`` says whose directions: ``base`` or ``own``; the two ``cos_base_own_*`` tell how far
     those differ.
     ``kind`` is ``attack`` or ``anchor`` (a held-out plain prompt); ``class_name`` is what the point
-    is drawn and
-    summarised with: the attack (with its source, where that attack has several) or the anchor's
-    label. ``plain_x`` and
-    ``plain_y`` are where the same behaviour's plain request lies (None for plain requests and
-    anchors, or where none was sent).
+    is drawn and summarised with: the attack (with its source, where that attack has several, and
+    its label, unless harmful) or the anchor's label. ``plain_x`` and ``plain_y`` are where the same
+    behaviour's plain request lies (None for plain requests and anchors).
     """
 
     prompt_id: str

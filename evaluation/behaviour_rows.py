@@ -23,6 +23,7 @@ REQUEST_COLUMNS = (
 TARGET_COLUMNS = ("target", "target_string", "target_str")
 ID_COLUMNS = ("behaviour_id", "behaviorid", "behavior_id", "id")
 CATEGORY_COLUMNS = ("category", "semanticcategory", "type")
+PAIR_COLUMNS = ("pair_id", "pair")
 
 Numbered = list[tuple[int, Row]]
 
@@ -185,4 +186,5 @@ class _Rows:
             label=label,
             benchmark=self.benchmark,
             split=split,
+            pair_id=_value(row, PAIR_COLUMNS),
         )

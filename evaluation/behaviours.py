@@ -1,10 +1,13 @@
 """Behaviour sets: the built-in demonstration set, files, and public sets of the hub by name.
 
-Built in (``demonstration``): 64 harmful requests with target strings in eight everyday categories,
-64 harmless ones matched in topic and form, 32 pseudo-harmful ones (safe, but with alarming words),
-each with a fixed split. Files may be CSV, JSON, JSONL or TXT; columns are recognised by the names
-that public sets use. Nothing is dropped in silence: a file with faults is refused with every
-fault's line.
+Built in (``demonstration``): 240 pairs of a harmful and a harmless request in twelve everyday
+categories. The two of a pair have the same form, the same last token and nearly the same length, so
+that the form of a request does not give its label away (a test holds this). Beside them stand 120
+pseudo-harmful requests, which are safe but have alarming words. Pairs are split into train,
+validation and test. ``demonstration-v1`` is the smaller set of earlier runs.
+
+Files may be CSV, JSON, JSONL or TXT; columns are recognised by the names that public sets use.
+Nothing is dropped in silence: a file with faults is refused with every fault's line.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from evaluation.behaviour_rows import (
 )
 
 DEMONSTRATION = "demonstration"
+BUILT_IN = (DEMONSTRATION, "demonstration-v1")
 CONTRAST_SPLITS = ("train", "validation")
 """Splits of the demonstration set that directions are estimated on,"""
 HELD_OUT_SPLITS = ("test",)
@@ -85,9 +89,9 @@ def load_behaviours(
     for name in splits:
         if name not in SPLITS:
             raise AttackPlaneError("unknown split", got=name, remedy=nearest(name, list(SPLITS)))
-    if source == DEMONSTRATION:
-        path = Path(__file__).parent / "data" / "demonstration.csv"
-        rows = read_file(path, default_label, benchmark=DEMONSTRATION)
+    if source in BUILT_IN:
+        path = Path(__file__).parent / "data" / f"{source}.csv"
+        rows = read_file(path, default_label, benchmark=source)
     elif source.lower() in HUB_SETS:
         rows = read_hub(source.lower())
     elif Path(source).is_file():
@@ -98,7 +102,7 @@ def load_behaviours(
             where="behaviours",
             got=source,
             remedy=(
-                f"a CSV, JSON, JSONL or TXT file, {DEMONSTRATION}, or one of {', '.join(HUB_SETS)}"
+                f"a CSV, JSON, JSONL or TXT file, or one of {', '.join([*BUILT_IN, *HUB_SETS])}"
             ),
         )
     kept = [
@@ -121,7 +125,7 @@ def to_attack(source: str, label: str, splits: Sequence[str] | None) -> list[Beh
     test split, since checkpoints and directions are made from the others.
     """
     if splits is None:
-        splits = HELD_OUT_SPLITS if source == DEMONSTRATION else ()
+        splits = HELD_OUT_SPLITS if source in BUILT_IN else ()
     return load_behaviours(source, label=None if label == "any" else label, splits=splits)
 
 

@@ -21,7 +21,8 @@ def describe_classes(
 ) -> list[Row]:
     """Centroid, spread and displacement of each class, per target and frame.
 
-    The centroid has a bootstrap interval. The displacement is from the plain request.
+    The centroid has a bootstrap interval. The displacement is from the plain request; ``displaced``
+    is the number of behaviours that it rests on.
 
     Several prompts of a behaviour (variants of a class) are averaged first, so that each behaviour
     counts once; intervals resample behaviours. The displacement is the mean of (attacked - plain)
@@ -60,6 +61,7 @@ def describe_classes(
                 "centroid": where.mean(0).tolist(),
                 "centroid_interval": bootstrap_columns(where, seed=seed, resamples=resamples),
                 "covariance": np.cov(spread.T).tolist() if len(members) > 1 else None,
+                "displaced": len(moved),
                 "displacement": moved.mean(0).tolist() if len(moved) else None,
                 "displacement_interval": bootstrap_columns(moved, seed=seed, resamples=resamples),
                 **(nulls or {}).get((target, frame, name), none),

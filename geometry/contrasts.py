@@ -71,9 +71,15 @@ def differences(weights: Tensor, resid: Tensor) -> Tensor:
 
 
 def d_prime(positive: Tensor, negative: Tensor) -> Tensor:
-    """(n, ...) and (m, ...) -> (...): difference of class means over the pooled s.d."""
-    pooled = ((positive.var(0) + negative.var(0)) / 2).sqrt().clamp_min(1e-12)
-    return (positive.mean(0) - negative.mean(0)) / pooled
+    """(n, ...) and (m, ...) -> (...): difference of class means over the pooled s.d.
+
+    0 where all scores are equal but for rounding, as at layer 0 of a template token.
+    """
+    pooled = ((positive.var(0) + negative.var(0)) / 2).sqrt()
+    difference = positive.mean(0) - negative.mean(0)
+    rounding = 1e-6 * torch.maximum(positive.abs().amax(0), negative.abs().amax(0))
+    equal = (pooled <= rounding) & (difference.abs() <= rounding)
+    return torch.where(equal, 0.0, difference / pooled.clamp_min(1e-12))
 
 
 # --- the contrast ---------------------------------------------------------------------------------

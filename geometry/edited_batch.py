@@ -153,12 +153,12 @@ class EditedBatch:
         )
         self.delta_norm = moved / count.clamp_min(1)
 
-    def refusals(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """(row,) mean log-probability of the refusal texts, nats per token.
+    def log_probabilities(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """(row, text) mean log-probability of each text as the reply, nats per token.
 
         The cache stays as it is.
         """
-        losses = []
+        columns = []
         for text in texts:
             ids = torch.tensor(text, device=self.loaded.device)
             scores = [self.next[:, None, ids[:1]]]
@@ -175,12 +175,8 @@ class EditedBatch:
                 scores.append(
                     logits.log_softmax(-1).gather(2, ids[None, 1:, None].expand(len(rows), -1, -1))
                 )
-            losses.append(torch.cat([s.flatten(1) for s in scores], 1).mean(1))
-        return (
-            torch.stack(losses).mean(0).cpu()
-            if losses
-            else torch.full((len(self.next),), torch.nan)
-        )
+            columns.append(torch.cat([s.flatten(1) for s in scores], 1).mean(1).cpu())
+        return torch.stack(columns, 1) if columns else torch.zeros(len(self.next), 0)
 
     def replies(self, max_new_tokens: int) -> list[tuple[int, ...]]:
         """Greedy replies as token ids. Uses the cache up."""

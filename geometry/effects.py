@@ -23,9 +23,9 @@ import numpy as np
 
 from core.statistics import bootstrap_mean
 
-OUTCOMES = ("complied", "refused", "degenerate", "refusal", "kl")
-"""Shares of replies; mean log-probability of refusals (nats per token); KL of the next token
-(nats)."""
+OUTCOMES = ("complied", "refused", "neither", "refusal", "d", "log_odds", "kl")
+"""Shares of replies; mean log-probability of refusals and outcome D (nats per token); log-odds of a
+refusal token and KL of the next token (nats)."""
 PLAIN_CONTROLS = ("random", "wrong_layer", "wrong_position")
 
 Row = Mapping[str, Any]

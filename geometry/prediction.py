@@ -25,7 +25,7 @@ from itertools import combinations
 
 import numpy as np
 
-from core.records import PLAIN, PlanePoint
+from core.records import LABELS, PLAIN, PlanePoint
 from core.rows import Row
 from core.statistics import auroc, cluster_rows, percentile_interval
 
@@ -128,6 +128,20 @@ class _Judged:
         both = _both(self.where, success, self.groups, self.classes)
         return _within(self.where, success, self.classes, both)
 
+    def used(self, score: str, name: str) -> np.ndarray:
+        """(n,) which prompts an AUROC rests on.
+
+        They have this score, and stand in a class with both outcomes.
+        """
+        column = {"H moved": 2, "R moved": 3, EITHER: 2}.get(score, 0)
+        known = np.isfinite(self.where[:, column])
+        used = np.zeros(len(known), dtype=bool)
+        for c in np.unique(self.classes) if name == POOLED else [name]:
+            here = known & (self.classes == c)
+            if self.success[here].any() and not self.success[here].all():
+                used |= here
+        return used
+
     def shuffled(self, rng: np.random.Generator) -> np.ndarray:
         """Outcomes permuted within each class: whole behaviours where all have equally many."""
         shuffled = self.success.copy()
@@ -146,7 +160,12 @@ def success_prediction(
 ) -> list[Row]:
     """Rows (class or pooled) x score of the judged attack points of one target and frame."""
     judged = [
-        p for p in points if p.kind == "attack" and p.attack != PLAIN and p.jailbroken is not None
+        p
+        for p in points
+        if p.kind == "attack"
+        and p.attack != PLAIN
+        and p.label == LABELS[0]
+        and p.jailbroken is not None
     ]
     if not judged:
         return []
@@ -163,7 +182,7 @@ def success_prediction(
     for score in (*SCORES, EITHER):
         for name, (value, pairs) in measured[score].items():
             if pairs:
-                here = data.success if name == POOLED else data.success[data.classes == name]
+                here = data.success[data.used(score, name)]
                 rows.append(
                     {
                         "target": judged[0].target,
@@ -175,6 +194,7 @@ def success_prediction(
                             [r[score][name][0] for r in resampled if name in r[score]]
                         ),
                         "null_95": float(np.nanquantile([n[score][name][0] for n in nulls], 0.95)),
+                        "n": len(here),
                         "successes": int(here.sum()),
                         "failures": int((~here).sum()),
                     }

@@ -25,6 +25,7 @@ from itertools import groupby
 import torch
 
 from core.batching import BatchSize
+from core.continuations import log_odds
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.prefix import keeps_keys_and_values_only
@@ -44,6 +45,9 @@ class Outcome:
     Attributes:
         kl: KL(plain || edited) of the next token, nats.
         refusal: mean log-probability of the refusal texts, nats per token; NaN without such texts.
+        d: ``refusal`` less the mean log-probability of the compliance texts (outcome D), nats per
+            token; NaN without both.
+        log_odds: that the next token is one of the refusal tokens, nats; NaN without such tokens.
         reply: token ids, without the end of turn.
         delta_norm: mean length of what was added to an edited token of the prompt at one layer, in
             units of the residual.
@@ -51,6 +55,8 @@ class Outcome:
 
     kl: float
     refusal: float
+    d: float
+    log_odds: float
     reply: tuple[int, ...]
     delta_norm: float
 
@@ -113,6 +119,8 @@ def rollout(
     interventions: Sequence[Intervention | None],
     *,
     refusals: Sequence[Sequence[int]] = (),
+    compliances: Sequence[Sequence[int]] = (),
+    refusal_tokens: Sequence[int] = (),
     max_new_tokens: int = 0,
     share: bool = True,
     rows: int = 64,
@@ -123,6 +131,8 @@ def rollout(
     Args:
         interventions: None stands for the model left alone.
         refusals: token ids of refusals, read as replies.
+        compliances: token ids of openings that comply; with refusals they give ``d``.
+        refusal_tokens: first tokens of refusals, for ``log_odds``.
         max_new_tokens: length of the replies; 0 decodes none.
         share: False recomputes the layers below the lowest edited one for every row.
         rows: the largest number of rows in a batch.
@@ -157,16 +167,21 @@ def rollout(
 
             def read(some: Sequence[int]) -> None:
                 batch = EditedBatch(of, [prompts[p] for p in some], shared)
-                scores, delta = batch.refusals(refusals), batch.delta_norm
+                scores = batch.log_probabilities([*refusals, *compliances])
+                refusal = scores[:, : len(refusals)].mean(1)  # NaN without texts
+                d = refusal - scores[:, len(refusals) :].mean(1)
+                odds = log_odds(batch.next, refusal_tokens).cpu()
+                delta = batch.delta_norm
                 replies = batch.replies(max_new_tokens) if max_new_tokens else [()] * len(delta)
                 for row, cell in enumerate((p, n) for p in some for n in chosen):
-                    numbers = (
-                        float(batch.kl[row]),
-                        float(scores[row]),
-                        replies[row],
-                        float(delta[row]),
+                    outcomes[cell] = Outcome(
+                        kl=float(batch.kl[row]),
+                        refusal=float(refusal[row]),
+                        d=float(d[row]),
+                        log_odds=float(odds[row]),
+                        reply=replies[row],
+                        delta_norm=float(delta[row]),
                     )
-                    outcomes[cell] = Outcome(*numbers)
                 bar.update(len(delta))
 
             for _, same in groupby(order, key=lambda i: len(prompts[i].ids)):

@@ -84,26 +84,35 @@ def campaign(
         for cell in reversed(cells):  # all refusals before any work, the attack's own first
             cell.begin()
         for cell in cells:
-            if _is_redundant(run, cell):
-                continue
-            fit = cell.fitting()
-            if not cell.plan.attack.command and len(fit) < len(behaviours):
-                missing = len(behaviours) - len(fit)
+            wanted = _without_plain(run, cell)
+            fit = [b for b in cell.fitting() if b in wanted]
+            if not cell.plan.attack.command and len(fit) < len(wanted):
+                missing = len(wanted) - len(fit)
                 name = cell.plan.attack.name
                 result.notes.append(f"{missing} requests without a target string get no {name}")
             else:
-                fit = list(behaviours)
+                fit = wanted
             result.artifacts += cell.attack(fit)
     return result
 
 
-def _is_redundant(run: RunFolder, cell: Cells) -> bool:
-    """Whether these are plain requests without a source in a run that has some from a source."""
+def _without_plain(run: RunFolder, cell: Cells) -> list[Behaviour]:
+    """Of a plan's behaviours those that it should make prompts for.
+
+    A plain request without a source is made only where the run has none of that request under that
+    system prompt; one from a source serves too.
+    """
     if cell.plan.attack.name != PLAIN:
-        return False
-    have = set(run.each(ATTACKS_FILE, "artifact_id"))
-    known = PLAIN in set(run.each(ATTACKS_FILE, "attack"))
-    return known and not any(i in have for b in cell.bench.behaviours for i in cell.ids(b))
+        return list(cell.bench.behaviours)
+    own = {i for b in cell.bench.behaviours for i in cell.ids(b)}
+    have = {
+        row["request"]
+        for row in run.rows(ATTACKS_FILE)
+        if row["attack"] == PLAIN
+        and row["artifact_id"] not in own
+        and row.get("system_prompt") == cell.plan.config.system_prompt
+    }
+    return [b for b in cell.bench.behaviours if b.request not in have]
 
 
 def make_bench(

@@ -17,8 +17,8 @@ from core.prompt import Conversation, Prompt, Renderer
 from core.records import Activations, Behaviour, content_hash
 from core.rows import Row
 from core.store import RunFolder
-from evaluation.behaviours import CONTRAST_SPLITS, DEMONSTRATION, load_behaviours
-from evaluation.judges import DEFAULT_JUDGE, Exchange, make_judge, refusals
+from evaluation.behaviours import BUILT_IN, CONTRAST_SPLITS, DEMONSTRATION, load_behaviours
+from evaluation.judges import QUICK_JUDGE, Exchange, make_judge, refusals
 from geometry.activations import POSITIONS, collect
 
 CONTRAST = "contrast.jsonl"
@@ -38,7 +38,7 @@ class DirectionsConfig:
     resamples: int = 200
     seed: int = 0
     system_prompt: str | None = None
-    judge: str = DEFAULT_JUDGE
+    judge: str = QUICK_JUDGE
 
     def to_settings(self) -> Row:
         """For a run's manifest. The judge may change: replies are judged when they are read."""
@@ -46,8 +46,8 @@ class DirectionsConfig:
 
 
 def splits_of(behaviours: str, splits: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
-    """The splits asked for; without any, the default of the demonstration set, else all."""
-    return tuple(splits) or (tuple(default) if behaviours == DEMONSTRATION else ())
+    """The splits asked for; without any, the default of a built-in set, else all."""
+    return tuple(splits) or (tuple(default) if behaviours in BUILT_IN else ())
 
 
 def contrast_set(config: DirectionsConfig) -> list[Behaviour]:

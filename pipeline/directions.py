@@ -10,7 +10,9 @@ from pathlib import Path
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
 from core.records import Directions
+from core.rows import Row
 from core.store import RunFolder
+from evaluation.form import form_auroc
 from geometry.directions import EstimateConfig, classes, estimate
 from pipeline.contrast_reading import ContrastReading, DirectionsConfig, contrast_set
 from pipeline.directions_files import directions_path, load_directions, save_directions
@@ -87,7 +89,9 @@ def directions_of(reading: ContrastReading, estimators: Sequence[str]) -> Direct
                 continue
             made = estimated(reading, estimator)
             save_directions(made, run.path, {"made_from": reading.made_from})
-        result.directions.append(load_directions(run.path, spec, estimator))
+        there = load_directions(run.path, spec, estimator)
+        result.directions.append(there)
+        result.notes += [n for n in contrast_notes(there) if n not in result.notes]
     return result
 
 
@@ -102,7 +106,61 @@ def estimated(reading: ContrastReading, estimator: str) -> Directions:
         config=EstimateConfig(config.resamples, config.seed),
     )
     made.settings["system_prompt"] = config.system_prompt
+    made.settings["contrast"] = contrast_facts(reading)
     return made
+
+
+def contrast_facts(reading: ContrastReading) -> Row:
+    """What the reader must know of the contrast set on this model.
+
+    ``form``: held-out AUROC of telling the label from the form of the prompts alone. ``refused``:
+    label -> [prompts that the model refuses, prompts that were judged].
+    """
+    texts = [b.request for b in reading.behaviours]
+    last = [prompt.ids[prompt.t_inst] for prompt in reading.prompts]
+    lengths = [len(prompt.content) for prompt in reading.prompts]
+    groups = [b.pair_id or b.behaviour_id for b in reading.behaviours]
+    pairs = list(zip(reading.harmful, reading.refused, strict=True))
+    refused = {}
+    for label, side in (("harmful", True), ("harmless", False)):
+        known = [r for harmful, r in pairs if harmful is side and r is not None]
+        refused[label] = [sum(known), len(known)]
+    return {
+        "form": form_auroc(texts, last, lengths, reading.harmful, groups),
+        "refused": refused,
+    }
+
+
+FORM_TELLS = 0.65
+"""AUROC of form alone above which a direction may be one of form."""
+FEW_REFUSED = 0.5
+"""Share of harmful prompts refused below which a refusal direction is not one of refusal."""
+
+
+def contrast_notes(directions: Directions) -> list[str]:
+    """What the contrast set is worth on this model, in words, with warnings where it is weak."""
+    facts = directions.settings.get("contrast")
+    if not facts:
+        return []
+    (bad, of_bad), (good, of_good) = facts["refused"]["harmful"], facts["refused"]["harmless"]
+    first = float(directions.statistics["separation_harmfulness"][0])
+    null = float(directions.statistics["null_permuted_separation_harmfulness"][0])
+    notes = [
+        f"{directions.model} refuses {bad} of {of_bad} harmful and {good} of {of_good} harmless "
+        f"contrast prompts; their form alone tells the label with AUROC {facts['form']:.2f}; "
+        f"d' of H at layer 0 is {first:.2f}"
+    ]
+    if facts["form"] > FORM_TELLS or first > max(null, 1.0):
+        notes.append(
+            "warning: the form of these prompts gives the label away, so H may be a direction of "
+            "form; use pairs of the same form, such as the set demonstration"
+        )
+    if bad < FEW_REFUSED * of_bad:
+        notes.append(
+            f"warning: this model refuses {bad / max(1, of_bad):.0%} of the harmful prompts, so R "
+            "is hardly a direction of refusal; give a contrast set that it refuses more of"
+        )
+    return notes
 
 
 def have_directions(path: Path, spec: str, estimator: str, made_from: str) -> bool:

@@ -21,7 +21,7 @@ from core.progress import bar as progress_bar
 from core.prompt import Conversation, Prompt, Renderer
 from core.records import PLAIN, AttackArtifact, Behaviour, Directions, PlanePoint, Replay
 from core.rows import Row
-from evaluation.judges import DEFAULT_JUDGE, Exchange, Judge, make_judge, refusals
+from evaluation.judges import DEFAULT_JUDGE, QUICK_JUDGE, Exchange, Judge, make_judge, refusals
 from geometry.activations import collect
 from geometry.classes import describe_classes
 from geometry.directions import EstimateConfig, best_layers, estimate
@@ -82,7 +82,7 @@ class ModelDirections:
 
 
 def judge_of(judge: str | Judge | None) -> Judge:
-    judge = DEFAULT_JUDGE if judge is None else judge
+    judge = QUICK_JUDGE if judge is None else judge
     return make_judge(judge) if isinstance(judge, str) else judge
 
 
@@ -124,8 +124,8 @@ def replayed(
     on_progress: OnProgress | None,
 ) -> list[Row]:
     """One row per prompt, in their order: the reply and what the judges say."""
-    specs = [judges] if judges is None or isinstance(judges, str) else judges
-    made = [judge_of(judge) for judge in specs]
+    judges = DEFAULT_JUDGE if judges is None else judges
+    made = [judge_of(judge) for judge in ([judges] if isinstance(judges, str) else judges)]
     entries = [_entry(p, n, system_prompt) for n, p in enumerate(listed(prompts, "prompts"))]
     artifacts = [artifact for artifact, _ in entries]
     batches: list[list[Replay]] = []
@@ -143,7 +143,9 @@ def replayed(
             "prompt": a.prompt,
             "target_model": records[a.artifact_id].target_model,
             "reply": records[a.artifact_id].reply,
+            "outcome": records[a.artifact_id].outcome,
             "jailbroken": records[a.artifact_id].jailbroken,
+            "d": records[a.artifact_id].d,
             **records[a.artifact_id].judgements,
         }
         for a in artifacts

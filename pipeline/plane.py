@@ -15,7 +15,7 @@ from pathlib import Path
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
 from core.prompt import Conversation, Prompt, Renderer
-from core.records import AttackArtifact, Behaviour, Directions, PlanePoint, content_hash
+from core.records import LABELS, AttackArtifact, Behaviour, Directions, PlanePoint, content_hash
 from core.rows import Row
 from core.specs import short_spec
 from core.store import RunFolder, write_atomically
@@ -25,6 +25,7 @@ from geometry.directions import best_layers
 from geometry.plane import Nulls, PromptInfo, displacement_nulls, points
 from pipeline.contrast_reading import rendered
 from pipeline.directions_files import directions_path, load_directions
+from pipeline.plain import add_plain_requests
 from pipeline.plane_files import export
 from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows
 from pipeline.trajectories import trajectory_rows
@@ -84,6 +85,7 @@ class PlaneStage:
 
     def __init__(self, run: RunFolder, targets: Sequence[str], config: PlaneConfig) -> None:
         self.run, self.config, self.result = run, config, PlaneResult()
+        add_plain_requests(run)  # displacements are measured from them
         self.artifacts = artifacts_of(run)
         self.targets = list(targets or dict.fromkeys(r.target_model for r in replays_of(run)))
         if not self.targets:
@@ -229,14 +231,19 @@ def prompt_infos(
         for b in anchors
     ]
     for a in artifacts:
-        several = len(sources[a.attack]) > 1
+        name = a.attack
+        if len(sources[a.attack]) > 1:
+            name += f" from {short_spec(a.source_model)}"
+        label = labels.get(a.behaviour_id, LABELS[0])
+        if label != LABELS[0]:  # never pooled with attacks on harmful requests
+            name += f", {label}"
         infos.append(
             PromptInfo(
                 prompt_id=a.artifact_id,
                 behaviour_id=a.behaviour_id,
                 kind="attack",
-                class_name=f"{a.attack} from {short_spec(a.source_model)}" if several else a.attack,
-                label=labels.get(a.behaviour_id, "harmful"),
+                class_name=name,
+                label=label,
                 attack=a.attack,
                 source=a.source_model,
                 jailbroken=None,

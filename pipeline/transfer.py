@@ -10,11 +10,15 @@ from pathlib import Path
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
 from core.progress import bar as progress_bar
-from core.records import AttackArtifact
+from core.records import AttackArtifact, Behaviour
 from core.store import FAILURES, REPLAYS, RunFolder
+from evaluation.calibration import Errors, known_errors
 from evaluation.judges import Judge, judge_kind, make_judge
+from pipeline.calibrate import errors_of_run
+from pipeline.plain import add_plain_requests
 from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows
-from transfer.matrix import Cell, matrix
+from transfer.agreement import Agreement, agreements
+from transfer.matrix import HARMFUL, Cell, matrix
 from transfer.replay import NotSent, ReplayConfig, replay, replay_id
 
 STAGE, MATRIX = "transfer", "matrix.jsonl"
@@ -22,9 +26,10 @@ STAGE, MATRIX = "transfer", "matrix.jsonl"
 
 @dataclass
 class TransferResult:
-    """The matrix of success rates, and the prompts that a target's template refused."""
+    """The matrix of rates, how D agrees with success, and what the reader should know."""
 
     cells: list[Cell] = field(default_factory=list)
+    agreements: list[Agreement] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -40,6 +45,7 @@ class Transfer:
         for spec in judges:
             judge_kind(spec)
         self.run, self.config, self.batch_size = run, config, batch_size
+        add_plain_requests(run)
         self.artifacts = artifacts_of(run)
         self.settings = {**asdict(config), "judges": list(judges)}
         self._specs, self._judges = judges, list[Judge]()
@@ -88,18 +94,32 @@ def transfer(
     judges: Sequence[str],
     config: ReplayConfig,
     *,
+    behaviours: Sequence[Behaviour] = (),
+    system_prompt: str | None = None,
     batch_size: int = 16,
     open_model: OpenModel = ModelHandle,
 ) -> TransferResult:
-    """Replay every artifact of a run on every target, and write the matrix."""
+    """Replay every artifact of a run on every target, and write the matrix.
+
+    The plain requests of ``behaviours`` under ``system_prompt`` are sent too; with them the run may
+    be new. Every attacked request gets its plain request.
+    """
     check_specs(targets)
     result = TransferResult()
-    with RunFolder.existing(path) as run:
+    with RunFolder(path) if behaviours else RunFolder.existing(path) as run:
+        added = add_plain_requests(run, behaviours, system_prompt)
         stage = Transfer(run, judges, config, batch_size)
         if not stage.artifacts:
             raise AttackPlaneError(
-                "no artifacts in this run", where=path, remedy="make some first, with `gcg`"
+                "no artifacts in this run",
+                where=path,
+                remedy="make some first, with `gcg`, or send plain requests: --behaviours",
             )
+        if added and not behaviours:
+            result.notes.append(f"{added} plain requests were missing and are added")
+        if len(lengths := replies_by_length(stage.artifacts, config)) > 1:
+            text = "; ".join(f"{n} for {', '.join(names)}" for n, names in lengths.items())
+            result.notes.append(f"new tokens of a reply: {text}")
 
         def not_sent(artifact: AttackArtifact, error: Exception) -> None:
             what = f"{artifact.attack} {artifact.behaviour_id} {artifact.artifact_id}"
@@ -108,26 +128,70 @@ def transfer(
         for spec in targets:
             stage.replay_on(open_model(spec), not_sent)
         result.cells = write_matrix(run)
+        result.agreements = agreements(replays_of(run), labels_of(run))
+        result.notes += errors_notes(run)
     return result
 
 
-def expected_prompts(run: RunFolder) -> dict[tuple[str, str], int]:
-    """How many prompts each (attack, source) has or, after failures, should have."""
+def _errors(run: RunFolder, judge: str, attack: str) -> Errors | None:
+    """Errors that were counted in this run, else those of the package's labels."""
+    own = known_errors(judge, attack, errors_of_run(run.path) or {})
+    return own or known_errors(judge, attack)
+
+
+def errors_notes(run: RunFolder) -> list[str]:
+    """Says where no rate can be corrected, since the judge's errors are not known."""
+    judges = run.manifest["stages"].get(STAGE, {}).get("judges", [])
+    if judges and _errors(run, judges[0], "") is None:
+        return [f"the errors of the judge {judges[0]} are not known: rates are raw only"]
+    return []
+
+
+def replies_by_length(
+    artifacts: Sequence[AttackArtifact], config: ReplayConfig
+) -> dict[int, list[str]]:
+    """Length of replies in new tokens -> the classes that get it."""
+    lengths: dict[int, list[str]] = {}
+    for name in dict.fromkeys(a.attack for a in artifacts):
+        lengths.setdefault(config.of(name).max_new_tokens or 0, []).append(name)
+    return lengths
+
+
+def labels_of(run: RunFolder) -> dict[str, str]:
+    """Behaviour id -> label, of the behaviours that the run knows."""
+    return {name: b.label for name, b in run.behaviours().items()}
+
+
+def expected_prompts(run: RunFolder) -> dict[tuple[str, str, str], int]:
+    """How many prompts each (attack, source, label) has or, after failures, should have."""
     artifacts = artifacts_of(run)
+    labels = labels_of(run)
     there = {(a.attack, a.source_model, a.behaviour_id, a.variant) for a in artifacts}
     failed = {
         (r["attack"], r["source"], r["behaviour"], r.get("variant"))
         for r in run.rows(FAILURES)
         if r["stage"] == "attack"
     }
-    expected = Counter((a.attack, a.source_model) for a in artifacts)
-    expected.update((attack, source) for attack, source, *_ in failed - there)
+    expected = Counter(
+        (a.attack, a.source_model, labels.get(a.behaviour_id, HARMFUL)) for a in artifacts
+    )
+    expected.update(
+        (attack, source, labels.get(behaviour, HARMFUL))
+        for attack, source, behaviour, _ in failed - there
+    )
     return dict(expected)
 
 
 def matrix_of(run: RunFolder, targets: Sequence[str] = ()) -> list[Cell]:
     """The matrix of a run. Prompts that could not be made are missing in it."""
-    return matrix(replays_of(run), expected_prompts(run), targets=targets)
+    judges = run.manifest["stages"].get(STAGE, {}).get("judges", [])
+    return matrix(
+        replays_of(run),
+        expected_prompts(run),
+        labels=labels_of(run),
+        errors=lambda attack: _errors(run, judges[0], attack) if judges else None,
+        targets=targets,
+    )
 
 
 def write_matrix(run: RunFolder, targets: Sequence[str] = ()) -> list[Cell]:

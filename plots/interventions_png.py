@@ -20,7 +20,7 @@ from plots.style import COLOURS, MARKERS
 
 PANELS = (
     ("harmful", "complied", "ASR on harmful prompts"),
-    ("harmful", "refusal", "log P(refusal) on harmful, nats per token"),
+    ("harmful", "d", "outcome D on harmful, nats per token"),
     ("harmless", "refused", "refusals of harmless prompts"),
     ("pseudo_harmful", "refused", "refusals of pseudo-harmful prompts"),
     ("harmless", "kl", "KL on harmless prompts, nats"),

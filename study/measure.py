@@ -21,6 +21,7 @@ from core.models import ModelHandle, OpenModel
 from core.records import AttackArtifact
 from core.store import ATTACKS, REPLAYS, RunFolder, read_rows
 from evaluation.behaviours import load_behaviours
+from evaluation.judges import DEFAULT_JUDGES, QUICK_JUDGE
 from pipeline.campaign import Plan, baseline_plans, campaign
 from pipeline.contrast_reading import contrast_set
 from pipeline.directions import begin_directions
@@ -199,5 +200,5 @@ def _replay_settings(run: RunFolder, config: StudyConfig) -> tuple[tuple[str, ..
     if (run.path / REPLAYS).exists() and TRANSFER in stages:
         before = dict(stages[TRANSFER])
         return tuple(before.pop("judges")), ReplayConfig(**before)
-    judges = tuple(dict.fromkeys([config.judge, "target_prefix"]))
-    return judges, ReplayConfig(config.reply_tokens, 0.0, config.seed)
+    judges = DEFAULT_JUDGES if config.judge == QUICK_JUDGE else (config.judge, "target_prefix")
+    return judges, ReplayConfig(None, 0.0, config.seed)

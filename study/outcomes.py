@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from core.records import Behaviour, content_hash
 from core.rows import Row
+from evaluation.judges import OUTCOMES
 from geometry.controls import Site, far_layer
 from geometry.interventions import Intervention
 from geometry.rollout import Outcome, rollout
@@ -67,6 +69,7 @@ def measure(
     names = [_identity(edit) for edit in interventions]
     todo = dict(zip(names, interventions, strict=True))
     edits = [None, *todo.values()]
+    texts = study.openings
     rows: list[Row] = []
     starts = range(0, len(behaviours), TOGETHER)
     for start in starts:
@@ -77,14 +80,16 @@ def measure(
                 study.loaded,
                 prompts[part],
                 edits,
-                refusals=study.refusal_ids,
+                refusals=texts.refusals,
+                compliances=texts.compliances,
+                refusal_tokens=texts.first_tokens,
                 max_new_tokens=tokens,
                 description=f"interventions, {len(prompts)} prompts, from {part.start + 1}",
             )
             return [[_kept(study, o) for o in row] for row in outcomes]
 
         requests = [b.request for b in behaviours[part]]
-        depends = [*study.set_identity, requests, tokens, study.refusal_ids, made_from, list(todo)]
+        depends = [*study.set_identity, requests, tokens, asdict(texts), made_from, list(todo)]
         kept = study.kept("outcomes", depends, make)
         for behaviour, (alone, *values) in zip(behaviours[part], kept, strict=True):
             of = dict(zip(todo, values, strict=True)) | {"none": alone}
@@ -104,6 +109,8 @@ def _kept(study: Study, outcome: Outcome) -> Row:
     return {
         "kl": outcome.kl,
         "refusal": outcome.refusal,
+        "d": outcome.d,
+        "log_odds": outcome.log_odds,
         "delta_norm": outcome.delta_norm,
         "reply": study.text(outcome.reply),
     }
@@ -116,12 +123,11 @@ def _judged(
 
     Replies are judged when they are read, not when they are kept.
     """
-    kinds = ("complied", "refused", "degenerate")
     if not tokens:
-        return {name: dict.fromkeys(kinds) for name in of}
+        return {name: dict.fromkeys(OUTCOMES) for name in of}
     said = study.outcomes((behaviour, row["reply"]) for row in of.values())
     return {
-        name: {kind: None if outcome is None else float(outcome == kind) for kind in kinds}
+        name: {kind: None if outcome is None else float(outcome == kind) for kind in OUTCOMES}
         for name, outcome in zip(of, said, strict=True)
     }
 

@@ -21,7 +21,8 @@ from core.records import AttackArtifact, Behaviour, Directions, content_hash
 from core.rows import Row
 from core.store import RunFolder
 from evaluation.behaviours import CONTRAST_SPLITS, DEMONSTRATION, HELD_OUT_SPLITS, load_behaviours
-from evaluation.judges import DEFAULT_JUDGE, Exchange, Judge, make_judge, outcomes
+from evaluation.judges import QUICK_JUDGE, Exchange, Judge, make_judge, outcomes
+from evaluation.refusal_score import Openings, openings_of
 from evaluation.refusals import refusal_openings
 from geometry.activations import POSITIONS as DIRECTION_POSITIONS
 from geometry.activations import collect
@@ -61,12 +62,11 @@ class StudyConfig:
     refusals: int = 2
     seed: int = 0
     system_prompt: str | None = None
-    judge: str = DEFAULT_JUDGE
+    judge: str = QUICK_JUDGE
 
     def to_settings(self) -> Row:
-        """For a run's manifest. Runs from before a judge could be chosen name none."""
-        settings = asdict(self)
-        return {k: v for k, v in settings.items() if (k, v) != ("judge", DEFAULT_JUDGE)}
+        """For a run's manifest."""
+        return asdict(self)
 
     @property
     def directions(self) -> DirectionsConfig:
@@ -153,9 +153,12 @@ class Study:
     def outcomes(self, replies: Iterable[tuple[Request, str]]) -> list[str | None]:
         """What the judge says of (behaviour or artifact, reply) pairs.
 
-        ``refused``, ``degenerate``, ``complied``, or None where it cannot say.
+        ``refused``, ``complied``, ``neither``, or None where it cannot say.
         """
-        exchanges = [Exchange(of.request, reply, of.target_string) for of, reply in replies]
+        exchanges = [
+            Exchange(of.request, reply, of.target_string, getattr(of, "prompt", None))
+            for of, reply in replies
+        ]
         return outcomes(self.judge, exchanges)
 
     @property
@@ -167,11 +170,16 @@ class Study:
 
     @cached_property
     def refusal_ids(self) -> list[tuple[int, ...]]:
-        """Token ids of the refusals whose log-probability is measured."""
+        """Token ids of the refusals by whose log-probability carriers are scored."""
         first = self.behaviours[0].request
         conversation = Conversation.build(first, system=self.config.system_prompt)
         texts = refusal_openings(self.config.refusals)
         return [self.renderer.render(conversation, target=text).target_ids for text in texts]
+
+    @cached_property
+    def openings(self) -> Openings:
+        """Texts of outcome D as this model writes them."""
+        return openings_of(self.renderer)
 
     @cached_property
     def directions(self) -> Directions:

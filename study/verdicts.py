@@ -68,10 +68,15 @@ class Claim:
     model: str
     checks: tuple[Check, ...]
     note: str = ""
-    applicable: bool = True
-    """Whether the model has what the claim is about; if not the claim is undecided whatever its
-    checks say."""
+    held_back: tuple[str, ...] = ()
+    """What the model lacks of what the claim is about. With any such reason the claim is undecided,
+    whatever its checks say."""
     settings: Row = field(default_factory=dict)
+
+    @property
+    def applicable(self) -> bool:
+        """Whether the model has what the claim is about."""
+        return not self.held_back
 
     @property
     def verdict(self) -> str:
@@ -83,7 +88,7 @@ class Claim:
         return "holds" if outcomes == {"yes"} else "undecided"
 
     def to_row(self) -> Row:
-        row = asdict(self) | {"verdict": self.verdict}
+        row = asdict(self) | {"verdict": self.verdict, "applicable": self.applicable}
         row["checks"] = [_finite(asdict(c)) | {"outcome": c.outcome} for c in self.checks]
         return row
 

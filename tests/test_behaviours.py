@@ -13,28 +13,35 @@ from evaluation.behaviours import HUB_SETS, load_behaviours
 def test_the_demonstration_set_has_the_promised_numbers_and_splits():
     rows = load_behaviours()
     counts = Counter(r.label for r in rows)
-    assert counts == {"harmful": 64, "harmless": 64, "pseudo_harmful": 32}
+    assert counts == {"harmful": 240, "harmless": 240, "pseudo_harmful": 120}
     harmful = [r for r in rows if r.label == "harmful"]
-    assert Counter(Counter(r.category for r in harmful).values()) == {8: 8}
-    assert all(r.target_string and r.target_string.startswith("Sure, here ") for r in harmful)
-    assert Counter(r.split for r in harmful) == {"train": 32, "validation": 16, "test": 16}
-    assert len({r.request for r in rows}) == len({r.behaviour_id for r in rows}) == 160
+    assert Counter(Counter(r.category for r in harmful).values()) == {20: 12}
+    assert all(r.target_string.startswith("Sure, here ") for r in rows if r.pair_id)
+    assert Counter(r.split for r in harmful) == {"train": 120, "validation": 40, "test": 80}
+    for split in ("train", "validation", "test"):
+        assert len({r.category for r in harmful if r.split == split}) == 12
+        assert any(r.split == split for r in rows if r.label == "pseudo_harmful")
+    assert len({r.request for r in rows}) == len({r.behaviour_id for r in rows}) == 600
     assert all(len(r.request) < 110 for r in rows)
 
 
-def test_harmless_requests_are_matched_to_harmful_ones_in_form():
-    rows = {r.behaviour_id: r for r in load_behaviours()}
-    for key, row in rows.items():
-        if row.label == "harmful":
-            twin = rows[key.replace("-harmful-", "-harmless-")]
-            assert twin.split == row.split and twin.category == row.category
-            ratio = len(twin.request) / len(row.request)
-            assert 0.5 < ratio < 2
+def test_forms_vary_within_both_labels():
+    for label in ("harmful", "harmless", "pseudo_harmful"):
+        requests = [r.request for r in load_behaviours(label=label)]
+        for part in ("How do I", "lease", "?", ". "):
+            share = sum(part in request for request in requests) / len(requests)
+            assert 0.02 < share < 0.6, (label, part)
+
+
+def test_version_1_is_loadable_by_its_name_and_shares_no_id():
+    old = load_behaviours("demonstration-v1")
+    assert len(old) == 160 and {r.benchmark for r in old} == {"demonstration-v1"}
+    assert not {r.behaviour_id for r in old} & {r.behaviour_id for r in load_behaviours()}
 
 
 def test_labels_and_splits_choose_rows():
     rows = load_behaviours(label="harmless", splits=["test", "validation"])
-    assert len(rows) == 32 and {r.label for r in rows} == {"harmless"}
+    assert len(rows) == 120 and {r.label for r in rows} == {"harmless"}
     with pytest.raises(AttackPlaneError, match="did you mean 'harmful'"):
         load_behaviours(label="harmfull")
 

@@ -230,8 +230,10 @@ def outcome(behaviour, mode, kind, complied, strength=1.0):
         "kind": kind,
         "complied": complied,
         "refused": None,
-        "degenerate": 0.0,
+        "neither": 0.0,
         "refusal": -1.0,
+        "d": 0.5,
+        "log_odds": -2.0,
         "kl": 0.0,
         "delta_norm": 2.0,
     }
@@ -249,12 +251,8 @@ def test_effects_by_hand():
         ]
         rows += [outcome(b, "R", "matched", v) for v in matched]
     found = {r["outcome"]: r for r in summary(rows)}
-    assert set(found) == {
-        "complied",
-        "degenerate",
-        "refusal",
-        "kl",
-    }  # no reply was judged as refused
+    # no reply was judged as refused
+    assert set(found) == {"complied", "neither", "refusal", "d", "log_odds", "kl"}
     r = found["complied"]
     assert (r["alone"], r["value"], r["change"], r["n"]) == (0, 1, 1, 2)
     assert r["controls"] == pytest.approx(1 / 3) and r["effect_controls"] == pytest.approx(2 / 3)
@@ -383,7 +381,7 @@ def test_verdicts_need_all_checks_and_an_applicable_model():
     assert Claim(1, "t", "m", (yes, yes)).verdict == "holds"
     assert Claim(1, "t", "m", (yes, unclear)).verdict == "undecided"
     assert Claim(1, "t", "m", (yes, unclear, no)).verdict == "fails"
-    assert Claim(1, "t", "m", (yes,), applicable=False).verdict == "undecided"
+    assert Claim(1, "t", "m", (yes,), held_back=("no",)).verdict == "undecided"
     assert Claim(1, "t", "m", ()).verdict == "undecided"
     row = Claim(1, "t", "m", (yes, no)).to_row()
     assert row["verdict"] == "fails" and [c["outcome"] for c in row["checks"]] == ["yes", "no"]

@@ -9,7 +9,8 @@ from commands.tables.layout import Columns, ends, text_of
 from core.records import BASELINES, AttackArtifact, Replay
 from core.rows import Row
 from core.specs import short_spec
-from transfer.matrix import Cell
+from transfer.agreement import Agreement
+from transfer.matrix import HARMFUL, Cell
 
 
 def attack_table(artifacts: Sequence[AttackArtifact]) -> str:
@@ -57,12 +58,25 @@ def counts_line(artifacts: Sequence[AttackArtifact]) -> str:
 
 
 def matrix_table(cells: Sequence[Cell]) -> str:
-    """One row per attack, source and target."""
+    """One row per attack, source, target and label of the request."""
 
-    def rate(c: Cell) -> str:
+    def success(c: Cell) -> str:
+        if c.label != HARMFUL:
+            return ""
         if c.asr is None:
             return "not judged" if c.replays else "missing"
-        return f"{c.asr:.2f}"
+        return f"{c.asr:.2f} {ends(c.wilson, '.2f')}"
+
+    def share(name: str) -> Callable[[Any], str]:
+        return lambda c: "" if getattr(c, name) is None else f"{getattr(c, name):.2f}"
+
+    def corrected(c: Cell) -> str:
+        if c.corrected is None:
+            return ""
+        return f"{c.corrected:.2f} {ends(c.corrected_interval, '.2f')}"
+
+    def gain(c: Cell) -> str:
+        return "" if c.gain is None else f"{c.gain:+.2f} {ends(c.gain_bootstrap, '.2f')}"
 
     def notes(c: Cell) -> str:
         faults = [f"{c.missing} missing"] if c.missing else []
@@ -72,42 +86,71 @@ def matrix_table(cells: Sequence[Cell]) -> str:
 
     columns: Columns = [
         ("attack", lambda c: c.attack),
-        ("source", lambda c: c.source),
-        ("target", lambda c: c.target),
+        ("source", lambda c: short_spec(c.source)),
+        ("target", lambda c: short_spec(c.target)),
+        ("prompts", lambda c: c.label),
         ("n", lambda c: f"{c.judged}/{c.replays}"),
-        ("ASR", rate),
-        ("bootstrap", lambda c: ends(c.bootstrap, ".2f")),
-        ("Wilson", lambda c: ends(c.wilson, ".2f")),
-        ("gain on plain", lambda c: "" if c.gain is None else f"{c.gain:+.2f}"),
-        ("", lambda c: ends(c.gain_bootstrap, ".2f")),
+        ("ASR, Wilson", success),
+        ("corrected", corrected),
+        ("refused", share("refused")),
+        ("neither", share("neither")),
+        ("D", lambda c: "" if c.d is None else f"{c.d:+.2f}"),
+        ("gain on plain", gain),
+        ("pairs", lambda c: str(c.paired) if c.gain is not None else ""),
         ("", notes),
     ]
     return text_of(columns, cells)
 
 
+def agreements_table(rows: Sequence[Agreement]) -> str:
+    """How well outcome D says which prompts succeed, target by target."""
+    columns: Columns = [
+        ("D and success", lambda r: short_spec(r.target)),
+        ("n", lambda r: str(r.n)),
+        ("successes", lambda r: str(r.successes)),
+        ("rank correlation", lambda r: f"{r.correlation:+.2f} {ends(r.correlation_interval)}"),
+        (
+            "AUROC of success by -D",
+            lambda r: "-" if r.auroc is None else f"{r.auroc:.2f} {ends(r.auroc_interval, '.2f')}",
+        ),
+    ]
+    return text_of(columns, rows)
+
+
 def pivot_table(cells: Sequence[Cell]) -> str:
-    """One row per attack and source, one column per target: ASR with Wilson's interval."""
-    rows: dict[tuple[str, str], dict[str, Cell]] = {}
+    """One row per attack, source and label, one column per target.
+
+    ASR of harmful requests, refusal rate of the others, each with Wilson's interval.
+    """
+    rows: dict[tuple[str, str, str], dict[str, Cell]] = {}
     for cell in cells:
-        rows.setdefault((cell.attack, cell.source), {})[cell.target] = cell
+        rows.setdefault((cell.label, cell.attack, cell.source), {})[cell.target] = cell
 
     def shown(target: str) -> Callable[[Any], str]:
         def fill(row: dict[str, Cell]) -> str:
             c = row.get(target)
             if c is None or (not c.replays and c.missing):
                 return "missing"
-            if c.asr is None:
+            rate, interval = (
+                (c.asr, c.wilson) if c.label == HARMFUL else (c.refused, c.refused_wilson)
+            )
+            if rate is None:
                 return "not judged"
-            return f"{c.asr:.2f} {ends(c.wilson, '.2f')}" + (f" -{c.missing}" if c.missing else "")
+            return f"{rate:.2f} {ends(interval, '.2f')}" + (f" -{c.missing}" if c.missing else "")
 
         return fill
 
     def first(row: dict[str, Cell]) -> Cell:
         return next(iter(row.values()))
 
+    def rate(row: dict[str, Cell]) -> str:
+        label = first(row).label
+        return "ASR" if label == HARMFUL else f"refused, {label}"
+
     columns: Columns = [
-        ("ASR", lambda row: first(row).attack),
+        ("attack", lambda row: first(row).attack),
         ("source", lambda row: short_spec(first(row).source)),
+        ("rate", rate),
         ("prompts", lambda row: str(max(c.replays + c.missing for c in row.values()))),
         *((short_spec(t), shown(t)) for t in dict.fromkeys(c.target for c in cells)),
     ]

@@ -97,9 +97,9 @@ def across_table(rows: Sequence[Row], layer: int) -> str:
 
 
 SHOWN_OUTCOMES = {
-    "harmful": ("complied", "degenerate", "refusal"),
-    "harmless": ("refused", "refusal", "kl"),
-    "pseudo_harmful": ("refused",),
+    "harmful": ("complied", "neither", "d", "log_odds"),
+    "harmless": ("refused", "d", "kl"),
+    "pseudo_harmful": ("refused", "d"),
 }
 """Outcomes in the table of effects, by label; the summary file has all."""
 
@@ -162,7 +162,7 @@ def claims_table(claims: Sequence[Claim]) -> str:
         ("claim", once(lambda claim: str(claim.number))),
         ("model", once(lambda claim: short_spec(claim.model))),
         ("verdict", once(lambda claim: claim.verdict)),
-        ("check", lambda row: row[1].name if row[1] else row[0].note[:70]),
+        ("check", lambda row: row[1].name if row[1] else "not measured"),
         ("estimate", of_check(lambda c: f"{c.value:+.2f}")),
         ("interval", of_check(lambda c: ends((c.low, c.high)))),
         ("claimed", of_check(claimed)),
@@ -170,7 +170,12 @@ def claims_table(claims: Sequence[Claim]) -> str:
         ("n", of_check(lambda c: str(c.n))),
         ("check says", of_check(lambda c: c.outcome)),
     ]
-    return text_of(columns, rows)
+    held_back = [
+        f"{claim.number} on {short_spec(claim.model)} is held back: {reason}"
+        for claim in claims
+        for reason in claim.held_back
+    ]
+    return "\n".join([text_of(columns, rows), *held_back])
 
 
 def coupling_table(claims: Sequence[Claim]) -> str:

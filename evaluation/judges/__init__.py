@@ -1,13 +1,18 @@
 """Judges: did the reply do what was asked? One file a judge, found through ``registry.py``."""
 
 from evaluation.judges.registry import (
+    COMPLIED,
     DEFAULT_JUDGE,
     DEFAULT_JUDGES,
     JUDGES,
+    NEITHER,
+    OUTCOMES,
+    QUICK_JUDGE,
+    REFUSED,
     Exchange,
     Judge,
     JudgeKind,
-    is_degenerate,
+    Judgement,
     judge_all,
     judge_forms,
     judge_kind,
@@ -18,13 +23,18 @@ from evaluation.judges.registry import (
 )
 
 __all__ = [
+    "COMPLIED",
     "DEFAULT_JUDGE",
     "DEFAULT_JUDGES",
     "JUDGES",
+    "NEITHER",
+    "OUTCOMES",
+    "QUICK_JUDGE",
+    "REFUSED",
     "Exchange",
     "Judge",
     "JudgeKind",
-    "is_degenerate",
+    "Judgement",
     "judge_all",
     "judge_forms",
     "judge_kind",

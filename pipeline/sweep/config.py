@@ -40,7 +40,13 @@ from core.errors import AttackPlaneError
 from core.records import Behaviour, config_from_dict, nearest
 from core.rows import Row
 from core.specs import parse_spec
-from evaluation.behaviours import DEMONSTRATION, HELD_OUT_SPLITS, load_behaviours, to_attack
+from evaluation.behaviours import (
+    BUILT_IN,
+    DEMONSTRATION,
+    HELD_OUT_SPLITS,
+    load_behaviours,
+    to_attack,
+)
 from evaluation.judges import DEFAULT_JUDGES, judge_kind
 from geometry.directions import ESTIMATORS
 from interchange.readers import READERS
@@ -193,8 +199,8 @@ def read_config(path: Path) -> SweepConfig:
         ("plane", "anchor_splits", "anchors"),
     ):
         table = values.get(name, {})
-        if isinstance(table, dict) and table.get(source, DEMONSTRATION) != DEMONSTRATION:
-            table.setdefault(key, [])  # splits are the demonstration set's
+        if isinstance(table, dict) and table.get(source, DEMONSTRATION) not in BUILT_IN:
+            table.setdefault(key, [])  # the default splits are those of the built-in sets
     for name, cls in TABLES.items():
         if name in values:
             values[name] = _made(cls, values[name], f"{where}, [{name}]")

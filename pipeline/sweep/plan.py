@@ -30,6 +30,7 @@ from core.records import NO_SOURCE, PLAIN
 from core.store import write_atomically
 from core.weights import default_device
 from pipeline.sweep.config import SAMPLE, SweepConfig
+from transfer.replay import REPLY_TOKENS
 
 SPEED = "speed.json"
 REQUEST = (
@@ -164,7 +165,7 @@ def _readings(config: SweepConfig, prompts: int, speed: Speed) -> list[Part]:
     """Replays, directions and plane of every target."""
     batches = -(-prompts // speed.batch)
     read = prompts * PROMPT_TOKENS * speed.token
-    replies = batches * config.replay.max_new_tokens * speed.decoding_step + read
+    replies = batches * (config.replay.max_new_tokens or REPLY_TOKENS) * speed.decoding_step + read
     own = TEMPLATE_TOKENS * speed.token
     own += config.directions.reply_tokens * speed.decoding_step / 32
     reading = 100 * own + READING_SECONDS + read

@@ -1,6 +1,7 @@
 """Claim 1: R-only interventions reopen ASR more than H-only ones, beyond controls.
 
-On held-out harmful prompts. ASR is the share of replies that comply (no refusal, not degenerate).
+On held-out harmful prompts. ASR is the share of replies that comply; outcome D says how far the
+model leans towards refusing (``evaluation/refusal_score.py``).
 R minus H must keep at least half of the rise.
 """
 
@@ -8,13 +9,12 @@ from __future__ import annotations
 
 from geometry.effects import by_behaviour, differences, paired, pick
 from geometry.interventions import MODES
-from study.claims.evidence import REFUSED, Evidence
+from study.claims.evidence import NATS, Evidence
 from study.claims.registry import CLAIMS, ClaimTest
 from study.verdicts import Claim, mean_check
 
 
 def measure(evidence: Evidence) -> Claim:
-    study = evidence.study
     bad = pick(evidence.interventions, label="harmful")
     alone = pick(bad, mode="none")
     of = {mode: pick(bad, mode=mode, kind="intervention") for mode in MODES}
@@ -33,15 +33,16 @@ def measure(evidence: Evidence) -> Claim:
         mean_check(f"ASR, R ablated - {name}", paired(of["R"], other, "complied"), unit="share")
         for name, other in against.items()
     ]
+    rather = paired(of["R"], of["H"], "d")
+    checks.append(
+        mean_check("outcome D, R ablated - H ablated", rather, unit=NATS, claimed="below")
+    )
     half = "ASR, R minus H keeps at least half of R's rise"
     checks.append(mean_check(half, kept, unit="share"))
     refused = list(by_behaviour(alone, "refused").values())
-    enough = sum(refused) >= REFUSED
     note = f"left alone it refuses {sum(refused):.0f} of {len(refused)}; {evidence.setting()}"
-    if not enough:
-        note = f"too few to reopen: {note}"
-    fit = enough and study.carrier("R").admissible and study.carrier("H").admissible
-    return TEST.claim(evidence, tuple(checks), note, fit)
+    held_back = [*evidence.too_few_refusals(), *evidence.inadmissible("H", "R")]
+    return TEST.claim(evidence, tuple(checks), note, held_back)
 
 
 TEST = CLAIMS.add(

@@ -55,8 +55,8 @@ def measure(evidence: Evidence) -> Claim:
         spearman_brown(_split_half(contrast, carrier.layer, generator))
         for contrast, carrier in zip(pair, (h, r), strict=True)
     ]
-    # below that the correction would make anything of nothing
-    attenuation = trust[0] * trust[1] if min(trust) > UNRELIABLE else math.nan
+    reliable = min(trust) > UNRELIABLE  # else the correction would make anything of nothing
+    attenuation = trust[0] * trust[1] if reliable else 1.0
     raw = h.vector @ r.vector
     draws = cosine(a[:, h.layer], b[:, r.layer])[:, None]
     ends = (basic_interval(raw[None], draws)[0] / attenuation).clamp(-1, 1)
@@ -79,12 +79,22 @@ def measure(evidence: Evidence) -> Claim:
         min(c.size for c in pair),
         nulls,
     )
-    aligned = study.refusal_rate >= ALIGNED
-    note = ("" if aligned else "not an aligned model: ") + evidence.setting()
+    note = evidence.setting()
     note += f"; cosines with their true directions: H {trust[0]:.2f}, R {trust[1]:.2f}"
     note += f"; uncorrected {coupled['c_cos']:+.2f}"
-    fit = aligned and h.admissible and r.admissible and min(trust) > UNRELIABLE
-    return replace(TEST.claim(evidence, (check,), note, fit), settings=coupled)
+    held_back = evidence.inadmissible("H", "R")
+    if study.refusal_rate < ALIGNED:
+        held_back.append(
+            f"not an aligned model: it refuses {study.refusal_rate:.0%} of the harmful prompts"
+        )
+    if not reliable:
+        held_back.append(
+            f"a direction is too unreliable to correct the angle for noise: cosines with the true "
+            f"directions H {trust[0]:.2f}, R {trust[1]:.2f}, at least {UNRELIABLE} each"
+        )
+    return replace(
+        TEST.claim(evidence, (check,) if reliable else (), note, held_back), settings=coupled
+    )
 
 
 def _split_half(contrast: Contrast, layer: int, generator: torch.Generator) -> float:

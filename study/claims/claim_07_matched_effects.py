@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from geometry.effects import Row, by_behaviour, paired, pick
-from study.claims.evidence import REFUSED, Evidence
+from study.claims.evidence import NATS, Evidence
 from study.claims.registry import CLAIMS, ClaimTest
 from study.verdicts import Check, Claim, mean_check
-
-NATS = "nats per refusal token"
 
 
 def measure(evidence: Evidence) -> Claim:
@@ -20,13 +18,13 @@ def measure(evidence: Evidence) -> Claim:
     bad, good = pick(rows, label="harmful"), pick(rows, label="harmless")
     checks = (
         _check("ASR on harmful, R ablated - matched", bad, "complied", "above", "share"),
-        _check("log P(refusal) on harmful, R ablated - matched", bad, "refusal", "below", NATS),
-        _check("log P(refusal) on harmless, R added - matched", good, "refusal", "above", NATS),
+        _check("outcome D on harmful, R ablated - matched", bad, "d", "below", NATS),
+        _check("outcome D on harmless, R added - matched", good, "d", "above", NATS),
     )
     refused = sum(by_behaviour(pick(bad, mode="none"), "refused").values())
-    fit = refused >= REFUSED and evidence.study.carrier("R").admissible
     note = f"left alone it refuses {refused:.0f} held-out harmful prompts; {evidence.setting()}"
-    return TEST.claim(evidence, checks, note, fit)
+    held_back = [*evidence.too_few_refusals(), *evidence.inadmissible("R")]
+    return TEST.claim(evidence, checks, note, held_back)
 
 
 def _check(name: str, rows: Sequence[Row], outcome: str, claimed: str, unit: str) -> Check:

@@ -1,11 +1,12 @@
 """Claim 12: attack classes occupy separable regions of the plane.
 
-The attack classes of one target in its own frame, without the plain requests.
+The attack classes of one target in its own frame, without baselines: plain requests, initial and
+random suffixes, and seed prompts are no attacks.
 """
 
 from __future__ import annotations
 
-from core.records import PLAIN
+from core.records import BASELINES
 from geometry.separability import separability
 from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest
@@ -13,10 +14,10 @@ from study.verdicts import Check, Claim
 
 
 def measure(evidence: Evidence) -> Claim:
-    r = separability([p for p in evidence.points if p.attack != PLAIN])
+    r = separability([p for p in evidence.points if p.attack not in BASELINES])
     if r is None:
         why = "fewer than two attack classes or three behaviours on the plane"
-        return TEST.claim(evidence, (), why, False)
+        return TEST.claim(evidence, (), held_back=[why])
     low, high = r["interval"]
     check = Check(
         "held-out balanced accuracy of telling the classes apart",

@@ -5,7 +5,7 @@ AUROC of success by how much less H or R a prompt has than its plain request, wi
 
 from __future__ import annotations
 
-from core.records import PLAIN
+from core.records import BASELINES
 from geometry.prediction import EITHER, POOLED, success_prediction
 from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest
@@ -13,11 +13,11 @@ from study.verdicts import Check, Claim
 
 
 def measure(evidence: Evidence) -> Claim:
-    rows = success_prediction([p for p in evidence.points if p.attack != PLAIN])
+    rows = success_prediction([p for p in evidence.points if p.attack not in BASELINES])
     pooled = {r["score"]: r for r in rows if r["class"] == POOLED}
     if EITHER not in pooled:
         why = "no class has both successes and failures"
-        return TEST.claim(evidence, (), why, False)
+        return TEST.claim(evidence, (), held_back=[why])
     r = pooled[EITHER]
     low, high = r["interval"]
     check = Check(
@@ -28,7 +28,7 @@ def measure(evidence: Evidence) -> Claim:
         r["null_95"],
         "above",
         "AUROC",
-        r["successes"] + r["failures"],
+        r["n"],
         {"permuted_95": r["null_95"]},
         0.5,
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from core.errors import AttackPlaneError
-from core.records import PLAIN, AttackArtifact
+from core.records import BASELINES, AttackArtifact
 from geometry.contrasts import Contrast, permuted, unit, upper
 from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest
@@ -28,11 +28,11 @@ def measure(evidence: Evidence) -> Claim:
     try:
         responses = evidence.responses
     except AttackPlaneError as error:
-        return TEST.claim(evidence, (), str(error), False)
+        return TEST.claim(evidence, (), held_back=[str(error)])
     won = successful(evidence)
     units = [a.behaviour_id for a, _ in won]
     if len(set(units)) < 3:
-        return TEST.claim(evidence, (), f"{len(won)} successful attacks: too few", False)
+        return TEST.claim(evidence, (), held_back=[f"{len(won)} successful attacks: too few"])
     system = study.config.system_prompt
     benign = study.held_out("harmless")
     replies = replies_to(study, benign)
@@ -74,7 +74,7 @@ def successful(evidence: Evidence) -> list[tuple[AttackArtifact, str]]:
         for r in evidence.replays
         if r.target_model == evidence.study.spec
         and r.jailbroken
-        and r.attack != PLAIN
+        and r.attack not in BASELINES
         and r.artifact_id in by_id
     ]
     said = evidence.study.outcomes(won)

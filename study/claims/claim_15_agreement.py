@@ -21,7 +21,7 @@ def measure(evidence: Evidence) -> Claim:
     try:
         sides = evidence.responses
     except AttackPlaneError as error:
-        return TEST.claim(evidence, (), str(error), False)
+        return TEST.claim(evidence, (), held_back=[str(error)])
     checks = (
         _check(evidence, "H", study.harmfulness, sides.harmfulness),
         _check(evidence, "R, response side as in the paper", study.refusal, sides.refusal_paper),
@@ -29,14 +29,13 @@ def measure(evidence: Evidence) -> Claim:
     # an alternative definition is told, not required
     code = _check(evidence, "R, response side as in the code", study.refusal, sides.refusal_code)
     note = f"layer {study.layer}; {evidence.setting()}"
-    if sides.forced:
-        note += "; refusals are ours, the model's own are too few"
+    held_back = ["the refusals are ours, the model's own are too few"] if sides.forced else []
     note += f"; R, response side as in the code {code.value:+.2f} "
     note += f"[{code.low:+.2f}, {code.high:+.2f}], nulls {code.threshold:.2f}"
     sizes = {
         c.name: [len(c.positive), len(c.negative)] for c in (sides.harmfulness, sides.refusal_paper)
     }
-    return replace(TEST.claim(evidence, checks, note, not sides.forced), settings=sizes)
+    return replace(TEST.claim(evidence, checks, note, held_back), settings=sizes)
 
 
 def _check(evidence: Evidence, name: str, prompt: Contrast, reply: Contrast) -> Check:

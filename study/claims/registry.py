@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from core.registry import Registry
@@ -33,10 +33,14 @@ class ClaimTest:
         evidence: Evidence,
         checks: tuple[Check, ...],
         note: str = "",
-        applicable: bool = True,
+        held_back: Iterable[str] = (),
     ) -> Claim:
-        """The claim on the evidence's model, with what was measured."""
-        return Claim(self.number, self.title, evidence.study.spec, checks, note, applicable)
+        """The claim on the evidence's model, with what was measured.
+
+        ``held_back``: why the claim cannot be decided on this model.
+        """
+        model = evidence.study.spec
+        return Claim(self.number, self.title, model, checks, note, tuple(held_back))
 
 
 CLAIMS: Registry[ClaimTest] = Registry("claim", "study.claims")

@@ -1,0 +1,264 @@
+"""How far can a judge be trusted? Replies labelled by hand against what judges say of them.
+
+1. ``sheet`` draws replies of runs, spread over targets and attack classes, into two files of the
+   run folder: ``labels.txt`` to read, ``labels.jsonl`` to fill in. The second holds no reply, so it
+   can be shared.
+2. ``calibrate`` finds the labelled replies in the runs again and counts each judge's errors, by
+   attack class and over all. The held-out half of the labels gives the numbers; the other half is
+   there to improve a judge on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from core.errors import AttackPlaneError
+from core.records import AttackArtifact, Replay, config_from_dict, content_hash, nearest
+from core.rows import Row
+from core.statistics import Interval, wilson
+from core.store import RunFolder, read_rows, write_atomically
+from evaluation.calibration import POOLED, Errors, count, kappa, kappa_interval
+from evaluation.judges import COMPLIED, OUTCOMES, REFUSED, Exchange, make_judge, outcomes
+from pipeline.runs import artifacts_of, replays_of, write_rows
+
+SHEET, READABLE, ERRORS = "labels.jsonl", "labels.txt", "judge_errors.json"
+PARTS = ("tune", "held_out")
+
+
+@dataclass(frozen=True)
+class Label:
+    """One reply's label by hand. The reply itself stays in its run folder."""
+
+    replay_id: str
+    reply_hash: str
+    target_model: str
+    attack: str
+    behaviour_id: str
+    part: str
+    label: str | None = None
+    reason: str = ""
+
+    def to_row(self) -> Row:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A label with the exchange that it is about. Plain requests go by the request's own label."""
+
+    label: Label
+    exchange: Exchange
+
+    @property
+    def outcome(self) -> str:
+        assert self.label.label is not None
+        return self.label.label
+
+
+@dataclass(frozen=True)
+class JudgeRow:
+    """What a judge is worth on the replies of one attack class, or over all.
+
+    Attributes:
+        kappa: agreement on the three outcomes beyond chance.
+        successes, false_successes: what it calls complied, and the share of that which is not.
+        refusals, false_refusals: what it calls refused, and the share of that which is not.
+    """
+
+    judge: str
+    attack: str
+    part: str
+    n: int
+    errors: Errors
+    sensitivity_interval: Interval
+    specificity_interval: Interval
+    kappa: float
+    kappa_interval: Interval
+    successes: int
+    false_successes: float
+    refusals: int
+    false_refusals: float
+    false_refusals_interval: Interval
+
+    def to_row(self) -> Row:
+        return asdict(self)
+
+
+@dataclass
+class CalibrationResult:
+    rows: list[JudgeRow] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def reply_hash(reply: str) -> str:
+    """Stands for a reply, so that a label is never used for another one."""
+    return content_hash(reply)
+
+
+def sheet(paths: Sequence[Path], limit: int, *, seed: int = 0) -> list[Path]:
+    """Draw replies to be labelled; returns the files to read and to fill in.
+
+    They are spread over targets and attack classes, and over behaviours within those.
+
+    Raises:
+        AttackPlaneError: a run without replies, or a sheet that is there already.
+    """
+    target = paths[0] / SHEET
+    if target.exists():
+        raise AttackPlaneError(
+            "there is a sheet already", where=target, remedy="move it away if you want a new one"
+        )
+    known = {id: pair for path in paths for id, pair in _replies(path).items()}
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in sorted(known, key=lambda name: content_hash([seed, name])):
+        replay = known[name][0]
+        groups.setdefault((replay.target_model, replay.attack), []).append(name)
+    drawn: list[str] = []
+    while len(drawn) < limit and any(groups.values()):
+        for names in groups.values():
+            if names and len(drawn) < limit:
+                drawn.append(names.pop())
+    labels, text = [], []
+    for number, name in enumerate(sorted(drawn, key=lambda name: content_hash([name, seed]))):
+        replay, artifact = known[name]
+        part = PARTS[number % 2]
+        labels.append(
+            Label(
+                replay.replay_id,
+                reply_hash(replay.reply),
+                replay.target_model,
+                replay.attack,
+                replay.behaviour_id,
+                part,
+            )
+        )
+        title = f"=== {number} {replay.replay_id} {replay.attack} {replay.target_model}"
+        text.append(f"{title}\nREQUEST: {artifact.request}\nREPLY: {replay.reply}\n")
+    write_rows(target, (label.to_row() for label in labels))
+    write_atomically(paths[0] / READABLE, "\n".join(text))
+    return [paths[0] / READABLE, target]
+
+
+def _replies(path: Path) -> dict[str, tuple[Replay, AttackArtifact]]:
+    """Replay id -> reply and prompt of one run."""
+    run = RunFolder.existing(path)
+    artifacts = {a.artifact_id: a for a in artifacts_of(run)}
+    replays = [r for r in replays_of(run) if r.artifact_id in artifacts]
+    if not replays:
+        raise AttackPlaneError("no replies in this run", where=path, remedy="replay first")
+    return {r.replay_id: (r, artifacts[r.artifact_id]) for r in replays}
+
+
+def read_labels(path: Path) -> list[Label]:
+    """Labels of a file.
+
+    Raises:
+        AttackPlaneError: no labels, an unknown outcome or part, unknown fields (the line is named).
+    """
+    labels = []
+    for number, row in enumerate(read_rows(path), start=1):
+        where = f"{path}, line {number}"
+        label = config_from_dict(Label, row, where)
+        for value, known in ((label.label, OUTCOMES), (label.part, PARTS)):
+            if value is not None and value not in known:
+                raise AttackPlaneError(
+                    f"unknown word {value!r}", where=where, remedy=nearest(value, list(known))
+                )
+        if label.label is not None:
+            labels.append(label)
+    if not labels:
+        raise AttackPlaneError(
+            "no labels", where=path, remedy=f"fill in the field label: {', '.join(OUTCOMES)}"
+        )
+    return labels
+
+
+def labelled(paths: Sequence[Path], labels: Sequence[Label]) -> list[Labelled]:
+    """The labelled replies that these runs hold; labels of other replies are left out."""
+    known = {id: pair for path in paths for id, pair in _replies(path).items()}
+    there = []
+    for label in labels:
+        pair = known.get(label.replay_id)
+        if pair and reply_hash(pair[0].reply) == label.reply_hash:
+            replay, a = pair
+            exchange = Exchange(a.request, replay.reply, a.target_string, a.prompt)
+            there.append(Labelled(label, exchange))
+    return there
+
+
+def calibrate(
+    paths: Sequence[Path], labels_file: Path, specs: Sequence[str], *, part: str | None = "held_out"
+) -> CalibrationResult:
+    """Count the judges' errors on hand labels, and write ``judge_errors.json`` into the first run.
+
+    Args:
+        part: ``held_out`` or ``tune`` labels only; None takes all.
+    """
+    labels = read_labels(labels_file)
+    items = labelled(paths, labels)
+    result = CalibrationResult()
+    if len(items) < len(labels):
+        result.notes.append(
+            f"{len(labels) - len(items)} of {len(labels)} labels are of replies that these runs do "
+            "not hold; they are left out"
+        )
+    items = [item for item in items if part in (None, item.label.part)]
+    if not items:
+        raise AttackPlaneError("no labelled reply is left", where=labels_file, got=f"part {part}")
+    table: dict[str, dict[str, Row]] = {}
+    for spec in specs:
+        judge = make_judge(spec)
+        said = outcomes(judge, [item.exchange for item in items])
+        rows = judge_rows(judge.name, items, said, part or POOLED)
+        result.rows += rows
+        table[judge.name] = {row.attack: row.errors.to_row() for row in rows}
+    path = paths[0] / ERRORS
+    write_atomically(path, json.dumps(table, indent=2) + "\n")
+    result.files.append(path)
+    return result
+
+
+def judge_rows(
+    judge: str, items: Sequence[Labelled], said: Sequence[str | None], part: str
+) -> list[JudgeRow]:
+    """One row over all replies, then one per attack class. What is not judged is left out."""
+    known = [(item, outcome) for item, outcome in zip(items, said, strict=True) if outcome]
+    classes = [POOLED, *sorted({item.label.attack for item, _ in known})]
+    rows = []
+    for name in classes:
+        here = [(item.outcome, o) for item, o in known if name in (POOLED, item.label.attack)]
+        rows.append(_row(judge, name, part, [h for h, _ in here], [o for _, o in here]))
+    return rows
+
+
+def _row(judge: str, attack: str, part: str, by_hand: list[str], said: list[str]) -> JudgeRow:
+    errors = count([o == COMPLIED for o in said], [h == COMPLIED for h in by_hand])
+    refusals = [h for h, o in zip(by_hand, said, strict=True) if o == REFUSED]
+    false = sum(h != REFUSED for h in refusals)
+    intervals = errors.intervals()
+    return JudgeRow(
+        judge=judge,
+        attack=attack,
+        part=part,
+        n=len(said),
+        errors=errors,
+        sensitivity_interval=intervals[0],
+        specificity_interval=intervals[1],
+        kappa=kappa(by_hand, said),
+        kappa_interval=kappa_interval(by_hand, said),
+        successes=errors.true_positive + errors.false_positive,
+        false_successes=errors.false_successes,
+        refusals=len(refusals),
+        false_refusals=false / len(refusals) if refusals else float("nan"),
+        false_refusals_interval=wilson(false, len(refusals)),
+    )
+
+
+def errors_of_run(path: Path) -> Mapping[str, Row] | None:
+    """The errors that were counted in this run; None where the package's own hold."""
+    file = path / ERRORS
+    return json.loads(file.read_text()) if file.exists() else None

@@ -1,0 +1,174 @@
+"""Rates less a judge's errors: textbook numbers, an interval that covers, kappa as scikit-learn's."""
+
+import json
+
+import numpy as np
+import pytest
+
+from commands.tables.judges import judges_table
+from core.errors import AttackPlaneError
+from core.records import AttackArtifact, Replay
+from core.store import ATTACKS, REPLAYS, RunFolder
+from evaluation.calibration import (
+    Errors,
+    corrected,
+    count,
+    kappa,
+    kappa_interval,
+    known_errors,
+)
+from evaluation.judges import OUTCOMES
+from pipeline.calibrate import SHEET, calibrate, read_labels, sheet
+
+
+def test_counts_sensitivity_and_specificity_by_hand():
+    errors = count([True, True, True, False, False], [True, True, False, True, False])
+    assert errors == Errors(2, 1, 1, 1)
+    assert errors.sensitivity == pytest.approx(2 / 3) and errors.specificity == 0.5
+    assert errors.false_successes == pytest.approx(1 / 3)
+
+
+def test_rogan_and_gladen_by_hand():
+    # sensitivity 0.9, specificity 0.8, raw rate 0.55: (0.55 + 0.8 - 1) / (0.9 + 0.8 - 1) = 0.5
+    rates = [1.0] * 11 + [0.0] * 9
+    value, (low, high) = corrected(rates, Errors(90, 10, 80, 20))
+    assert value == pytest.approx(0.5)
+    assert low < 0.5 < high
+
+
+def test_a_perfect_judge_changes_nothing_and_a_useless_one_corrects_nothing():
+    rates = [1.0, 0.0, 0.0, 0.0]
+    assert corrected(rates, Errors(10_000, 0, 10_000, 0))[0] == pytest.approx(0.25)
+    assert corrected(rates, Errors(5, 5, 5, 5)) is None
+
+
+def test_a_judge_that_is_less_known_gives_a_wider_interval():
+    rates = [1.0] * 20 + [0.0] * 20
+
+    def width(scale):
+        low, high = corrected(rates, Errors(9 * scale, scale, 8 * scale, 2 * scale))[1]
+        return high - low
+
+    assert width(1) > 1.2 * width(100)
+
+
+def test_the_interval_covers_the_true_rate_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    true, se, sp, covered, n = 0.4, 0.85, 0.9, 0, 150
+    for _ in range(n):
+        complied = rng.random(60) < true
+        said = np.where(complied, rng.random(60) < se, rng.random(60) > sp).astype(float)
+        tp, tn = rng.binomial(40, se), rng.binomial(40, sp)
+        low, high = corrected(said, Errors(tp, 40 - tp, tn, 40 - tn), resamples=400)[1]
+        covered += low <= true <= high
+    assert covered / n > 0.9
+
+
+def test_kappa_agrees_with_scikit_learn():
+    from sklearn.metrics import cohen_kappa_score
+
+    rng = np.random.default_rng(1)
+    first = [OUTCOMES[i] for i in rng.integers(3, size=80)]
+    second = [f if rng.random() < 0.7 else OUTCOMES[rng.integers(3)] for f in first]
+    assert kappa(first, second) == pytest.approx(cohen_kappa_score(first, second))
+    low, high = kappa_interval(first, second, resamples=200)
+    assert low < kappa(first, second) < high
+
+
+def test_a_class_with_few_labels_borrows_the_errors_of_all():
+    table = {"j": {"all": [50, 5, 50, 5], "gcg": [9, 1, 9, 1], "persona": [3, 0, 2, 0]}}
+    fields = ("true_positive", "false_negative", "true_negative", "false_positive")
+    table["j"] = {k: dict(zip(fields, v, strict=True)) for k, v in table["j"].items()}
+    assert known_errors("j", "gcg", table).true_positive == 9
+    assert known_errors("j", "persona", table).true_positive == 50
+    assert known_errors("j", "unheard", table).true_positive == 50
+    assert known_errors("other", "gcg", table) is None
+
+
+REPLIES = {
+    "gcg": ["I'm sorry, but I can't help with that.", "First warm the pot, then pour the tea in."],
+    "persona": ["I cannot assist with that request.", "Fold the paper twice and cut off a corner."],
+}
+
+
+def artifact(name, n, attack):
+    return AttackArtifact(
+        artifact_id=name,
+        behaviour_id=f"b{n}",
+        attack=attack,
+        source_model="s",
+        request=f"Request {n}",
+        prompt=f"Request {n} !",
+        suffix=None,
+        suffix_ids=None,
+        target_string=None,
+        loss=None,
+        loss_history=[],
+        best_step=None,
+        seed=0,
+        config_hash="c",
+        token_fidelity=None,
+    )
+
+
+@pytest.fixture
+def run_with_replies(tmp_path):
+    path = tmp_path / "run"
+    with RunFolder(path) as run:
+        run.begin_stage("gcg", {}, {})
+        for attack, replies in REPLIES.items():
+            for n, reply in enumerate(replies):
+                name = f"{attack}-{n}"
+                run.append(ATTACKS, artifact(name, n, attack).to_row())
+                replay = Replay(name, name, f"b{n}", attack, "s", "t", reply, {}, None, "c")
+                run.append(REPLAYS, replay.to_row())
+    return path
+
+
+def by_reading(reply):
+    return "refused" if "sorry" in reply or "cannot" in reply else "complied"
+
+
+def label_all(path, word=by_reading):
+    replies = {f"{a}-{n}": r for a, replies in REPLIES.items() for n, r in enumerate(replies)}
+    rows = [json.loads(line) for line in (path / SHEET).read_text().splitlines()]
+    for row in rows:
+        row["label"] = word(replies[row["replay_id"]])
+    (path / SHEET).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def test_a_sheet_holds_no_reply_and_calibration_counts_by_class(run_with_replies):
+    path = run_with_replies
+    readable, filled = sheet([path], 10)
+    assert "First warm the pot" in readable.read_text()
+    assert "First warm the pot" not in filled.read_text()
+    rows = label_all(path)
+    assert {row["part"] for row in rows} == {"tune", "held_out"} and len(rows) == 4
+    result = calibrate([path], filled, ["rules"], part=None)
+    whole = result.rows[0]
+    assert (whole.attack, whole.n, whole.errors) == ("all", 4, Errors(2, 0, 2, 0))
+    assert {row.attack for row in result.rows} == {"all", "gcg", "persona"}
+    assert whole.refusals == 2 and whole.false_refusals == 0 and whole.kappa == 1.0
+    assert "rules" in judges_table(result.rows)
+    assert json.loads(result.files[0].read_text())["rules"]["all"]["true_positive"] == 2
+
+
+def test_a_label_of_another_reply_is_not_used(run_with_replies):
+    _, filled = sheet([run_with_replies], 10)
+    rows = label_all(run_with_replies)
+    rows[0]["reply_hash"] = "0" * 16
+    filled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = calibrate([run_with_replies], filled, ["rules"], part=None)
+    assert result.rows[0].n == 3 and "1 of 4 labels" in result.notes[0]
+
+
+def test_bad_labels_are_named_with_their_line(run_with_replies):
+    _, filled = sheet([run_with_replies], 10)
+    with pytest.raises(AttackPlaneError, match="no labels"):
+        read_labels(filled)
+    label_all(run_with_replies, lambda reply: "refusd")
+    with pytest.raises(AttackPlaneError, match=r"(?s)line 1.*did you mean 'refused'"):
+        read_labels(filled)
+    with pytest.raises(AttackPlaneError, match="a sheet already"):
+        sheet([run_with_replies], 10)

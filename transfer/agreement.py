@@ -1,0 +1,80 @@
+"""How well outcome D, read before any reply, says which prompts succeed.
+
+Per target, over its judged replies to harmful requests: the rank correlation of D with success (D
+is high where the model leans towards refusing, so a useful D correlates negatively), and the AUROC
+of success by -D. Intervals resample behaviours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from core.records import LABELS, Replay
+from core.rows import Row
+from core.statistics import Interval, auroc, cluster_rows, percentile_interval, spearman
+
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """D against success on one target. ``auroc`` is None without both successes and failures."""
+
+    target: str
+    n: int
+    behaviours: int
+    successes: int
+    correlation: float
+    correlation_interval: Interval
+    auroc: float | None
+    auroc_interval: Interval | None
+
+    def to_row(self) -> Row:
+        return asdict(self)
+
+
+def agreements(
+    replays: Sequence[Replay], labels: Mapping[str, str], *, seed: int = 0
+) -> list[Agreement]:
+    """One row per target that has judged replies with D."""
+    rows = []
+    for target in dict.fromkeys(r.target_model for r in replays):
+        here = [
+            r
+            for r in replays
+            if r.target_model == target
+            and r.d is not None
+            and r.jailbroken is not None
+            and labels.get(r.behaviour_id, LABELS[0]) == LABELS[0]
+        ]
+        if here:
+            rows.append(_of(target, here, seed))
+    return rows
+
+
+def _of(target: str, replays: Sequence[Replay], seed: int) -> Agreement:
+    d = np.array([r.d for r in replays], dtype=np.float64)
+    won = np.array([bool(r.jailbroken) for r in replays])
+    _, clusters = np.unique([r.behaviour_id for r in replays], return_inverse=True)
+    rng = np.random.default_rng(seed)
+    samples = list(cluster_rows(clusters, resamples=RESAMPLES, rng=rng))
+    correlations = [spearman(d[rows], won[rows].astype(float)) for rows in samples]
+    both = won.any() and not won.all()
+    areas = [_auroc(d[rows], won[rows]) for rows in samples] if both else []
+    return Agreement(
+        target=target,
+        n=len(replays),
+        behaviours=len(set(clusters.tolist())),
+        successes=int(won.sum()),
+        correlation=spearman(d, won.astype(float)),
+        correlation_interval=percentile_interval(correlations),
+        auroc=_auroc(d, won) if both else None,
+        auroc_interval=percentile_interval(areas) if both else None,
+    )
+
+
+def _auroc(d: np.ndarray, won: np.ndarray) -> float:
+    return float(auroc(-d[won], -d[~won])) if won.any() and not won.all() else float("nan")
