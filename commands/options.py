@@ -134,11 +134,11 @@ def chosen(
     behaviours: str, label: str, splits: tuple[str, ...], limit: int | None
 ) -> tuple[list[Behaviour], int]:
     """The behaviours that the options name, and of how many."""
-    from evaluation.behaviours import BUILT_IN, to_attack
+    from evaluation.behaviours import BUILT_IN, spread, to_attack
 
     known = to_attack(behaviours, label, splits or None)
     most = limit or (DEFAULT_LIMIT if behaviours in BUILT_IN else None)
-    return known[:most], len(known)
+    return spread(known, most), len(known)
 
 
 def chosen_preset(preset: str) -> str:

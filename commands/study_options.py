@@ -46,6 +46,12 @@ def study_options(command: Callable[..., None]) -> Callable[..., None]:
             help="Behaviours that effects are measured on.",
         ),
         click.option(
+            "--prompts",
+            type=click.IntRange(4),
+            default=24,
+            help="Held-out prompts of each label, spread over categories.",
+        ),
+        click.option(
             "--contrast",
             default="demonstration",
             help="Behaviours with labels harmful and harmless.",
@@ -77,6 +83,7 @@ def study_config(options: Row) -> StudyConfig:
         splits=splits_of(contrast, (), CONTRAST_SPLITS),
         held_out=held_out,
         held_out_splits=splits_of(held_out, (), HELD_OUT_SPLITS),
+        held_out_prompts=options.pop("prompts"),
         system_prompt=options.pop("system"),
         **{name: options.pop(name) for name in names},
     )

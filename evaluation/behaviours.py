@@ -129,6 +129,19 @@ def to_attack(source: str, label: str, splits: Sequence[str] | None) -> list[Beh
     return load_behaviours(source, label=None if label == "any" else label, splits=splits)
 
 
+def spread(behaviours: Sequence[Behaviour], limit: int | None) -> list[Behaviour]:
+    """At most ``limit`` behaviours, taken from the categories in turn; their order is kept."""
+    if limit is None or limit >= len(behaviours):
+        return list(behaviours)
+    turns: dict[str, int] = {}
+    ranked = []
+    for index, behaviour in enumerate(behaviours):
+        turn = turns.get(behaviour.category, 0)
+        turns[behaviour.category] = turn + 1
+        ranked.append((turn, index))
+    return [behaviours[index] for index in sorted(index for _, index in sorted(ranked)[:limit])]
+
+
 def read_file(path: Path, default_label: str, *, benchmark: str | None = None) -> list[Behaviour]:
     """Behaviours of one file, by its ending."""
     readers = {".csv": read_csv, ".json": read_json, ".jsonl": read_jsonl, ".txt": read_txt}

@@ -18,7 +18,7 @@ from core.records import Activations, Behaviour, content_hash
 from core.rows import Row
 from core.store import RunFolder
 from evaluation.behaviours import BUILT_IN, CONTRAST_SPLITS, DEMONSTRATION, load_behaviours
-from evaluation.judges import QUICK_JUDGE, Exchange, make_judge, refusals
+from evaluation.judges import QUICK_JUDGE, REFUSED, REFUSES, Exchange, make_judge, outcomes
 from geometry.activations import POSITIONS, collect
 
 CONTRAST = "contrast.jsonl"
@@ -130,14 +130,25 @@ class ContrastReading:
             rows = [row]
         return [rows[0]["replies"][b.behaviour_id] for b in self.behaviours]
 
-    @cached_property
+    @property
     def refused(self) -> list[bool | None]:
-        """Whether each reply refused, by the judge; None for an empty one."""
+        """Whether each reply refused; None where it did neither, or the judge cannot say."""
+        return [REFUSES.get(outcome or "") for outcome in self.outcomes]
+
+    def refusals(self, *, harmful: bool) -> tuple[int, int]:
+        """How many prompts of one label the model refuses, of how many that were judged."""
+        pairs = zip(self.outcomes, self.harmful, strict=True)
+        known = [outcome for outcome, own in pairs if own is harmful and outcome is not None]
+        return known.count(REFUSED), len(known)
+
+    @cached_property
+    def outcomes(self) -> list[str | None]:
+        """What the judge says of each reply."""
         exchanges = [
             Exchange(b.request, reply, b.target_string)
             for b, reply in zip(self.behaviours, self.replies, strict=True)
         ]
-        return refusals(make_judge(self.config.judge), exchanges)
+        return outcomes(make_judge(self.config.judge), exchanges)
 
     @cached_property
     def activations(self) -> Activations:

@@ -120,14 +120,12 @@ def contrast_facts(reading: ContrastReading) -> Row:
     last = [prompt.ids[prompt.t_inst] for prompt in reading.prompts]
     lengths = [len(prompt.content) for prompt in reading.prompts]
     groups = [b.pair_id or b.behaviour_id for b in reading.behaviours]
-    pairs = list(zip(reading.harmful, reading.refused, strict=True))
-    refused = {}
-    for label, side in (("harmful", True), ("harmless", False)):
-        known = [r for harmful, r in pairs if harmful is side and r is not None]
-        refused[label] = [sum(known), len(known)]
     return {
         "form": form_auroc(texts, last, lengths, reading.harmful, groups),
-        "refused": refused,
+        "refused": {
+            "harmful": list(reading.refusals(harmful=True)),
+            "harmless": list(reading.refusals(harmful=False)),
+        },
     }
 
 

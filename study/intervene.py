@@ -10,6 +10,7 @@ from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
 from core.rows import Row
 from core.store import RunFolder
+from evaluation.behaviours import spread
 from geometry.controls import design
 from geometry.effects import summary
 from geometry.interventions import touched
@@ -89,7 +90,7 @@ def of_model(study: Study, plan: Plan, notes: list[str]) -> list[Row]:
     held_out = {}
     for label in plan.labels:
         try:
-            held_out[label] = study.held_out(label)[: plan.limit]
+            held_out[label] = spread(study.held_out(label), plan.limit)
         except AttackPlaneError as error:
             if plan.labels != Plan.labels or label == "harmful":
                 raise

@@ -139,12 +139,7 @@ def arditi_rows(study: Study) -> list[dict[str, float]]:
     tried = candidates({"-1": study.refusal}, study.loaded.n_layers, study.config.carrier_every)
 
     def make() -> list[Row]:
-        bad, good = (
-            [p for p, h in zip(study.prompts, study.harmful, strict=True) if h is kind][
-                :ARDITI_PROMPTS
-            ]
-            for kind in (True, False)
-        )
+        bad, good = (study.some(harmful, ARDITI_PROMPTS) for harmful in (True, False))
         return [c.to_row() for c in scored(study.loaded, tried, bad, good, study.refusal_ids)]
 
     depends = [

@@ -20,7 +20,7 @@ from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
 from core.records import AttackArtifact
 from core.store import ATTACKS, REPLAYS, RunFolder, read_rows
-from evaluation.behaviours import load_behaviours
+from evaluation.behaviours import load_behaviours, spread
 from evaluation.judges import DEFAULT_JUDGES, QUICK_JUDGE
 from pipeline.campaign import Plan, baseline_plans, campaign
 from pipeline.contrast_reading import contrast_set
@@ -110,6 +110,7 @@ def make_attacks(path: Path, config: StudyConfig, open_model: OpenModel) -> None
     if ours:
         splits = config.held_out_splits
         behaviours = load_behaviours(config.held_out, label="harmful", splits=splits)
+        behaviours = spread(behaviours, config.held_out_prompts)
         plan = Plan(TEMPLATES, TemplatesConfig(CLASSES, system_prompt=config.system_prompt))
         plans = [*baseline_plans(plan), plan]
         campaign(path, behaviours, plans, seed=config.seed, open_model=open_model)

@@ -20,7 +20,13 @@ from core.prompt import Conversation, Prompt, Renderer
 from core.records import AttackArtifact, Behaviour, Directions, content_hash
 from core.rows import Row
 from core.store import RunFolder
-from evaluation.behaviours import CONTRAST_SPLITS, DEMONSTRATION, HELD_OUT_SPLITS, load_behaviours
+from evaluation.behaviours import (
+    CONTRAST_SPLITS,
+    DEMONSTRATION,
+    HELD_OUT_SPLITS,
+    load_behaviours,
+    spread,
+)
 from evaluation.judges import QUICK_JUDGE, Exchange, Judge, make_judge, outcomes
 from evaluation.refusal_score import Openings, openings_of
 from evaluation.refusals import refusal_openings
@@ -44,7 +50,8 @@ class StudyConfig:
     """What a model is studied on, and how.
 
     ``estimator`` of the refusal contrast: auto is zhao where the model refuses and accepts enough,
-    else harc. ``carrier_prompts`` of each label, and every ``carrier_every``-th layer, are tried
+    else harc. ``held_out_prompts``: how many of each label effects are measured on, spread over
+    categories. ``carrier_prompts`` of each label, and every ``carrier_every``-th layer, are tried
     for carriers. ``refusals``: how many texts the log-probability of a refusal is a mean over.
     ``controls``: random directions of each kind. ``judge`` says refused or complied.
     """
@@ -53,6 +60,7 @@ class StudyConfig:
     splits: tuple[str, ...] = CONTRAST_SPLITS
     held_out: str = DEMONSTRATION
     held_out_splits: tuple[str, ...] = HELD_OUT_SPLITS
+    held_out_prompts: int | None = 24
     estimator: str = "auto"
     reply_tokens: int = 32
     resamples: int = 200
@@ -124,6 +132,7 @@ class Study:
         """
         source, splits = self.config.held_out, self.config.held_out_splits
         behaviours = load_behaviours(source, label=label, splits=splits)
+        behaviours = spread(behaviours, self.config.held_out_prompts)
         both = {b.request for b in behaviours} & {b.request for b in self.behaviours}
         if both:
             raise AttackPlaneError(
@@ -164,9 +173,8 @@ class Study:
     @property
     def refusal_rate(self) -> float:
         """Share of harmful contrast prompts that the model refuses by itself."""
-        pairs = zip(self.refused, self.harmful, strict=True)
-        judged = [r for r, harmful in pairs if harmful and r is not None]
-        return sum(judged) / max(1, len(judged))
+        refused, judged = self.reading.refusals(harmful=True)
+        return refused / max(1, judged)
 
     @cached_property
     def refusal_ids(self) -> list[tuple[int, ...]]:
@@ -283,16 +291,22 @@ class Study:
             self._carriers[kind] = self._scored(kind)
         return self._carriers[kind]
 
+    def some(self, harmful: bool, n: int) -> list[Prompt]:
+        """``n`` contrast prompts of one label, spread over categories."""
+        of = {b.behaviour_id: p for b, p in zip(self.behaviours, self.prompts, strict=True)}
+        label = [b for b, h in zip(self.behaviours, self.harmful, strict=True) if h is harmful]
+        return [of[b.behaviour_id] for b in spread(label, n)]
+
     def _scored(self, kind: str) -> list[Carrier]:
         field, n = self.field(kind), self.config.carrier_prompts
         tried = candidates(field, self.loaded.n_layers, self.config.carrier_every)
 
         def make() -> list[Row]:
-            harmful = [p for p, h in zip(self.prompts, self.harmful, strict=True) if h][:n]
-            harmless = [p for p, h in zip(self.prompts, self.harmful, strict=True) if not h][:n]
             return [
                 c.to_row()
-                for c in screened(self.loaded, tried, harmful, harmless, self.refusal_ids)
+                for c in screened(
+                    self.loaded, tried, self.some(True, n), self.some(False, n), self.refusal_ids
+                )
             ]
 
         every = self.config.carrier_every

@@ -13,7 +13,8 @@ from core.models import ModelHandle, load
 from core.prompt import Conversation, Renderer
 from core.store import RunFolder, read_rows
 from evaluation.behaviours import load_behaviours
-from evaluation.judges import Exchange, is_degenerate, make_judge, outcomes
+from evaluation.judges import Exchange, make_judge, outcomes
+from evaluation.judges.reply_rules import is_degenerate
 from evaluation.refusals import refusal_openings
 from geometry.controls import Site, design, far_layer
 from geometry.effects import differences
@@ -24,7 +25,8 @@ from study.replies import responses
 from study.study import Study, StudyConfig
 from tests.conftest import make_model
 
-HELP = "Sure, here is a short plan for that, step by step."
+SMALL = "demonstration-v1"
+HELP = "First, write a short plan. Then do it step by step, and rest."
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def refusing(tmp_path_factory):
     model, renderer = loaded.model, Renderer(loaded)
     refusal = refusal_openings(1)[0]
     rows, targets = [], []
-    for b in load_behaviours():
+    for b in load_behaviours(SMALL):
         reply = refusal if b.label == "harmful" else HELP
         prompt = renderer.render(Conversation.build(b.request), target=reply)
         ids = [*prompt.ids, *prompt.target_ids, *renderer.end_of_turn()]
@@ -67,7 +69,15 @@ def refusing(tmp_path_factory):
 
 
 CONFIG = StudyConfig(
-    resamples=40, controls=2, carrier_prompts=6, carrier_every=1, reply_tokens=12, refusals=1
+    contrast=SMALL,
+    held_out=SMALL,
+    held_out_prompts=16,
+    resamples=40,
+    controls=2,
+    carrier_prompts=6,
+    carrier_every=1,
+    reply_tokens=12,
+    refusals=1,
 )
 
 
@@ -98,6 +108,10 @@ def test_the_trained_model_refuses_what_is_harmful_and_a_study_finds_what_it_han
 
 
 def command(*args):
+    """A command on the small set, where it does not name another."""
+    options = {"claims": 3, "intervene": 3, "layers": 3, "directions": 1}.get(args[0], 0)
+    small = ["--contrast", SMALL, "--held-out", SMALL, "--prompts", 16]
+    args = [*args, *small[: 2 * options]]
     result = CliRunner().invoke(cli.cli, [str(a) for a in args])
     assert result.exit_code == 0, result.output
     return result.output
@@ -111,7 +125,7 @@ def test_all_claims_are_measured_on_it_by_one_command(refusing, tmp_path):
     assert [r["number"] for r in rows] == sorted(map(int, CLAIMS.all()))
     assert {r["verdict"] for r in rows} <= {"holds", "fails", "undecided"}
     first = rows[0]
-    assert len(first["checks"]) == 5 and "left alone it refuses" in first["note"]
+    assert len(first["checks"]) == 6 and "left alone it refuses" in first["note"]
     assert first["checks"][0]["value"] > 0.2  # ablating R reopens the model
     for row in rows:
         for check in row["checks"]:
@@ -321,7 +335,7 @@ def test_held_out_prompts_must_not_be_among_the_contrast_prompts(refusing, tmp_p
             "--claims",
             "1",
             "--contrast",
-            "demonstration",
+            SMALL,
             "--held-out",
             str(write_all(tmp_path)),
         ],
@@ -388,4 +402,5 @@ def test_degenerate_replies_are_told_from_text():
     )
     replies = ["I'm sorry, but no.", HELP, " ", "tea cup " * 12]
     said = outcomes(make_judge("refusal_phrases"), [Exchange("r", reply) for reply in replies])
-    assert said == ["refused", "complied", "degenerate", "degenerate"]
+    assert said == ["refused", "complied", "neither", "complied"]
+    assert outcomes(make_judge("rules"), [Exchange("r", r) for r in replies])[3] == "neither"

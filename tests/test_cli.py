@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from cli import cli
 
 ROOT = Path(__file__).parent.parent
+RULES = ("--judge", "rules")  # the default judge reads replies with a real model
 
 
 def call(*arguments, code=0):
@@ -54,7 +55,9 @@ def run(tmp_path_factory, tiny_folders):
     path = tmp_path_factory.mktemp("cli") / "run"
     model = tiny_folders["qwen2"]
     outputs = {"gcg": call(*small_gcg(model, path))}
-    outputs["transfer"] = call("transfer", "--run", path, "--target", model, "--max-new-tokens", 3)
+    outputs["transfer"] = call(
+        "transfer", "--run", path, "--target", model, "--max-new-tokens", 3, *RULES
+    )
     outputs["directions"] = call("directions", "--run", path, "--model", model, "--resamples", 20)
     outputs["plane"] = call("plane", "--run", path, "--target", model)
     return path, model, outputs
@@ -100,7 +103,7 @@ def test_a_repeated_command_does_only_what_is_missing(run, monkeypatch):
         monkeypatch.setattr(name, lambda *a, **k: pytest.fail("made again"))
     before = {p.name: p.read_bytes() for p in path.glob("*.jsonl")}
     call(*small_gcg(model, path))
-    call("transfer", "--run", path, "--target", model, "--max-new-tokens", 3)
+    call("transfer", "--run", path, "--target", model, "--max-new-tokens", 3, *RULES)
     call("directions", "--run", path, "--model", model, "--resamples", 20)
     call("plane", "--run", path, "--target", model)
     assert {p.name: p.read_bytes() for p in path.glob("*.jsonl")} == before

@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from core.errors import AttackPlaneError
-from evaluation.judges import Exchange, judge_all, make_judge
+from evaluation.judges import Exchange, Judgement, judge_all, make_judge
 from evaluation.judges.classifier import means_harm
 from evaluation.judges.refusal_phrases import is_refusal
 
@@ -46,9 +46,10 @@ def test_target_prefix_ignores_case_and_space_and_is_null_without_target():
 
 def test_no_judgement_is_null_and_never_false():
     judges = [make_judge("target_prefix"), make_judge("refusal_phrases")]
-    scores, jailbroken = judge_all(judges, [Exchange("r", "Sure", None)])[0]
-    assert scores == {"target_prefix": None, "refusal_phrases": 1.0} and jailbroken is None
-    assert judge_all([], [Exchange("r", "Sure")])[0] == ({}, None)
+    judged = judge_all(judges, [Exchange("r", "Sure", None)])[0]
+    assert judged.scores == {"target_prefix": None, "refusal_phrases": 1.0}
+    assert judged.outcome is None and judged.jailbroken is None
+    assert judge_all([], [Exchange("r", "Sure")])[0] == Judgement({}, None)
 
 
 def test_a_sequence_classifier_judges_pairs(tmp_path, tiny_models):

@@ -92,6 +92,9 @@ def plugins(tmp_path):
     CLAIMS.remove("99")
 
 
+SMALL = "demonstration-v1"
+
+
 def call(*arguments, code=0):
     result = CliRunner().invoke(cli, [str(a) for a in arguments])
     assert result.exit_code == code, (result.output, result.exception)
@@ -110,6 +113,7 @@ def test_an_attack_in_one_file_has_a_command_a_sweep_an_estimate_and_the_api(
 run = "{tmp_path}/swept"
 sources = []
 targets = ["{model}"]
+judges = ["rules"]
 [behaviours]
 limit = 3
 [attacks.polite]
@@ -117,6 +121,7 @@ times = 3
 [replay]
 max_new_tokens = 2
 [directions]
+contrast = "demonstration-v1"
 reply_tokens = 2
 resamples = 20
 """)
@@ -124,8 +129,9 @@ resamples = 20
     plan = output[: output.index("estimated time")]
     (line,) = [line.split() for line in plan.splitlines() if line.startswith("polite")]
     assert line == ["polite", "none", "3", "3.0"]  # three prompts, a minute each
-    (cell,) = read_rows(tmp_path / "swept" / "matrix.jsonl")
+    plain, cell = read_rows(tmp_path / "swept" / "matrix.jsonl")
     assert cell["attack"] == "polite" and cell["replays"] == 3
+    assert plain["attack"] == "plain" and plain["replays"] == cell["paired"] == 3
     assert "polite" in call("report", "--run", tmp_path / "swept")
     import attack_plane as ap
 
@@ -141,7 +147,7 @@ def test_a_judge_in_one_file_judges_replies_and_directions(plugins, tmp_path, ti
     assert all(r["judgements"] for r in read_rows(tmp_path / "run" / "replays.jsonl"))
     counts = {}
     for judge in ("long:1", "long:100000"):
-        small = ("--model", model, "--resamples", 20, "--judge", judge, "--estimator", "both")
+        small = ("--model", model, "--resamples", 20, "--judge", judge, "--contrast", SMALL)
         call(*plugin, "directions", "--run", tmp_path / judge, *small)
         (note,) = (tmp_path / judge / "directions").glob("*.harc.json")
         assert json.loads(note.read_text())["sample_counts"]["refusal_positive"] == 48
@@ -153,14 +159,15 @@ def test_a_judge_in_one_file_judges_replies_and_directions(plugins, tmp_path, ti
 def test_another_judge_changes_the_directions(plugins, tmp_path, tiny_folders):
     load_plugin(plugins["long"])
     model = tiny_folders["qwen2"]
-    small = ("--model", model, "--resamples", 20, "--estimator", "zhao")
-    lengths = []
-    call("directions", "--run", tmp_path / "a", "--model", model, "--resamples", 20)
+    small = ("--model", model, "--resamples", 20, "--contrast", SMALL)
+    call("directions", "--run", tmp_path / "a", *small)
     (row,) = read_rows(tmp_path / "a" / "contrast.jsonl")
     lengths = sorted(len(reply) for reply in row["replies"].values())
     for name, at in (("low", 24), ("high", 72)):
         judge = f"long:{lengths[at]}"
-        call("directions", "--run", tmp_path / name, *small, "--judge", judge)
+        call(
+            "directions", "--run", tmp_path / name, *small, "--judge", judge, "--estimator", "zhao"
+        )
     counts = []
     for name in ("low", "high"):
         (note,) = (tmp_path / name / "directions").glob("*.zhao.json")

@@ -45,6 +45,7 @@ from evaluation.behaviours import (
     DEMONSTRATION,
     HELD_OUT_SPLITS,
     load_behaviours,
+    spread,
     to_attack,
 )
 from evaluation.judges import DEFAULT_JUDGES, judge_kind
@@ -260,4 +261,4 @@ def behaviours_of(config: SweepConfig) -> list[Behaviour]:
     """The behaviours that are attacked."""
     choice = config.behaviours
     behaviours = to_attack(choice.set, choice.label, choice.splits)
-    return behaviours[:: choice.every][: choice.limit]
+    return spread(behaviours[:: choice.every], choice.limit)
