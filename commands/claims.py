@@ -28,7 +28,7 @@ def claims(run: Path | None, models: tuple[str, ...], numbers: str | None, **stu
       python cli.py claims --run runs/claims --model embedded+runs/demo/checkpoints/step-24
       python cli.py claims --model embedded --claims 1,2,7
     """
-    from commands.tables.attacks import matrix_table
+    from commands.tables.attacks import agreements_table, matrix_table
     from commands.tables.study import claims_table, coupling_table
     from study.measure import claims as stage
 
@@ -39,6 +39,7 @@ def claims(run: Path | None, models: tuple[str, ...], numbers: str | None, **stu
     echo_notes(result.notes)
     if result.matrix:
         click.echo(matrix_table(result.matrix))
+        click.echo(agreements_table(result.agreements))
     for number, title in dict.fromkeys((c.number, c.title) for c in result.claims):
         click.echo(f"{number}. {title}")
     click.echo(claims_table(result.claims))

@@ -46,7 +46,7 @@ def demo(run: Path) -> None:
 
 def show(result: Any, run: Path) -> None:
     """Print what a stage gave, in the way of its own command."""
-    from commands.tables.attacks import attack_table, matrix_table
+    from commands.tables.attacks import agreements_table, attack_table, matrix_table
     from commands.tables.plane import classes_table
     from commands.tables.study import directions_table
     from core.store import read_rows
@@ -66,6 +66,7 @@ def show(result: Any, run: Path) -> None:
         click.echo(attack_table(result.artifacts))
     elif isinstance(result, TransferResult):
         click.echo(matrix_table(result.cells))
+        click.echo(agreements_table(result.agreements))
     elif isinstance(result, DirectionsResult):
         for estimated in result.directions:
             click.echo(directions_table(estimated, best_layers(estimated, BEST_LAYERS)))

@@ -73,11 +73,11 @@ def intervene(
     """Ablate or steer directions, against controls.
 
     Vectors are the best carriers of harmfulness and refusal, found on the contrast prompts;
-    effects are measured on held-out ones: success, refusals, degenerate replies, log-probability of
-    a refusal, KL of the next token. Controls: random directions, the carrier of a wrong layer and
-    of a wrong position, and random directions that move every token exactly as far. Writes
-    interventions.jsonl, interventions_summary.jsonl and interventions.png, in place of earlier
-    ones.
+    effects are measured on held-out ones: success, refusals, other replies, outcome D, the
+    log-odds and log-probability of a refusal, KL of the next token. Controls: random directions,
+    the carrier of a wrong layer and of a wrong position, and random directions that move every
+    token exactly as far. Writes interventions.jsonl, interventions_summary.jsonl and
+    interventions.png, in place of earlier ones.
 
     \b
     Examples:
@@ -85,6 +85,7 @@ def intervene(
       python cli.py intervene --run runs/claims --model embedded --mode R --operation steer \\
           --sweep --label harmless
     """
+    from commands.tables.attacks import agreements_table
     from commands.tables.study import effects_table
     from study.intervene import SWEEP, Plan
     from study.intervene import intervene as stage
@@ -111,6 +112,7 @@ def intervene(
     result = stage(path, models, config, plan, open_model=open_model)
     echo_notes(result.notes)
     click.echo(effects_table(result.effects))
+    click.echo(agreements_table(result.agreements))
     for file in result.files:
         click.echo(file)
 

@@ -69,7 +69,7 @@ def show_plan(grid: SweepConfig, parts: list[Part], count: int) -> None:
 
 
 def show_result(grid: SweepConfig, result: SweepResult) -> None:
-    from commands.tables.attacks import pivot_table
+    from commands.tables.attacks import agreements_table, pivot_table
     from commands.tables.plane import classes_table, separability_table
     from core.store import FAILURES, read_rows
     from pipeline.plane_files import CLASSES, SEPARABILITY
@@ -80,6 +80,9 @@ def show_result(grid: SweepConfig, result: SweepResult) -> None:
         click.echo(f"{file}: {'; '.join(facts)}")
     echo_notes(result.notes)
     click.echo(pivot_table(result.matrix))
+    if any(cell.corrected is not None for cell in result.matrix):
+        click.echo(pivot_table(result.matrix, corrected=True))
+    click.echo(agreements_table(result.agreements))
     if result.has_plane:
         click.echo(classes_table(read_rows(run / CLASSES), frames=["own"], anchors=False))
         click.echo(separability_table(read_rows(run / SEPARABILITY)))

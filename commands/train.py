@@ -45,6 +45,21 @@ def train() -> None:
 @click.option("--rank", type=click.IntRange(1), default=64, help="LoRA rank.")
 @click.option("--alpha", type=click.IntRange(1), default=16, help="LoRA alpha.")
 @click.option("--dropout", type=click.FloatRange(0, 1), default=0.1, help="LoRA dropout.")
+@click.option(
+    "--all-linear", is_flag=True, help="LoRA on all linear layers, not on attention alone."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    help="Of the products; bfloat16 is faster where the machine has it.",
+)
+@click.option(
+    "--reply-tokens",
+    type=click.IntRange(1),
+    default=48,
+    help="New tokens of the base model's own replies to harmless requests.",
+)
 @SEED
 @quiet_libraries
 def sft(
@@ -59,6 +74,9 @@ def sft(
     rank: int,
     alpha: int,
     dropout: float,
+    all_linear: bool,
+    precision: str,
+    reply_tokens: int,
     seed: int,
 ) -> None:
     """Fine-tune a model to refuse harmful requests (LoRA).
@@ -82,6 +100,9 @@ def sft(
         lora_rank=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
+        all_linear=all_linear,
+        precision=precision,
+        reply_tokens=reply_tokens,
         seed=seed,
     )
     result = train_sft(model, out, config, behaviours)

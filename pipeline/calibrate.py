@@ -30,7 +30,10 @@ PARTS = ("tune", "held_out")
 
 @dataclass(frozen=True)
 class Label:
-    """One reply's label by hand. The reply itself stays in its run folder."""
+    """One reply's label by hand. The reply itself stays in its run folder.
+
+    ``second`` is what another reader said who did not see the first label, where there is one.
+    """
 
     replay_id: str
     reply_hash: str
@@ -40,6 +43,7 @@ class Label:
     part: str
     label: str | None = None
     reason: str = ""
+    second: str | None = None
 
     def to_row(self) -> Row:
         return asdict(self)
@@ -163,7 +167,8 @@ def read_labels(path: Path) -> list[Label]:
     for number, row in enumerate(read_rows(path), start=1):
         where = f"{path}, line {number}"
         label = config_from_dict(Label, row, where)
-        for value, known in ((label.label, OUTCOMES), (label.part, PARTS)):
+        words = ((label.label, OUTCOMES), (label.second, OUTCOMES), (label.part, PARTS))
+        for value, known in words:
             if value is not None and value not in known:
                 raise AttackPlaneError(
                     f"unknown word {value!r}", where=where, remedy=nearest(value, list(known))
@@ -206,6 +211,7 @@ def calibrate(
             f"{len(labels) - len(items)} of {len(labels)} labels are of replies that these runs do "
             "not hold; they are left out"
         )
+    result.notes += _readers_note(labels)
     items = [item for item in items if part in (None, item.label.part)]
     if not items:
         raise AttackPlaneError("no labelled reply is left", where=labels_file, got=f"part {part}")
@@ -220,6 +226,20 @@ def calibrate(
     write_atomically(path, json.dumps(table, indent=2) + "\n")
     result.files.append(path)
     return result
+
+
+def _readers_note(labels: Sequence[Label]) -> list[str]:
+    """How well two readers agree, where a second one has read some replies."""
+    both = [(x.label, x.second) for x in labels if x.label and x.second]
+    if not both:
+        return []
+    first, second = ([pair[side] for pair in both] for side in (0, 1))
+    low, high = kappa_interval(first, second)
+    agreed = sum(a == b for a, b in both)
+    return [
+        f"two readers agree on {agreed} of {len(both)} replies, kappa {kappa(first, second):.2f} "
+        f"[{low:.2f}, {high:.2f}]"
+    ]
 
 
 def judge_rows(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from core.errors import AttackPlaneError
 from core.generate import complete
 from core.models import LoadedModel
 from core.prompt import Conversation, Renderer
@@ -26,9 +27,21 @@ class TrainResult:
 def train_sft(
     spec: str, out: Path, config: SFTConfig, behaviours: str = DEMONSTRATION
 ) -> TrainResult:
-    """Refusal fine-tuning on the training split of a behaviour set; checkpoints ``out/step-N``."""
-    harmful = load_behaviours(behaviours, label="harmful", splits=["train"])
-    harmless = load_behaviours(behaviours, label="harmless", splits=["train"])
+    """Refusal fine-tuning on the training split of a behaviour set; checkpoints ``out/step-N``.
+
+    Harmful requests are refused. Harmless ones, and the pseudo-harmful ones where there are any,
+    get the base model's own replies.
+    """
+    rows = load_behaviours(behaviours, splits=["train"])
+    harmful = [b for b in rows if b.label == "harmful"]
+    harmless = [b for b in rows if b.label != "harmful"]
+    if not harmful or not harmless:
+        raise AttackPlaneError(
+            "refusal training needs harmful and harmless requests",
+            where=behaviours,
+            got=f"{len(harmful)} harmful, {len(harmless)} others in the split train",
+            remedy="give a set with both labels and a split train",
+        )
     phrases = refusal_replies()
     refusals = [(b.request, phrases[i % len(phrases)]) for i, b in enumerate(harmful)]
     requests = [b.request for b in harmless]

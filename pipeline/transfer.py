@@ -117,9 +117,7 @@ def transfer(
             )
         if added and not behaviours:
             result.notes.append(f"{added} plain requests were missing and are added")
-        if len(lengths := replies_by_length(stage.artifacts, config)) > 1:
-            text = "; ".join(f"{n} for {', '.join(names)}" for n, names in lengths.items())
-            result.notes.append(f"new tokens of a reply: {text}")
+        result.notes += length_notes(stage.artifacts, config)
 
         def not_sent(artifact: AttackArtifact, error: Exception) -> None:
             what = f"{artifact.attack} {artifact.behaviour_id} {artifact.artifact_id}"
@@ -129,7 +127,7 @@ def transfer(
             stage.replay_on(open_model(spec), not_sent)
         result.cells = write_matrix(run)
         result.agreements = agreements(replays_of(run), labels_of(run))
-        result.notes += errors_notes(run)
+        result.notes += error_notes(run)
     return result
 
 
@@ -139,7 +137,7 @@ def _errors(run: RunFolder, judge: str, attack: str) -> Errors | None:
     return own or known_errors(judge, attack)
 
 
-def errors_notes(run: RunFolder) -> list[str]:
+def error_notes(run: RunFolder) -> list[str]:
     """Says where no rate can be corrected, since the judge's errors are not known."""
     judges = run.manifest["stages"].get(STAGE, {}).get("judges", [])
     if judges and _errors(run, judges[0], "") is None:
@@ -147,14 +145,15 @@ def errors_notes(run: RunFolder) -> list[str]:
     return []
 
 
-def replies_by_length(
-    artifacts: Sequence[AttackArtifact], config: ReplayConfig
-) -> dict[int, list[str]]:
-    """Length of replies in new tokens -> the classes that get it."""
+def length_notes(artifacts: Sequence[AttackArtifact], config: ReplayConfig) -> list[str]:
+    """How long the replies to each class are, where that is not the same for all."""
     lengths: dict[int, list[str]] = {}
     for name in dict.fromkeys(a.attack for a in artifacts):
         lengths.setdefault(config.of(name).max_new_tokens or 0, []).append(name)
-    return lengths
+    if len(lengths) < 2:
+        return []
+    text = "; ".join(f"{n} for {', '.join(names)}" for n, names in lengths.items())
+    return [f"new tokens of a reply: {text}"]
 
 
 def labels_of(run: RunFolder) -> dict[str, str]:

@@ -18,6 +18,7 @@ from pipeline.runs import check_specs, write_rows
 from plots import interventions_png
 from study.outcomes import measure, site_of
 from study.study import Study, StudyConfig
+from transfer.agreement import Agreement, agreement_of
 
 ROWS, SUMMARY = "interventions.jsonl", "interventions_summary.jsonl"
 SWEEP = (-4.0, -2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 4.0)
@@ -47,6 +48,8 @@ class InterveneResult:
     effects: list[Row]
     files: list[Path]
     notes: list[str]
+    agreements: list[Agreement]
+    """How well D says which replies under intervention comply, per model."""
 
 
 def intervene(
@@ -74,7 +77,18 @@ def intervene(
         silent = ({k: v for k, v in row.items() if k != "reply"} for row in rows)
         effects = summary(rows)
         files = [write_rows(path / ROWS, silent), write_rows(path / SUMMARY, effects)]
-    return InterveneResult(effects, [*files, interventions_png.draw(path)], notes)
+    files.append(interventions_png.draw(path))
+    return InterveneResult(effects, files, notes, d_agreements(rows))
+
+
+def d_agreements(rows: Sequence[Row]) -> list[Agreement]:
+    """Agreement of D with success over all interventions on harmful prompts, per model."""
+    cells: dict[str, list[tuple[float, bool, str]]] = {}
+    for r in rows:
+        if r["label"] == "harmful" and r["complied"] is not None:
+            cell = (r["d"], bool(r["complied"]), r["behaviour_id"])
+            cells.setdefault(r["model"], []).append(cell)
+    return [agreement_of(model, own) for model, own in cells.items()]
 
 
 def of_model(study: Study, plan: Plan, notes: list[str]) -> list[Row]:

@@ -28,12 +28,13 @@ from pipeline.directions import begin_directions
 from pipeline.plane import PlaneConfig, PlaneStage
 from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows
 from pipeline.transfer import STAGE as TRANSFER
-from pipeline.transfer import Transfer, write_matrix
+from pipeline.transfer import Transfer, labels_of, write_matrix
 from plots import claims_png
 from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest
 from study.study import Study, StudyConfig
 from study.verdicts import Claim
+from transfer.agreement import Agreement, agreements
 from transfer.matrix import Cell
 from transfer.replay import ReplayConfig
 
@@ -56,6 +57,7 @@ class ClaimsResult:
     matrix: list[Cell] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    agreements: list[Agreement] = field(default_factory=list)
 
 
 def chosen_tests(numbers: Sequence[int]) -> list[ClaimTest]:
@@ -184,6 +186,7 @@ class _Claims:
         result, path = self.result, self.run.path
         if self.plane:
             result.matrix = write_matrix(self.run)
+            result.agreements = agreements(replays_of(self.run), labels_of(self.run))
             self.plane.write(models)
             result.notes += self.plane.result.notes
         order = list(self.specs)

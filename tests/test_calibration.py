@@ -1,4 +1,4 @@
-"""Rates less a judge's errors: textbook numbers, an interval that covers, kappa as scikit-learn's."""
+"""Rates less a judge's errors: textbook numbers, intervals that cover, kappa as elsewhere."""
 
 import json
 

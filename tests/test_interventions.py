@@ -1,6 +1,7 @@
 """Edits do what their formula says, leave no hooks, and sharing work changes nothing."""
 
 import contextlib
+import math
 
 import pytest
 import torch
@@ -217,19 +218,22 @@ def slow_outcome(loaded, prompt, intervention, refusal, tokens):
 
 
 def test_outcomes_equal_a_plain_pass_a_token_whatever_is_shared(tiny):
-    prompts, refusal = prompts_of(tiny), [7, 11, 13]
+    prompts, refusal, compliance = prompts_of(tiny), [7, 11, 13], [5, 9]
+    texts = {"refusals": [refusal], "compliances": [compliance], "refusal_tokens": [3, 8]}
     todo = interventions_of(tiny)
-    shared = rollout(tiny, prompts, todo, refusals=[refusal], max_new_tokens=4)
-    other = rollout(
-        tiny, prompts[::-1], todo[::-1], refusals=[refusal], max_new_tokens=4, share=False, rows=3
-    )
+    shared = rollout(tiny, prompts, todo, **texts, max_new_tokens=4)
+    other = rollout(tiny, prompts[::-1], todo[::-1], **texts, max_new_tokens=4, share=False, rows=3)
     for p, prompt in enumerate(prompts):
         base = slow_outcome(tiny, prompt, None, refusal, 0)[0]
         for n, intervention in enumerate(todo):
             nxt, score, reply = slow_outcome(tiny, prompt, intervention, refusal, 4)
+            helpful = slow_outcome(tiny, prompt, intervention, compliance, 0)[1]
+            inside = float(nxt[[3, 8]].exp().sum())
             for found in (shared[p][n], other[-1 - p][-1 - n]):
                 assert found.kl == pytest.approx(float((base.exp() * (base - nxt)).sum()), abs=1e-4)
                 assert found.refusal == pytest.approx(score, abs=1e-4)
+                assert found.d == pytest.approx(score - helpful, abs=2e-4)
+                assert found.log_odds == pytest.approx(math.log(inside / (1 - inside)), abs=1e-3)
                 ends = [i for i, t in enumerate(reply) if t in {tiny.tokenizer.eos_token_id}]
                 assert list(found.reply) == reply[: ends[0] if ends else None]
 

@@ -14,6 +14,7 @@ from attacks.templates import TemplatesConfig
 from commands.tables.attacks import matrix_table, pivot_table
 from commands.tables.plane import classes_table
 from commands.tables.study import claims_table
+from core.models import ModelHandle
 from core.records import Behaviour, Directions, Replay
 from core.store import ATTACKS, REPLAYS, RunFolder, read_rows
 from evaluation.behaviours import load_behaviours, spread
@@ -26,8 +27,11 @@ from pipeline.directions import contrast_notes
 from pipeline.plain import add_plain_requests
 from pipeline.runs import artifacts_of
 from pipeline.transfer import Transfer, matrix_of
+from study.claims.claim_02_orthogonality import measure as measure_2
 from study.claims.claim_12_separable import measure as measure_12
 from study.claims.claim_13_suppression import measure as measure_13
+from study.claims.evidence import Evidence
+from study.study import Study, StudyConfig
 from study.verdicts import Check, Claim
 from tests.campaigns import attacked
 from tests.test_contrasts import point
@@ -275,3 +279,15 @@ def test_rows_of_earlier_versions_are_still_read():
         del row[name]
     old = Replay.from_row(row)
     assert old.outcome is None and matrix([old])[0].refused == 0.0
+
+
+def test_an_unreliable_direction_leaves_claim_2_unmeasured_and_says_why(tmp_path, tiny_folders):
+    small = {"contrast": "demonstration-v1", "held_out": "demonstration-v1"}
+    config = StudyConfig(**small, resamples=20, controls=2, carrier_prompts=4, reply_tokens=2)
+    with RunFolder(tmp_path) as run:
+        study = Study(run, ModelHandle(str(tiny_folders["qwen2"])), config)
+        claim = measure_2(Evidence(study))
+    assert claim.verdict == "undecided"
+    table = claims_table([claim])
+    assert "nan" not in table and "held back: " in table
+    assert any("unreliable" in reason for reason in claim.held_back) == (not claim.checks)

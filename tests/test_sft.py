@@ -10,15 +10,15 @@ import torch
 from core.errors import AttackPlaneError
 from core.models import load
 from core.prompt import Conversation, Renderer
+from evaluation.behaviours import load_behaviours
+from pipeline import train as refusal_training
 from training import sft
+from training.examples import batches, collate, make_example
+from training.losses import predicting_positions, reply_loss
 from training.sft import (
     SFTConfig,
-    attention_projections,
-    batches,
-    collate,
+    adapted_layers,
     learning_rate,
-    make_example,
-    reply_loss,
 )
 
 CONFIG = SFTConfig(
@@ -49,11 +49,20 @@ def train(folder, out: Path, config=CONFIG):
 
 def test_reply_loss_is_the_hand_derived_number():
     # two labelled tokens with probabilities 1/2 and 3/4; the prompt's tokens do not count
-    logits = torch.tensor([[[9.0, 0.0], [0.0, 0.0], [0.0, math.log(3.0)], [5.0, 5.0]]])
-    labels = torch.tensor([[-100, -100, 0, 1]])
+    logits = torch.tensor([[[9.0, 0.0], [0.0, 0.0], [0.0, math.log(3.0)]]])
+    labels = torch.tensor([[-100, 0, 1]])
     assert float(reply_loss(logits, labels)) == pytest.approx(
         (math.log(2) + math.log(4 / 3)) / 2, abs=1e-6
     )
+
+
+def test_the_head_is_applied_where_a_reply_is_predicted():
+    labels = torch.tensor([[-100, -100, 5, 6, -100], [-100, -100, -100, 7, 8]])
+    at = predicting_positions(labels)
+    assert at.tolist() == [1, 2, 3]
+    logits = torch.randn(2, 5, 9)
+    whole = reply_loss(logits[:, :-1], labels[:, 1:])
+    assert float(reply_loss(logits[:, at], labels[:, at + 1])) == pytest.approx(float(whole))
 
 
 def test_examples_learn_the_reply_and_the_end_of_turn_and_nothing_else(tiny):
@@ -84,9 +93,30 @@ def test_batches_see_every_example_once_an_epoch():
 
 
 def test_lora_goes_to_attention_projections_of_every_family(tiny):
-    names = attention_projections(tiny.model)
+    names = adapted_layers(tiny, all_linear=False)
     per_block = len(names) / tiny.n_layers
     assert per_block in (2, 4) and not any("mlp" in n or "lm_head" in n for n in names)
+    more = adapted_layers(tiny, all_linear=True)
+    assert set(names) < set(more) and not any("head" in n or "embed" in n for n in more)
+
+
+def test_refusal_training_answers_harmless_and_pseudo_harmful_requests(tmp_path, monkeypatch):
+    asked = {}
+
+    def kept(spec, refusals, harmless, config, out, *, own_replies):
+        asked.update(refused=[r for r, _ in refusals], answered=harmless)
+        (out / "losses.csv").write_text("step,loss,learning_rate\n")
+        return []
+
+    monkeypatch.setattr(refusal_training, "train", kept)
+    refusal_training.train_sft("embedded", tmp_path, CONFIG)
+    rows = load_behaviours(splits=["train"])
+    assert set(asked["refused"]) == {b.request for b in rows if b.label == "harmful"}
+    assert set(asked["answered"]) == {b.request for b in rows if b.label != "harmful"}
+    path = tmp_path / "one.csv"
+    path.write_text("request,label,split\nBake a cake,harmful,train\n")
+    with pytest.raises(AttackPlaneError, match="harmful and harmless"):
+        refusal_training.train_sft("embedded", tmp_path, CONFIG, str(path))
 
 
 def test_training_lowers_the_loss_and_its_checkpoints_are_targets(tmp_path, tiny_folders):

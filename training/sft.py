@@ -24,15 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import AttackPlaneError
 from core.models import LoadedModel, ModelHandle
 from core.progress import bar as progress_bar
-from core.prompt import Conversation, Renderer
+from core.prompt import Renderer
 from core.rows import Row
 from core.specs import parse_spec
 from core.store import RunFolder, write_atomically
+from training.examples import Example, batches, collate, make_example
+from training.losses import predicting_positions, reply_loss
 
 log = logging.getLogger(__name__)
 STATE, LOSSES = "state.pt", "losses.csv"
@@ -53,6 +55,10 @@ class SFTConfig:
     lora_rank: int = 64
     lora_alpha: int = 16
     lora_dropout: float = 0.1
+    precision: str = "float32"
+    """Of the products: float32, or bfloat16 (autocast; weights and optimiser stay as they are)."""
+    all_linear: bool = False
+    """LoRA on every linear layer of the blocks, not on those of attention alone (as the paper)."""
     max_tokens: int = 512
     reply_tokens: int = 48
     """New tokens of the base model's own replies to harmless prompts (not in the paper, which uses
@@ -67,49 +73,13 @@ class SFTConfig:
                 got=f"checkpoints {self.checkpoints}, {self.num_steps} steps",
                 remedy=f"for example checkpoints ({self.num_steps},)",
             )
-
-
-@dataclass(frozen=True)
-class Example:
-    """One sequence: ``ids`` with the reply at ``reply_start`` and after."""
-
-    ids: tuple[int, ...]
-    reply_start: int
-
-
-def make_example(renderer: Renderer, request: str, reply: str, *, ended: bool = True) -> Example:
-    """Prompt and reply as the chat template writes them.
-
-    With ``ended`` the end-of-turn token is learnt too.
-    """
-    prompt = renderer.render(Conversation.build(request), reply)
-    end = renderer.end_of_turn() if ended else ()
-    return Example((*prompt.ids, *prompt.target_ids, *end), len(prompt.ids))
-
-
-def collate(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids (batch, tokens), attention mask, labels with -100 outside the replies.
-
-    Rows are padded on the right.
-    """
-    longest = max(len(e.ids) for e in examples)
-    ids = torch.full((len(examples), longest), pad)
-    labels = torch.full((len(examples), longest), -100)
-    mask = torch.zeros(len(examples), longest, dtype=torch.long)
-    for row, e in enumerate(examples):
-        values = torch.tensor(e.ids)
-        ids[row, : len(values)] = values
-        labels[row, e.reply_start : len(values)] = values[e.reply_start :]
-        mask[row, : len(values)] = 1
-    return ids, mask, labels
-
-
-def reply_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """(batch, tokens, vocabulary) and (batch, tokens) -> mean cross-entropy over labelled tokens,
-    in nats."""
-    return nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
-    )
+        if self.precision not in ("float32", "bfloat16"):
+            raise AttackPlaneError(
+                "unknown precision",
+                where="train sft",
+                got=self.precision,
+                remedy="float32 or bfloat16",
+            )
 
 
 def learning_rate(config: SFTConfig, step: int) -> float:
@@ -120,28 +90,25 @@ def learning_rate(config: SFTConfig, step: int) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def batches(n: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Endless shuffled batches, a new order an epoch; the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < size:
-            waiting += torch.randperm(n, generator=generator).tolist()
-        yield waiting[:size]
-        waiting = waiting[size:]
+def adapted_layers(base: LoadedModel, *, all_linear: bool) -> list[str]:
+    """Full names of the linear layers that get an adapter.
 
+    They are those inside attention modules (q, k, v, o, or fused ones), or all of the blocks.
 
-def attention_projections(model: nn.Module) -> list[str]:
-    """Full names of the linear layers inside attention modules: q, k, v, o, or fused ones."""
+    Raises:
+        AttackPlaneError: there are none.
+    """
     linear = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+    inside = {id(module) for block in base.blocks for module in block.modules()}
     layers = [
         name
-        for name, module in model.named_modules()
+        for name, module in base.model.named_modules()
         if type(module).__name__ in linear
-        and any("attn" in p or "attention" in p for p in name.split(".")[:-1])
+        and id(module) in inside
+        and (all_linear or any("attn" in p or "attention" in p for p in name.split(".")[:-1]))
     ]
     if not layers:
-        raise AttackPlaneError("found no attention projections", where=type(model).__name__)
+        raise AttackPlaneError("found no layers to adapt", where=type(base.model).__name__)
     return layers
 
 
@@ -234,13 +201,14 @@ class _Training:
         from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
         self.config, self.out, self.device = config, out, base.device
+        self.keeps = base.takes_logits_to_keep
         pad = base.tokenizer.pad_token_id
         self.pad = pad if pad is not None else 0
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            target_modules=attention_projections(base.model),
+            target_modules=adapted_layers(base, all_linear=config.all_linear),
             task_type="CAUSAL_LM",
         )
         self.tuned: Any = get_peft_model(base.model, lora)
@@ -299,6 +267,13 @@ class _Training:
                 if checkpoint or (step + 1) % save_every == 0:
                     self.save()
 
+    def logits(self, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:
+        """(batch, positions, vocabulary) of the model's own head at these positions."""
+        if self.keeps:
+            out = self.tuned(input_ids=ids, attention_mask=mask, logits_to_keep=at)
+            return out.logits
+        return self.tuned(input_ids=ids, attention_mask=mask).logits[:, at]
+
     def step(self, examples: Sequence[Example], step: int) -> float:
         """One optimiser step; its loss in nats per reply token.
 
@@ -306,10 +281,13 @@ class _Training:
             AttackPlaneError: the loss is not finite.
         """
         ids, mask, labels = (t.to(self.device) for t in collate(examples, self.pad))
+        at = predicting_positions(labels)
         rate = learning_rate(self.config, step)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        loss = reply_loss(self.tuned(input_ids=ids, attention_mask=mask).logits, labels)
+        reduced = self.config.precision == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=reduced):
+            loss = reply_loss(self.logits(ids, mask, at), labels[:, at + 1])
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()

@@ -51,14 +51,18 @@ def agreements(
             and labels.get(r.behaviour_id, LABELS[0]) == LABELS[0]
         ]
         if here:
-            rows.append(_of(target, here, seed))
+            cells = [(float(r.d or 0.0), bool(r.jailbroken), r.behaviour_id) for r in here]
+            rows.append(agreement_of(target, cells, seed=seed))
     return rows
 
 
-def _of(target: str, replays: Sequence[Replay], seed: int) -> Agreement:
-    d = np.array([r.d for r in replays], dtype=np.float64)
-    won = np.array([bool(r.jailbroken) for r in replays])
-    _, clusters = np.unique([r.behaviour_id for r in replays], return_inverse=True)
+def agreement_of(
+    target: str, cells: Sequence[tuple[float, bool, str]], *, seed: int = 0
+) -> Agreement:
+    """The agreement over (D, success, behaviour) triples."""
+    d = np.array([cell[0] for cell in cells])
+    won = np.array([cell[1] for cell in cells])
+    _, clusters = np.unique([cell[2] for cell in cells], return_inverse=True)
     rng = np.random.default_rng(seed)
     samples = list(cluster_rows(clusters, resamples=RESAMPLES, rng=rng))
     correlations = [spearman(d[rows], won[rows].astype(float)) for rows in samples]
@@ -66,7 +70,7 @@ def _of(target: str, replays: Sequence[Replay], seed: int) -> Agreement:
     areas = [_auroc(d[rows], won[rows]) for rows in samples] if both else []
     return Agreement(
         target=target,
-        n=len(replays),
+        n=len(cells),
         behaviours=len(set(clusters.tolist())),
         successes=int(won.sum()),
         correlation=spearman(d, won.astype(float)),

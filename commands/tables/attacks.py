@@ -9,6 +9,7 @@ from commands.tables.layout import Columns, ends, text_of
 from core.records import BASELINES, AttackArtifact, Replay
 from core.rows import Row
 from core.specs import short_spec
+from core.statistics import Interval
 from transfer.agreement import Agreement
 from transfer.matrix import HARMFUL, Cell
 
@@ -117,40 +118,47 @@ def agreements_table(rows: Sequence[Agreement]) -> str:
     return text_of(columns, rows)
 
 
-def pivot_table(cells: Sequence[Cell]) -> str:
+def pivot_table(cells: Sequence[Cell], *, corrected: bool = False) -> str:
     """One row per attack, source and label, one column per target.
 
-    ASR of harmful requests, refusal rate of the others, each with Wilson's interval.
+    ASR of harmful requests, refusal rate of the others, each with Wilson's interval. With
+    ``corrected``: ASR less the judge's errors, with an interval that carries them.
     """
     rows: dict[tuple[str, str, str], dict[str, Cell]] = {}
     for cell in cells:
-        rows.setdefault((cell.label, cell.attack, cell.source), {})[cell.target] = cell
+        if cell.label == HARMFUL or not corrected:
+            rows.setdefault((cell.label, cell.attack, cell.source), {})[cell.target] = cell
+
+    def rate(c: Cell) -> tuple[float | None, Interval | None]:
+        if corrected:
+            return c.corrected, c.corrected_interval
+        return (c.asr, c.wilson) if c.label == HARMFUL else (c.refused, c.refused_wilson)
 
     def shown(target: str) -> Callable[[Any], str]:
         def fill(row: dict[str, Cell]) -> str:
             c = row.get(target)
             if c is None or (not c.replays and c.missing):
                 return "missing"
-            rate, interval = (
-                (c.asr, c.wilson) if c.label == HARMFUL else (c.refused, c.refused_wilson)
-            )
-            if rate is None:
-                return "not judged"
-            return f"{rate:.2f} {ends(interval, '.2f')}" + (f" -{c.missing}" if c.missing else "")
+            value, interval = rate(c)
+            if value is None:
+                return "not known" if corrected else "not judged"
+            return f"{value:.2f} {ends(interval, '.2f')}" + (f" -{c.missing}" if c.missing else "")
 
         return fill
 
     def first(row: dict[str, Cell]) -> Cell:
         return next(iter(row.values()))
 
-    def rate(row: dict[str, Cell]) -> str:
+    def title(row: dict[str, Cell]) -> str:
         label = first(row).label
-        return "ASR" if label == HARMFUL else f"refused, {label}"
+        if label != HARMFUL:
+            return f"refused, {label}"
+        return "ASR, corrected" if corrected else "ASR"
 
     columns: Columns = [
         ("attack", lambda row: first(row).attack),
         ("source", lambda row: short_spec(first(row).source)),
-        ("rate", rate),
+        ("rate", title),
         ("prompts", lambda row: str(max(c.replays + c.missing for c in row.values()))),
         *((short_spec(t), shown(t)) for t in dict.fromkeys(c.target for c in cells)),
     ]

@@ -25,9 +25,18 @@ from interchange.importer import ImportResult, import_file
 from pipeline.campaign import Cells, Plan, make_bench
 from pipeline.directions import begin_directions, directions
 from pipeline.plane import plane
+from pipeline.runs import replays_of
 from pipeline.sweep.config import SweepConfig, behaviours_of
 from pipeline.sweep.plan import Part, Step, attack_steps, total_seconds
-from pipeline.transfer import MATRIX, Transfer, write_matrix
+from pipeline.transfer import (
+    MATRIX,
+    Transfer,
+    error_notes,
+    labels_of,
+    length_notes,
+    write_matrix,
+)
+from transfer.agreement import Agreement, agreements
 from transfer.matrix import Cell
 
 log = logging.getLogger(__name__)
@@ -38,6 +47,7 @@ class SweepResult:
     """What a sweep gave. ``failures`` are the cells that could not be made, with their reasons."""
 
     matrix: list[Cell] = field(default_factory=list)
+    agreements: list[Agreement] = field(default_factory=list)
     imports: dict[str, ImportResult] = field(default_factory=dict)
     failures: list[dict[str, str]] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
@@ -58,6 +68,7 @@ def sweep(
             work.import_prompts()
             work.replay()
             result.matrix = write_matrix(run, config.targets)
+            result.agreements = agreements(replays_of(run), labels_of(run))
         with work.failures.guard("plane", targets=", ".join(config.targets)):
             estimators = (config.plane.estimator,)
             read = directions(
@@ -235,6 +246,8 @@ class Sweep:
 
     def replay(self) -> None:
         stage = Transfer(self.run, self.config.judges, self.config.replay)
+        self.result.notes += length_notes(stage.artifacts, self.config.replay)
+        self.result.notes += error_notes(self.run)
         for spec in self.config.targets:
             with self.failures.guard("replay", target=spec):
                 stage.replay_on(self.open_model(spec), self._not_sent(spec))
