@@ -284,7 +284,7 @@ def directions(
         harmless: requests of the other side, at least four.
         estimator: ``harc`` contrasts the two sets at both positions; ``zhao`` contrasts for refusal
             what the model itself refused with what it accepted.
-        judge: says refused or accepted, for ``zhao``; None is the default judge.
+        judge: says refused or accepted, for ``zhao``; None is ``rules``.
         resamples: number of bootstrap samples, of permutations and of random directions.
         seed: of these.
         system_prompt: stands before every request.

@@ -73,8 +73,9 @@ def run(bench: Workbench, task: Task, config: AutoDANConfig) -> Iterator[AttackR
         best = state.losses[state.best_step]
         task.on_step(Progress(state.step, config.num_steps, state.losses[-1], best))
 
-    def is_success(reply: str) -> bool:
-        exchange = Exchange(behaviour.request, reply, behaviour.target_string)
+    def is_success(text: str, reply: str) -> bool:
+        prompt = text.replace(MARKER, behaviour.request)
+        exchange = Exchange(behaviour.request, reply, behaviour.target_string, prompt)
         return succeeded(bench.judge(config.judge), [exchange])[0]
 
     state = run_autodan(

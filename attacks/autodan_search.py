@@ -222,7 +222,7 @@ def run_autodan(
     *,
     seed: int,
     mutate: Mutate = offline_mutation,
-    is_success: Callable[[str], bool],
+    is_success: Callable[[str, str], bool],
     state: AutoDANState | None = None,
     on_step: Callable[[AutoDANState], None] = lambda state: None,
 ) -> AutoDANState:
@@ -265,7 +265,7 @@ def run_autodan(
         if state.known[winner] < state.losses[state.best_step]:
             state.best, state.best_step = winner, state.step
             state.bests.append((state.step, winner))
-        if config.stop_on_success and is_success(loss.reply(winner, config.reply_tokens)):
+        if config.stop_on_success and is_success(winner, loss.reply(winner, config.reply_tokens)):
             state.best, state.best_step, state.success = winner, state.step, True
             if state.bests[-1][0] != state.step:
                 state.bests.append((state.step, winner))

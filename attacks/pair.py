@@ -168,7 +168,7 @@ class PAIR:
             messages = [[*system, ("user", str(prompts[i]))] for i in sent]
             tokens = config.target_tokens
             replies = self.target.replies(messages, max_new_tokens=tokens) if sent else []
-            scores = self._judge(behaviour, replies)
+            scores = self._judge(behaviour, [str(prompts[i]) for i in sent], replies)
             for i, reply, score in zip(sent, replies, scores, strict=True):
                 tries.append(Try(i, len(rounds), str(prompts[i]), score))
                 shown = reply[: config.reply_shown]
@@ -203,10 +203,15 @@ class PAIR:
                     streams[i].history += [("user", streams[i].next), ("assistant", said)]
         return prompts
 
-    def _judge(self, behaviour: Behaviour, replies: Sequence[str]) -> list[int]:
+    def _judge(
+        self, behaviour: Behaviour, prompts: Sequence[str], replies: Sequence[str]
+    ) -> list[int]:
         if self.judge_model is None:
             target = behaviour.target_string
-            exchanges = [Exchange(behaviour.request, reply, target) for reply in replies]
+            exchanges = [
+                Exchange(behaviour.request, reply, target, prompt)
+                for prompt, reply in zip(prompts, replies, strict=True)
+            ]
             return [10 if success else 1 for success in succeeded(self.judge, exchanges)]
         asked: list[list[Message]] = [
             [("user", JUDGE.format(request=behaviour.request, reply=reply))] for reply in replies

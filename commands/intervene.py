@@ -52,7 +52,7 @@ from commands.study_options import study_config, study_options, study_run
     help="Only held-out prompts with this label; repeatable.",
 )
 @click.option(
-    "--limit", type=click.IntRange(1), help="Only the first so many prompts of each label."
+    "--limit", type=click.IntRange(1), help="So many prompts of each label, in place of --prompts."
 )
 @click.option("--max-new-tokens", type=click.IntRange(1), default=20)
 @quiet_libraries
@@ -107,6 +107,8 @@ def intervene(
         limit=limit,
         max_new_tokens=max_new_tokens,
     )
+    if limit:
+        study["prompts"] = limit
     config = study_config(study)
     path = study_run(run, models, config)
     result = stage(path, models, config, plan, open_model=open_model)

@@ -47,7 +47,12 @@ def sheet(runs: tuple[Path, ...], limit: int, seed: int) -> None:
 
 @judge.command()
 @RUNS
-@click.option("--labels", required=True, type=click.Path(path_type=Path), help="The filled sheet.")
+@click.option(
+    "--labels",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The filled sheet.",
+)
 @click.option(
     "--judge",
     "judges",
@@ -59,7 +64,7 @@ def sheet(runs: tuple[Path, ...], limit: int, seed: int) -> None:
     "--part",
     type=click.Choice(["held_out", "tune", "all"]),
     default="held_out",
-    help="Which half of the labels.",
+    help="Which part of the labels; the rates of a run are never corrected by the part tune.",
 )
 @quiet_libraries
 def calibrate(runs: tuple[Path, ...], labels: Path, judges: tuple[str, ...], part: str) -> None:

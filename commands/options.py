@@ -107,7 +107,7 @@ def behaviour_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--limit",
             type=click.IntRange(1),
-            help="Only the first so many [default: 4 of the demonstration set, else all]",
+            help="So many, spread over categories [default: 4 of a built-in set, else all]",
         ),
         click.option(
             "--split",

@@ -74,6 +74,8 @@ def transfer(
     from pipeline.transfer import transfer as stage
     from transfer.replay import ReplayConfig
 
+    if not behaviours and (label != "any" or splits or system):
+        raise click.UsageError("--label, --split and --system need --behaviours")
     config = ReplayConfig(max_new_tokens, temperature, seed)
     result = stage(
         run,

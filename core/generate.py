@@ -15,6 +15,7 @@ from core.progress import bar as progress_bar
 from core.prompt import Renderer
 from core.rows import Row
 
+OWN_NAME = re.compile(r"^\s*Assistant:")
 NEXT_TURN = re.compile(r"^\s*(?:User|Human|Assistant):", re.M)
 
 
@@ -59,7 +60,7 @@ def complete(
 
 def first_turn(text: str) -> str:
     """A reply up to where it begins a next turn of the plain template (``core/prompt.py``)."""
-    return NEXT_TURN.split(text, maxsplit=1)[0]
+    return NEXT_TURN.split(OWN_NAME.sub("", text), maxsplit=1)[0]
 
 
 def stop_ids(loaded: LoadedModel) -> list[int]:

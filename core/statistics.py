@@ -110,6 +110,15 @@ def auroc(positive: Array, negative: Array) -> Array:
     return ((difference > 0) * 1.0 + (difference == 0) * 0.5).mean((0, 1))
 
 
+def auroc_by_ranks(scores: Numbers, positive: NDArray[np.bool_]) -> float:
+    """``auroc`` of (n,) scores, n log n; NaN without both positives and negatives."""
+    n = int(positive.sum())
+    m = len(positive) - n
+    if not n or not m:
+        return math.nan
+    return float((ranks(scores)[positive].sum() - n * (n + 1) / 2) / (n * m))
+
+
 def ranks(values: Numbers) -> NDArray[np.float64]:
     """(n,) ranks from 1, ties averaged."""
     array = np.asarray(values, dtype=np.float64)

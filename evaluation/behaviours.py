@@ -28,7 +28,9 @@ from evaluation.behaviour_rows import (
 )
 
 DEMONSTRATION = "demonstration"
-BUILT_IN = (DEMONSTRATION, "demonstration-v1")
+BUILT_IN = {DEMONSTRATION: "demonstration-v2", "demonstration-v1": DEMONSTRATION}
+"""Built-in sets, and what the settings of a run call them: those of earlier versions say
+``demonstration`` and mean version 1."""
 CONTRAST_SPLITS = ("train", "validation")
 """Splits of the demonstration set that directions are estimated on,"""
 HELD_OUT_SPLITS = ("test",)
@@ -116,6 +118,11 @@ def load_behaviours(
             remedy="leave label or split out, or add such a column to the file",
         )
     return kept
+
+
+def recorded_name(source: str) -> str:
+    """What the settings of a run call a set."""
+    return BUILT_IN.get(source, source)
 
 
 def to_attack(source: str, label: str, splits: Sequence[str] | None) -> list[Behaviour]:

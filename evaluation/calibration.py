@@ -10,9 +10,10 @@ and a raw rate p becomes (Rogan and Gladen 1978)
 
     corrected = (p + specificity - 1) / (sensitivity + specificity - 1),   cut to [0, 1]
 
-Its interval carries both uncertainties: the rate is resampled over behaviours, sensitivity and
-specificity are drawn from their Beta posteriors (Jeffreys' prior). Counts of the package's own
-labels are in ``data/judge_errors.json``, by judge and attack class.
+Its interval carries both uncertainties. The raw rate, sensitivity and specificity are drawn from
+their Beta posteriors (Jeffreys' prior); the rate's counts are over behaviours, so that it has a
+width where all outcomes agree. Counts of the package's own labels are in
+``data/judge_errors.json``, by judge and attack class.
 """
 
 from __future__ import annotations
@@ -91,8 +92,10 @@ def count(judged: Sequence[bool], complied: Sequence[bool]) -> Errors:
 
 
 def kappa(first: Sequence[str], second: Sequence[str]) -> float:
-    """Cohen's kappa of two series of labels; NaN where chance alone would agree fully."""
+    """Cohen's kappa of two series of labels; NaN without labels, or where chance agrees fully."""
     n = len(first)
+    if not n:
+        return float("nan")
     names = set(first) | set(second)
     agreed = sum(a == b for a, b in zip(first, second, strict=True)) / n
     chance = sum(first.count(name) * second.count(name) for name in names) / n**2
@@ -103,6 +106,8 @@ def kappa_interval(
     first: Sequence[str], second: Sequence[str], *, resamples: int = 1000, seed: int = 0
 ) -> Interval:
     """Percentile bootstrap interval of Cohen's kappa, over replies."""
+    if not len(first):
+        return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
     drawn = [
         kappa([first[i] for i in rows], [second[i] for i in rows])
@@ -124,7 +129,8 @@ def corrected(
     values = np.asarray(rates, dtype=np.float64)
     point = _rogan_gladen(values.mean(), errors.sensitivity, errors.specificity)
     rng = np.random.default_rng(seed)
-    raw = values[rng.integers(len(values), size=(resamples, len(values)))].mean(1)
+    successes = values.sum()
+    raw = rng.beta(successes + 0.5, len(values) - successes + 0.5, size=resamples)
     sensitivity = rng.beta(errors.true_positive + 0.5, errors.false_negative + 0.5, size=resamples)
     specificity = rng.beta(errors.true_negative + 0.5, errors.false_positive + 0.5, size=resamples)
     useful = sensitivity + specificity - 1 > SMALLEST / 2

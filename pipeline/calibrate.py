@@ -4,8 +4,11 @@
    run folder: ``labels.txt`` to read, ``labels.jsonl`` to fill in. The second holds no reply, so it
    can be shared.
 2. ``calibrate`` finds the labelled replies in the runs again and counts each judge's errors, by
-   attack class and over all. The held-out half of the labels gives the numbers; the other half is
-   there to improve a judge on.
+   attack class and over all. The held-out part of the labels gives the numbers; the other part is
+   there to improve a judge on. Both prompts of a behaviour lie in one part.
+
+Rates are of harmful requests, so only replies to those are counted by class and over all. Replies
+to harmless and pseudo-harmful requests have rows of their own.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from core.errors import AttackPlaneError
-from core.records import AttackArtifact, Replay, config_from_dict, content_hash, nearest
+from core.records import LABELS, AttackArtifact, Replay, config_from_dict, content_hash, nearest
 from core.rows import Row
 from core.statistics import Interval, wilson
 from core.store import RunFolder, read_rows, write_atomically
@@ -40,6 +43,7 @@ class Label:
     target_model: str
     attack: str
     behaviour_id: str
+    request_label: str
     part: str
     label: str | None = None
     reason: str = ""
@@ -51,7 +55,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Labelled:
-    """A label with the exchange that it is about. Plain requests go by the request's own label."""
+    """A label with the exchange that it is about."""
 
     label: Label
     exchange: Exchange
@@ -60,6 +64,12 @@ class Labelled:
     def outcome(self) -> str:
         assert self.label.label is not None
         return self.label.label
+
+    @property
+    def group(self) -> str:
+        """The attack class, with the request's label unless that is harmful."""
+        own = self.label.request_label
+        return self.label.attack if own == LABELS[0] else f"{self.label.attack}, {own}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +116,7 @@ def reply_hash(reply: str) -> str:
 def sheet(paths: Sequence[Path], limit: int, *, seed: int = 0) -> list[Path]:
     """Draw replies to be labelled; returns the files to read and to fill in.
 
-    They are spread over targets and attack classes, and over behaviours within those.
+    They are spread over targets and attack classes.
 
     Raises:
         AttackPlaneError: a run without replies, or a sheet that is there already.
@@ -117,6 +127,9 @@ def sheet(paths: Sequence[Path], limit: int, *, seed: int = 0) -> list[Path]:
             "there is a sheet already", where=target, remedy="move it away if you want a new one"
         )
     known = {id: pair for path in paths for id, pair in _replies(path).items()}
+    labels_of_requests = {
+        name: b.label for path in paths for name, b in RunFolder.existing(path).behaviours().items()
+    }
     groups: dict[tuple[str, str], list[str]] = {}
     for name in sorted(known, key=lambda name: content_hash([seed, name])):
         replay = known[name][0]
@@ -129,7 +142,7 @@ def sheet(paths: Sequence[Path], limit: int, *, seed: int = 0) -> list[Path]:
     labels, text = [], []
     for number, name in enumerate(sorted(drawn, key=lambda name: content_hash([name, seed]))):
         replay, artifact = known[name]
-        part = PARTS[number % 2]
+        part = PARTS[int(content_hash([seed, replay.behaviour_id], 4), 16) % 2]
         labels.append(
             Label(
                 replay.replay_id,
@@ -137,6 +150,7 @@ def sheet(paths: Sequence[Path], limit: int, *, seed: int = 0) -> list[Path]:
                 replay.target_model,
                 replay.attack,
                 replay.behaviour_id,
+                labels_of_requests.get(replay.behaviour_id, LABELS[0]),
                 part,
             )
         )
@@ -198,10 +212,16 @@ def labelled(paths: Sequence[Path], labels: Sequence[Label]) -> list[Labelled]:
 def calibrate(
     paths: Sequence[Path], labels_file: Path, specs: Sequence[str], *, part: str | None = "held_out"
 ) -> CalibrationResult:
-    """Count the judges' errors on hand labels, and write ``judge_errors.json`` into the first run.
+    """Count the judges' errors on hand labels.
+
+    The counts go into ``judge_errors.json`` of the first run, beside those of other judges; those
+    of the part ``tune`` do not, since a judge may have been fitted to it.
 
     Args:
         part: ``held_out`` or ``tune`` labels only; None takes all.
+
+    Raises:
+        AttackPlaneError: no labels, or none of these runs' replies.
     """
     labels = read_labels(labels_file)
     items = labelled(paths, labels)
@@ -214,17 +234,25 @@ def calibrate(
     result.notes += _readers_note(labels)
     items = [item for item in items if part in (None, item.label.part)]
     if not items:
-        raise AttackPlaneError("no labelled reply is left", where=labels_file, got=f"part {part}")
-    table: dict[str, dict[str, Row]] = {}
+        raise AttackPlaneError(
+            "no labelled reply is left",
+            where=labels_file,
+            got=f"{len(labels)} labels, part {part or 'any'}, runs {', '.join(map(str, paths))}",
+            remedy="name the runs that hold these replies, or another part",
+        )
     for spec in specs:
         judge = make_judge(spec)
         said = outcomes(judge, [item.exchange for item in items])
+        if not any(said):
+            result.notes.append(f"{judge.name} can say nothing of these replies: left out")
+            continue
         rows = judge_rows(judge.name, items, said, part or POOLED)
         result.rows += rows
-        table[judge.name] = {row.attack: row.errors.to_row() for row in rows}
-    path = paths[0] / ERRORS
-    write_atomically(path, json.dumps(table, indent=2) + "\n")
-    result.files.append(path)
+        if part != PARTS[0]:
+            table = dict(errors_of_run(paths[0]) or {})
+            table[judge.name] = {row.attack: row.errors.to_row() for row in rows}
+            write_atomically(paths[0] / ERRORS, json.dumps(table, indent=2) + "\n")
+            result.files = [paths[0] / ERRORS]
     return result
 
 
@@ -245,12 +273,15 @@ def _readers_note(labels: Sequence[Label]) -> list[str]:
 def judge_rows(
     judge: str, items: Sequence[Labelled], said: Sequence[str | None], part: str
 ) -> list[JudgeRow]:
-    """One row over all replies, then one per attack class. What is not judged is left out."""
+    """One row over all harmful requests, then one per class. What is not judged is left out."""
     known = [(item, outcome) for item, outcome in zip(items, said, strict=True) if outcome]
-    classes = [POOLED, *sorted({item.label.attack for item, _ in known})]
     rows = []
-    for name in classes:
-        here = [(item.outcome, o) for item, o in known if name in (POOLED, item.label.attack)]
+    for name in [POOLED, *sorted({item.group for item, _ in known})]:
+        here = [
+            (item.outcome, o)
+            for item, o in known
+            if item.group == name or (name == POOLED and item.label.request_label == LABELS[0])
+        ]
         rows.append(_row(judge, name, part, [h for h, _ in here], [o for _, o in here]))
     return rows
 

@@ -17,7 +17,13 @@ from core.prompt import Conversation, Prompt, Renderer
 from core.records import Activations, Behaviour, content_hash
 from core.rows import Row
 from core.store import RunFolder
-from evaluation.behaviours import BUILT_IN, CONTRAST_SPLITS, DEMONSTRATION, load_behaviours
+from evaluation.behaviours import (
+    BUILT_IN,
+    CONTRAST_SPLITS,
+    DEMONSTRATION,
+    load_behaviours,
+    recorded_name,
+)
 from evaluation.judges import QUICK_JUDGE, REFUSED, REFUSES, Exchange, make_judge, outcomes
 from geometry.activations import POSITIONS, collect
 
@@ -42,7 +48,8 @@ class DirectionsConfig:
 
     def to_settings(self) -> Row:
         """For a run's manifest. The judge may change: replies are judged when they are read."""
-        return {k: v for k, v in asdict(self).items() if k != "judge"}
+        settings = {k: v for k, v in asdict(self).items() if k != "judge"}
+        return settings | {"contrast": recorded_name(self.contrast)}
 
 
 def splits_of(behaviours: str, splits: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:

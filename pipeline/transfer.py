@@ -40,16 +40,23 @@ class Transfer:
     """
 
     def __init__(
-        self, run: RunFolder, judges: Sequence[str], config: ReplayConfig, batch_size: int = 16
+        self,
+        run: RunFolder,
+        judges: Sequence[str],
+        config: ReplayConfig,
+        batch_size: int = 16,
+        *,
+        behaviours: Sequence[Behaviour] = (),
+        system_prompt: str | None = None,
     ) -> None:
         for spec in judges:
             judge_kind(spec)
         self.run, self.config, self.batch_size = run, config, batch_size
-        add_plain_requests(run)
-        self.artifacts = artifacts_of(run)
         self.settings = {**asdict(config), "judges": list(judges)}
         self._specs, self._judges = judges, list[Judge]()
         run.begin_stage(STAGE, self.settings, {})
+        self.added = add_plain_requests(run, behaviours, system_prompt)
+        self.artifacts = artifacts_of(run)
 
     def replay_on(self, target: ModelHandle, not_sent: NotSent | None = None) -> int:
         """Make the replies that the run lacks on one target; returns how many those are."""
@@ -107,16 +114,17 @@ def transfer(
     check_specs(targets)
     result = TransferResult()
     with RunFolder(path) if behaviours else RunFolder.existing(path) as run:
-        added = add_plain_requests(run, behaviours, system_prompt)
-        stage = Transfer(run, judges, config, batch_size)
+        stage = Transfer(
+            run, judges, config, batch_size, behaviours=behaviours, system_prompt=system_prompt
+        )
         if not stage.artifacts:
             raise AttackPlaneError(
                 "no artifacts in this run",
                 where=path,
                 remedy="make some first, with `gcg`, or send plain requests: --behaviours",
             )
-        if added and not behaviours:
-            result.notes.append(f"{added} plain requests were missing and are added")
+        if stage.added and not behaviours:
+            result.notes.append(f"{stage.added} plain requests were missing and are added")
         result.notes += length_notes(stage.artifacts, config)
 
         def not_sent(artifact: AttackArtifact, error: Exception) -> None:

@@ -38,7 +38,7 @@ class Plan:
     where: str = "all"
     labels: tuple[str, ...] = ("harmful", "harmless", "pseudo_harmful")
     limit: int | None = None
-    max_new_tokens: int = 20
+    max_new_tokens: int = 32
 
 
 @dataclass

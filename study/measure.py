@@ -18,7 +18,7 @@ from attacks.templates import ATTACK as TEMPLATES
 from attacks.templates import TemplatesConfig
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
-from core.records import AttackArtifact
+from core.records import LABELS, AttackArtifact
 from core.store import ATTACKS, REPLAYS, RunFolder, read_rows
 from evaluation.behaviours import load_behaviours, spread
 from evaluation.judges import DEFAULT_JUDGES, QUICK_JUDGE
@@ -166,15 +166,16 @@ class _Claims:
         self.result.claims += [test.measure(evidence) for test in self.tests]
 
     def _attacked(self, spec: str) -> tuple[list, list, list]:
-        """Artifacts, replies and points of behaviours that no direction was estimated on."""
+        """Artifacts, replies and points of harmful behaviours that no direction has seen."""
         assert self.plane is not None
+        labels = labels_of(self.run)
+        out = self.seen | {name for name, label in labels.items() if label != LABELS[0]}
         own = [
             p
             for p in self.plane.points
-            if (p.target, p.kind, p.frame) == (spec, "attack", "own")
-            and p.behaviour_id not in self.seen
+            if (p.target, p.kind, p.frame) == (spec, "attack", "own") and p.behaviour_id not in out
         ]
-        artifacts = [a for a in artifacts_of(self.run) if a.behaviour_id not in self.seen]
+        artifacts = [a for a in artifacts_of(self.run) if a.behaviour_id not in out]
         return artifacts, replays_of(self.run), own
 
     def _not_sent(self, artifact: AttackArtifact, error: Exception) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from core.errors import AttackPlaneError
+from core.generate import first_turn
 from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Prompt, Renderer
 from core.records import AttackArtifact, Behaviour, Directions, content_hash
@@ -25,6 +26,7 @@ from evaluation.behaviours import (
     DEMONSTRATION,
     HELD_OUT_SPLITS,
     load_behaviours,
+    recorded_name,
     spread,
 )
 from evaluation.judges import QUICK_JUDGE, Exchange, Judge, make_judge, outcomes
@@ -74,7 +76,8 @@ class StudyConfig:
 
     def to_settings(self) -> Row:
         """For a run's manifest."""
-        return asdict(self)
+        names = {k: recorded_name(getattr(self, k)) for k in ("contrast", "held_out")}
+        return asdict(self) | names
 
     @property
     def directions(self) -> DirectionsConfig:
@@ -332,7 +335,8 @@ class Study:
         return [carrier.position, carrier.layer, self.estimator_identity]
 
     def text(self, ids: Sequence[int]) -> str:
-        return self.loaded.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        text = self.loaded.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return (text if self.loaded.has_chat_template else first_turn(text)).strip()
 
     def prompts_of(self, contents: Sequence[tuple[str, str | None]]) -> list[Prompt]:
         """(user content, system prompt) pairs, rendered."""

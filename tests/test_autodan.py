@@ -44,7 +44,7 @@ TEXTS = list(SEEDS.values())
 SMALL = AutoDANConfig(num_steps=7, population=8, elite=0.2, mutation=0.3, stop_on_success=False)
 
 
-def search(loaded, config=SMALL, *, seed=3, is_success=lambda reply: False, **more):
+def search(loaded, config=SMALL, *, seed=3, is_success=lambda text, reply: False, **more):
     loss = PromptLoss(Renderer(loaded), BEHAVIOUR, None, TEXTS)
     return run_autodan(loss, TEXTS, config, seed=seed, is_success=is_success, **more)
 
@@ -261,6 +261,6 @@ def test_autodan_lowers_the_real_models_loss_below_its_best_seed(embedded):
     loss = PromptLoss(Renderer(embedded), behaviour, None, seeds)
     config = AutoDANConfig(num_steps=4, population=16, mutation=0.1, stop_on_success=False)
     state = run_autodan(
-        loss, seeds, config, seed=0, mutate=offline_mutation, is_success=lambda r: False
+        loss, seeds, config, seed=0, mutate=offline_mutation, is_success=lambda text, reply: False
     )
     assert torch.isfinite(torch.tensor(state.losses)).all() and min(state.losses) < state.losses[0]

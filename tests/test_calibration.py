@@ -10,6 +10,7 @@ from core.errors import AttackPlaneError
 from core.records import AttackArtifact, Replay
 from core.store import ATTACKS, REPLAYS, RunFolder
 from evaluation.calibration import (
+    ERRORS_FILE,
     Errors,
     corrected,
     count,
@@ -17,8 +18,17 @@ from evaluation.calibration import (
     kappa_interval,
     known_errors,
 )
-from evaluation.judges import OUTCOMES
-from pipeline.calibrate import SHEET, calibrate, read_labels, sheet
+from evaluation.judges import OUTCOMES, Exchange
+from pipeline.calibrate import (
+    SHEET,
+    Label,
+    Labelled,
+    calibrate,
+    judge_rows,
+    read_labels,
+    sheet,
+)
+from pipeline.transfer import error_notes
 
 
 def test_counts_sensitivity_and_specificity_by_hand():
@@ -62,6 +72,25 @@ def test_the_interval_covers_the_true_rate_as_often_as_it_says():
         low, high = corrected(said, Errors(tp, 40 - tp, tn, 40 - tn), resamples=400)[1]
         covered += low <= true <= high
     assert covered / n > 0.9
+
+
+@pytest.mark.parametrize("true", [0.02, 0.98])
+def test_the_interval_covers_rates_near_the_ends_with_few_behaviours(true):
+    rng = np.random.default_rng(0)
+    errors, n = Errors(40, 5, 60, 5), 200
+    covered = 0
+    for _ in range(n):
+        complied = rng.random(6) < true
+        said = np.where(complied, rng.random(6) < 40 / 45, rng.random(6) > 60 / 65).astype(float)
+        low, high = corrected(said, errors, resamples=400)[1]
+        covered += low - 1e-9 <= true <= high + 1e-9
+    assert covered / n > 0.9
+    low, high = corrected([0.0] * 6, errors)[1]
+    assert high > 0.15  # no success in six says little
+
+
+def test_kappa_without_labels_is_not_a_number():
+    assert np.isnan(kappa([], [])) and np.isnan(kappa_interval([], [])).all()
 
 
 def test_kappa_agrees_with_scikit_learn():
@@ -144,7 +173,9 @@ def test_a_sheet_holds_no_reply_and_calibration_counts_by_class(run_with_replies
     assert "First warm the pot" in readable.read_text()
     assert "First warm the pot" not in filled.read_text()
     rows = label_all(path)
-    assert {row["part"] for row in rows} == {"tune", "held_out"} and len(rows) == 4
+    assert len(rows) == 4 and {row["part"] for row in rows} <= {"tune", "held_out"}
+    by_behaviour = {(row["behaviour_id"], row["part"]) for row in rows}
+    assert len(by_behaviour) == 2  # both replies to one behaviour lie in one part
     result = calibrate([path], filled, ["rules"], part=None)
     whole = result.rows[0]
     assert (whole.attack, whole.n, whole.errors) == ("all", 4, Errors(2, 0, 2, 0))
@@ -152,6 +183,55 @@ def test_a_sheet_holds_no_reply_and_calibration_counts_by_class(run_with_replies
     assert whole.refusals == 2 and whole.false_refusals == 0 and whole.kappa == 1.0
     assert "rules" in judges_table(result.rows)
     assert json.loads(result.files[0].read_text())["rules"]["all"]["true_positive"] == 2
+    # another judge's counts stand beside these, and a judge that can say nothing is left out
+    again = calibrate([path], filled, ["refusal_phrases", "target_prefix"], part=None)
+    assert set(json.loads(again.files[0].read_text())) == {"rules", "refusal_phrases"}
+    assert "target_prefix can say nothing" in again.notes[-1]
+    labels = read_labels(filled)
+    one = next(label.part for label in labels)
+    if one == "tune":
+        assert not calibrate([path], filled, ["rules"], part="tune").files
+
+
+def test_rates_of_a_run_are_corrected_by_its_own_errors(run_with_replies):
+    path = run_with_replies
+    _, filled = sheet([path], 10)
+    label_all(path)
+    with RunFolder(path) as run:
+        run.begin_stage("transfer", {"judges": ["rules"]}, {})
+    assert error_notes(RunFolder.existing(path)) == []  # the package's labels serve
+    calibrate([path], filled, ["rules"], part=None)
+    own = known_errors("rules", "gcg", json.loads((path / "judge_errors.json").read_text()))
+    assert own == Errors(2, 0, 2, 0)
+
+
+def test_the_packages_own_labels_say_how_far_the_default_judges_can_be_trusted():
+    for judge in ("rules", "three_way", "refusal_phrases"):
+        errors = known_errors(judge, "gcg")
+        assert errors is not None and errors.enough and errors.specificity > 0.5
+    labels = read_labels(ERRORS_FILE.parent / "judge_labels.jsonl")
+    assert len(labels) >= 400 and {label.part for label in labels} == {"tune", "held_out"}
+    assert len({label.target_model for label in labels}) >= 4
+
+
+def test_two_readers_are_compared(run_with_replies):
+    _, filled = sheet([run_with_replies], 10)
+    rows = label_all(run_with_replies)
+    rows[0]["second"], rows[1]["second"] = rows[0]["label"], rows[1]["label"]
+    filled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = calibrate([run_with_replies], filled, ["rules"], part=None)
+    assert "two readers agree on 2 of 2 replies" in result.notes[0]
+
+
+def test_labels_of_harmless_requests_are_counted_apart():
+    def item(attack, request_label, by_hand):
+        label = Label("r", "h", "t", attack, "b", request_label, "held_out", by_hand)
+        return Labelled(label, Exchange("r", "x"))
+
+    items = [item("plain", "harmful", "complied"), item("plain", "harmless", "complied")]
+    rows = {r.attack: r for r in judge_rows("j", items, ["complied", "refused"], "held_out")}
+    assert set(rows) == {"all", "plain", "plain, harmless"}
+    assert rows["all"].n == 1 and rows["all"].errors == rows["plain"].errors
 
 
 def test_a_label_of_another_reply_is_not_used(run_with_replies):

@@ -14,6 +14,8 @@ from attacks.templates import TemplatesConfig
 from commands.tables.attacks import matrix_table, pivot_table
 from commands.tables.plane import classes_table
 from commands.tables.study import claims_table
+from core.errors import AttackPlaneError
+from core.generate import first_turn
 from core.models import ModelHandle
 from core.records import Behaviour, Directions, Replay
 from core.store import ATTACKS, REPLAYS, RunFolder, read_rows
@@ -23,10 +25,11 @@ from geometry.classes import describe_classes
 from geometry.contrasts import d_prime
 from geometry.prediction import POOLED, success_prediction
 from interchange.importer import import_file
+from pipeline.contrast_reading import DirectionsConfig
 from pipeline.directions import contrast_notes
 from pipeline.plain import add_plain_requests
 from pipeline.runs import artifacts_of
-from pipeline.transfer import Transfer, matrix_of
+from pipeline.transfer import Transfer, length_notes, matrix_of
 from study.claims.claim_02_orthogonality import measure as measure_2
 from study.claims.claim_12_separable import measure as measure_12
 from study.claims.claim_13_suppression import measure as measure_13
@@ -273,6 +276,44 @@ def test_replies_are_as_long_as_their_class_needs(tmp_path, qwen):
         assert len(stage.artifacts) == 2
 
 
+def test_a_base_models_reply_ends_where_it_invents_a_next_turn():
+    assert first_turn("Warm the pot.\nUser: And then?\nAssistant: Pour.") == "Warm the pot.\n"
+    assert first_turn("Assistant: Warm the pot.") == " Warm the pot."
+
+
+def test_the_length_of_replies_is_told_where_it_differs(tmp_path):
+    with RunFolder(tmp_path) as run:
+        attacked(run, "templates", TemplatesConfig(("persona",)), requests(1))
+        add_plain_requests(run)
+        (note,) = length_notes(artifacts_of(run), ReplayConfig())
+        assert "128 for persona" in note and "64 for plain" in note
+        assert length_notes(artifacts_of(run), ReplayConfig(max_new_tokens=9)) == []
+
+
+def test_a_set_of_another_version_is_another_setting(tmp_path, tiny_folders):
+    new, old = (DirectionsConfig(contrast=c) for c in ("demonstration", "demonstration-v1"))
+    assert old.to_settings()["contrast"] == "demonstration"  # as earlier runs have it
+    with RunFolder(tmp_path) as run:
+        run.begin_stage("directions", old.to_settings(), {})
+        with pytest.raises(AttackPlaneError, match="demonstration-v2"):
+            run.begin_stage("directions", new.to_settings(), {})
+
+
+def test_classes_of_earlier_versions_are_still_shown():
+    points = [point(f"b{i}", "a", 1.0, 2.0, None) for i in range(3)]
+    (row,) = describe_classes(
+        [dataclasses.replace(p, plain_x=0.0, plain_y=0.0) for p in points], resamples=20
+    )
+    del row["displaced"]
+    assert "+1.0" in classes_table([row])
+
+
+def test_options_of_plain_requests_need_behaviours(tmp_path):
+    args = ["transfer", "--run", str(tmp_path), "--target", "embedded", "--label", "harmless"]
+    result = CliRunner().invoke(cli.cli, args)
+    assert result.exit_code == 2 and "--behaviours" in result.output
+
+
 def test_rows_of_earlier_versions_are_still_read():
     row = replay("gcg", "b", True).to_row()
     for name in ("outcome", "d", "log_odds"):
@@ -281,13 +322,16 @@ def test_rows_of_earlier_versions_are_still_read():
     assert old.outcome is None and matrix([old])[0].refused == 0.0
 
 
-def test_an_unreliable_direction_leaves_claim_2_unmeasured_and_says_why(tmp_path, tiny_folders):
+def test_an_unreliable_direction_leaves_claim_2_unmeasured_and_says_why(
+    tmp_path, tiny_folders, monkeypatch
+):
     small = {"contrast": "demonstration-v1", "held_out": "demonstration-v1"}
     config = StudyConfig(**small, resamples=20, controls=2, carrier_prompts=4, reply_tokens=2)
+    monkeypatch.setattr("study.claims.claim_02_orthogonality._split_half", lambda *_: 0.05)
     with RunFolder(tmp_path) as run:
         study = Study(run, ModelHandle(str(tiny_folders["qwen2"])), config)
         claim = measure_2(Evidence(study))
-    assert claim.verdict == "undecided"
+    assert claim.verdict == "undecided" and claim.checks == ()
     table = claims_table([claim])
-    assert "nan" not in table and "held back: " in table
-    assert any("unreliable" in reason for reason in claim.held_back) == (not claim.checks)
+    assert "nan" not in table and "not measured" in table
+    assert any("too unreliable" in reason for reason in claim.held_back)

@@ -14,7 +14,7 @@ import numpy as np
 
 from core.records import LABELS, Replay
 from core.rows import Row
-from core.statistics import Interval, auroc, cluster_rows, percentile_interval, spearman
+from core.statistics import Interval, auroc_by_ranks, cluster_rows, percentile_interval, spearman
 
 RESAMPLES = 1000
 
@@ -67,7 +67,7 @@ def agreement_of(
     samples = list(cluster_rows(clusters, resamples=RESAMPLES, rng=rng))
     correlations = [spearman(d[rows], won[rows].astype(float)) for rows in samples]
     both = won.any() and not won.all()
-    areas = [_auroc(d[rows], won[rows]) for rows in samples] if both else []
+    areas = [auroc_by_ranks(-d[rows], won[rows]) for rows in samples] if both else []
     return Agreement(
         target=target,
         n=len(cells),
@@ -75,10 +75,6 @@ def agreement_of(
         successes=int(won.sum()),
         correlation=spearman(d, won.astype(float)),
         correlation_interval=percentile_interval(correlations),
-        auroc=_auroc(d, won) if both else None,
+        auroc=auroc_by_ranks(-d, won) if both else None,
         auroc_interval=percentile_interval(areas) if both else None,
     )
-
-
-def _auroc(d: np.ndarray, won: np.ndarray) -> float:
-    return float(auroc(-d[won], -d[~won])) if won.any() and not won.all() else float("nan")

@@ -29,8 +29,9 @@ from core.prompt import Conversation, Renderer
 from core.records import NO_SOURCE, PLAIN
 from core.store import write_atomically
 from core.weights import default_device
+from evaluation.behaviours import load_behaviours
+from pipeline.contrast_reading import contrast_set
 from pipeline.sweep.config import SAMPLE, SweepConfig
-from transfer.replay import REPLY_TOKENS
 
 SPEED = "speed.json"
 REQUEST = (
@@ -158,17 +159,24 @@ def plan(config: SweepConfig, count: int, speed: Speed) -> list[Part]:
         Part(f"import {choice.format}", Path(choice.file).stem, count, 0.0)
         for choice in config.imports
     ]
-    return parts + _readings(config, sum(part.prompts for part in parts), speed)
+    return parts + _readings(config, parts, speed)
 
 
-def _readings(config: SweepConfig, prompts: int, speed: Speed) -> list[Part]:
-    """Replays, directions and plane of every target."""
-    batches = -(-prompts // speed.batch)
+def _readings(config: SweepConfig, made: Sequence[Part], speed: Speed) -> list[Part]:
+    """Replays, directions and plane of every target, for the prompts that are made."""
+    prompts = sum(part.prompts for part in made)
     read = prompts * PROMPT_TOKENS * speed.token
-    replies = batches * (config.replay.max_new_tokens or REPLY_TOKENS) * speed.decoding_step + read
+    steps = sum(
+        -(-part.prompts // speed.batch) * (config.replay.of(part.what).max_new_tokens or 0)
+        for part in made
+    )
+    replies = steps * speed.decoding_step + read
     own = TEMPLATE_TOKENS * speed.token
     own += config.directions.reply_tokens * speed.decoding_step / 32
-    reading = 100 * own + READING_SECONDS + read
+    plain = len(contrast_set(config.directions)) + len(
+        load_behaviours(config.plane.anchors, splits=config.plane.anchor_splits)
+    )
+    reading = plain * own + READING_SECONDS + read
     parts = []
     for target in config.targets:
         parts.append(Part("replays", target, prompts, replies))

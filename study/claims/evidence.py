@@ -20,8 +20,8 @@ from study.outcomes import measure, site_of
 from study.replies import Responses, responses
 from study.study import Study
 
-REPLY_TOKENS = 20
-"""Of replies under interventions: enough for a refusal to show."""
+REPLY_TOKENS = 32
+"""Of replies under interventions: enough for a refusal or the beginning of an answer to show."""
 NATS = "nats per token"
 REFUSED = 5
 """Held-out harmful prompts that a model must refuse by itself before it can be reopened."""
