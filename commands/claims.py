@@ -25,7 +25,7 @@ def claims(run: Path | None, models: tuple[str, ...], numbers: str | None, **stu
 
     \b
     Examples:
-      python cli.py claims --run runs/claims --model embedded+runs/demo/checkpoints/step-24
+      python cli.py claims --run runs/claims --model embedded+runs/demo/checkpoints/step-240
       python cli.py claims --model embedded --claims 1,2,7
     """
     from commands.tables.attacks import agreements_table, matrix_table

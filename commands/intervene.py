@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def intervene(
 
     \b
     Examples:
-      python cli.py intervene --run runs/claims --model embedded+runs/demo/checkpoints/step-24
+      python cli.py intervene --run runs/claims --model embedded+runs/demo/checkpoints/step-240
       python cli.py intervene --run runs/claims --model embedded --mode R --operation steer \\
           --sweep --label harmless
     """
@@ -107,10 +108,10 @@ def intervene(
         limit=limit,
         max_new_tokens=max_new_tokens,
     )
-    if limit:
-        study["prompts"] = limit
     config = study_config(study)
     path = study_run(run, models, config)
+    if limit:
+        config = replace(config, held_out_prompts=limit)
     result = stage(path, models, config, plan, open_model=open_model)
     echo_notes(result.notes)
     click.echo(effects_table(result.effects))

@@ -24,7 +24,7 @@ def layers(run: Path | None, models: tuple[str, ...], **study: Any) -> None:
     \b
     Example:
       python cli.py layers --run runs/claims --model embedded \\
-          --model embedded+runs/demo/checkpoints/step-24
+          --model embedded+runs/demo/checkpoints/step-240
     """
     from commands.tables.study import across_table, criteria_table, sizes_table
     from study.layers import ACROSS, SELECTION, SIZES

@@ -66,7 +66,7 @@ def transfer(
     \b
     Examples:
       python cli.py transfer --run runs/first --target embedded \\
-          --target embedded+runs/demo/checkpoints/step-12
+          --target embedded+runs/demo/checkpoints/step-90
       python cli.py transfer --run runs/plain --target embedded --behaviours demonstration
     """
     from commands.tables.attacks import agreements_table, matrix_table

@@ -23,6 +23,8 @@ from core.models import LoadedModel
 from core.prefix import forked, keeps_keys_and_values_only
 
 Ids = Sequence[int]
+LOGIT_BYTES = 1 << 28
+"""Of the logits of one batch of texts."""
 
 
 class Continuations:
@@ -54,31 +56,44 @@ class Continuations:
     @torch.no_grad()
     def log_probabilities(self, texts: Sequence[Ids]) -> Tensor:
         """(prompt, text) mean log-probability of each text after each prompt, nats per token."""
+        n = len(self.prompts)
         if not self._cached:
-            columns = [
-                after_own_prompt(self.loaded, self.prompts, [text] * len(self.prompts))
-                for text in texts
-            ]
-        else:
-            columns = [self._one(list(text)) for text in texts]
-        return torch.stack(columns, 1)
+            columns = [after_own_prompt(self.loaded, self.prompts, [text] * n) for text in texts]
+            return torch.stack(columns, 1)
+        table = torch.full((n, len(texts)), torch.nan)
+        order = sorted(
+            (i for i, text in enumerate(texts) if len(text)), key=lambda i: len(texts[i])
+        )
 
-    def _one(self, text: list[int]) -> Tensor:
-        rows = torch.tensor(text, device=self.loaded.device).expand(len(self.prompts), -1)
-        scores = [self.next.gather(1, rows[:, :1])]
-        if len(text) > 1:
-            fed = rows[:, :-1]
-            mask = torch.cat([self._mask, torch.ones_like(fed)], 1)
+        def work(part: Sequence[int]) -> None:
+            table[:, list(part)] = self._block([texts[i] for i in part])
+
+        budget = max(1, LOGIT_BYTES // (4 * self.next.shape[1]))
+        for _ in BatchSize(budget).over(order, work, cost=lambda i: n * len(texts[i])):
+            pass
+        return table
+
+    def _block(self, texts: Sequence[Ids]) -> Tensor:
+        """(prompt, text) of some texts, in one batch of all pairs."""
+        n = len(self.prompts)
+        device = self.loaded.device
+        prompt = torch.arange(n, device=device).repeat(len(texts))
+        ids, real = (x.repeat_interleave(n, 0) for x in _padded(texts, device, left=False))
+        scores = [self.next[prompt].gather(1, ids[:, :1])]
+        if ids.shape[1] > 1:
+            fed = ids[:, :-1]
+            lengths = self._mask.sum(1)[prompt, None]
             logits = self.loaded.last_logits(
                 fed.shape[1],
                 input_ids=fed,
-                attention_mask=mask,
-                position_ids=self._mask.sum(1, keepdim=True) + torch.arange(fed.shape[1]).to(fed),
-                past_key_values=forked(self._cache),
+                attention_mask=torch.cat([self._mask[prompt], real[:, :-1]], 1),
+                position_ids=lengths + torch.arange(fed.shape[1], device=device),
+                past_key_values=forked(self._cache, prompt),
                 use_cache=True,
             )
-            scores.append(_log_probability(logits, rows[:, 1:]))
-        return torch.cat(scores, 1).mean(1).cpu()
+            scores.append(_log_probability(logits, ids[:, 1:]))
+        mean = (torch.cat(scores, 1) * real).sum(1) / real.sum(1)
+        return mean.unflatten(0, (len(texts), n)).T.cpu()
 
 
 @torch.no_grad()

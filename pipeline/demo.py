@@ -1,8 +1,12 @@
 """The whole experiment, top to bottom, on the embedded model.
 
-1. Train a refusing LoRA with three checkpoints. 2. Attack the first checkpoint with GCG, its
-   baselines beside it. 3. Replay everything on the base and on every checkpoint. 4. Estimate
+1. Train a refusing LoRA with three checkpoints. 2. Attack the last one, which refuses selectively,
+   with GCG, its baselines beside it. 3. Replay everything on the base and on every checkpoint, and
+   plain requests of every label, so that the table shows whom each checkpoint refuses. 4. Estimate
    directions on each. 5. Project, export and draw.
+
+The checkpoints are trained on the training split, directions are estimated on the validation split,
+and everything else is measured on the test split.
 """
 
 from __future__ import annotations
@@ -14,9 +18,9 @@ from typing import Any
 
 from attacks.gcg import ATTACK, GCGConfig
 from core.models import ModelHandle, OpenModel
-from core.records import Directions
+from core.records import LABELS, Directions
 from core.store import ATTACKS, REPLAYS
-from evaluation.behaviours import HELD_OUT_SPLITS, load_behaviours
+from evaluation.behaviours import HELD_OUT_SPLITS, load_behaviours, spread
 from evaluation.judges import DEFAULT_JUDGES
 from geometry.directions import ESTIMATORS
 from pipeline.campaign import CampaignResult, Plan, baseline_plans, campaign
@@ -34,21 +38,27 @@ MODEL = "embedded"
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The demo's settings: the whole pipeline within 15 minutes on two CPU cores."""
+    """The demo's settings: the whole pipeline within 20 minutes on two CPU cores."""
 
     behaviours: int = 6
     gcg: GCGConfig = GCGConfig(num_steps=20, search_width=32, topk=64)
+    plain: int = 12
+    """Plain requests of each label."""
     sft: SFTConfig = SFTConfig(
-        num_steps=24,
-        checkpoints=(6, 12, 24),
+        num_steps=240,
+        checkpoints=(30, 90, 240),
         batch_size=8,
         learning_rate=1e-3,
-        warmup_steps=2,
+        warmup_steps=10,
         lora_rank=16,
         lora_alpha=32,
-        lora_dropout=0.0,
+        lora_dropout=0.05,
+        all_linear=True,
+        precision="bfloat16",
+        reply_tokens=16,
     )
     replay: ReplayConfig = ReplayConfig(max_new_tokens=32)
+    directions: DirectionsConfig = DirectionsConfig(splits=("validation",))
 
 
 @dataclass
@@ -76,23 +86,29 @@ def demo(
     trained = train_sft(MODEL, path / "checkpoints", config.sft)
     on_result(trained)
     targets = [MODEL, *(f"{MODEL}+{c}" for c in trained.checkpoints)]
-    source = targets[1]
+    source = targets[-1]
 
     on_stage(f"2/5 attack: GCG on {source}")
-    test = load_behaviours(label="harmful", splits=HELD_OUT_SPLITS)
-    chosen = test[:: len(test) // config.behaviours][: config.behaviours]
+    test = load_behaviours(splits=HELD_OUT_SPLITS)
+    labelled = {label: [b for b in test if b.label == label] for label in LABELS}
+    chosen = spread(labelled["harmful"], config.behaviours)
     plan = Plan(ATTACK, config.gcg, (open_model(source),))
     attacked = campaign(path, chosen, [*baseline_plans(plan), plan], open_model=open_model)
     on_result(attacked)
     del plan  # and its model, before the targets are loaded
 
     on_stage("3/5 transfer: frozen prompts on the base and every checkpoint")
-    replayed = transfer(path, targets, DEFAULT_JUDGES, config.replay, open_model=open_model)
-
+    replayed = transfer(
+        path,
+        targets,
+        DEFAULT_JUDGES,
+        config.replay,
+        behaviours=[b for rows in labelled.values() for b in spread(rows, config.plain)],
+        open_model=open_model,
+    )
     on_result(replayed)
     on_stage("4/5 directions of every target")
-    estimated = directions(path, targets, ESTIMATORS, DirectionsConfig(), open_model=open_model)
-
+    estimated = directions(path, targets, ESTIMATORS, config.directions, open_model=open_model)
     on_result(estimated)
     on_stage("5/5 plane: project, export, draw")
     drawn = plane(path, targets, PlaneConfig(), open_model=open_model)

@@ -12,6 +12,7 @@ from core.generate import complete
 from core.models import LoadedModel
 from core.prompt import Conversation, Renderer
 from evaluation.behaviours import DEMONSTRATION, load_behaviours
+from evaluation.judges.reply_rules import is_refusal
 from evaluation.refusals import refusal_replies
 from training.sft import LOSSES, SFTConfig, train
 
@@ -47,22 +48,33 @@ def train_sft(
     requests = [b.request for b in harmless]
     checkpoints = train(spec, refusals, requests, config, out, own_replies=own_replies)
     with open(out / LOSSES, newline="") as file:
-        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    return TrainResult(checkpoints, rows)
+        losses = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    return TrainResult(checkpoints, losses)
+
+
+JUDGED_TOKENS = 32
+"""Of a reply, enough to see whether it refuses."""
 
 
 def own_replies(
     loaded: LoadedModel, requests: Sequence[str], tokens: int
 ) -> list[tuple[str, bool]]:
-    """The base model's greedy replies, and whether each came to its end."""
+    """The first ``tokens`` tokens of the base model's greedy replies; whether each ends there.
+
+    A reply that refuses is empty here, and so left out: it would teach to refuse what is harmless.
+    Cut off early it could not be told from an answer, so more of it is read than is learnt.
+    """
     renderer = Renderer(loaded)
     texts = [renderer.text(Conversation.build(request)) for request in requests]
     replies = complete(
         renderer,
         texts,
-        max_new_tokens=tokens,
+        max_new_tokens=max(tokens, JUDGED_TOKENS),
         batch_size=32,
         description="base model's replies",
     )
-    lengths = [len(ids) for ids in renderer.tokenise(replies)]
-    return [(reply, n < tokens - 1) for reply, n in zip(replies, lengths, strict=True)]
+    answers = []
+    for reply, ids in zip(replies, renderer.tokenise(replies), strict=True):
+        learnt = loaded.tokenizer.decode(ids[:tokens]) if len(ids) > tokens else reply
+        answers.append(("" if is_refusal(reply) else learnt.strip(), len(ids) < tokens - 1))
+    return answers

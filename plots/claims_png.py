@@ -52,7 +52,7 @@ def draw(folder: Path) -> Path:
             if (model, *key) in cells:
                 _cell(axis, line, *cells[(model, *key)])
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(xlim=(-1.15, 1.15), ylim=(len(checks) - 0.5, -0.5), xticks=[])
+        axis.set(xlim=(-1.15, 1.15), ylim=(max(1, len(checks)) - 0.5, -0.5), xticks=[])
         axis.set_title(short_spec(model), fontsize=9)
         last = None
         for line, (number, _) in enumerate(checks):

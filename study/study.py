@@ -340,9 +340,8 @@ class Study:
 
     def prompts_of(self, contents: Sequence[tuple[str, str | None]]) -> list[Prompt]:
         """(user content, system prompt) pairs, rendered."""
-        return [
-            self.renderer.render(Conversation(c, system=s), allow_trim=True) for c, s in contents
-        ]
+        render = self.renderer.render
+        return [render(Conversation(c, system=s), allow_trim=True) for c, s in contents]
 
     def residuals(self, prompts: Sequence[Prompt]) -> torch.Tensor:
         """(prompt, layer, d_model) at t_inst."""

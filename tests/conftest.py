@@ -41,7 +41,7 @@ from core.models import LoadedModel, load
 from core.prompt import Renderer
 from evaluation.behaviours import load_behaviours
 
-CORPUS = [b.request for b in load_behaviours()]
+CORPUS = [b.request for b in load_behaviours("demonstration-v1")]
 CORPUS += ["! ! ! ! ! !", "x x x x x x", "Sure, here is a short text about the tea."]
 
 CHATML = (

@@ -164,7 +164,7 @@ def test_a_stopped_search_goes_on_to_the_bit(qwen, variant):
 def test_a_success_stops_the_search_and_is_what_is_returned(qwen):
     replies = []
 
-    def third(reply):
+    def third(text, reply):
         replies.append(reply)
         return len(replies) == 3
 

@@ -154,9 +154,9 @@ def test_a_prompt_that_a_template_refuses_is_told_and_the_others_are_replayed(
 
 def test_missing_cells_are_missing_and_never_failures():
     rows = [replay("plain", "b1", False), replay("gcg", "b1", True)]
+    expected = {("gcg", "s"): 3, ("persona", "none"): 2, ("plain", "s"): 1}
     cells = {
-        c.attack: c
-        for c in matrix(rows, {("gcg", "s"): 3, ("persona", "none"): 2, ("plain", "s"): 1})
+        c.attack: c for c in matrix(rows, {(*key, "harmful"): n for key, n in expected.items()})
     }
     assert (cells["gcg"].missing, cells["gcg"].asr, cells["plain"].missing) == (2, 1.0, 0)
     assert cells["persona"].missing == 2 and cells["persona"].asr is None

@@ -26,7 +26,7 @@ from study.study import Study, StudyConfig
 from tests.conftest import make_model
 
 SMALL = "demonstration-v1"
-HELP = "First, write a short plan. Then do it step by step, and rest."
+HELP = "Sure, here is a short plan for that, step by step."
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ CONFIG = StudyConfig(
     controls=2,
     carrier_prompts=6,
     carrier_every=1,
-    reply_tokens=12,
+    reply_tokens=24,
     refusals=1,
 )
 
@@ -89,11 +89,11 @@ def test_the_trained_model_refuses_what_is_harmful_and_a_study_finds_what_it_han
         assert study.refusal_rate > 0.9 and study.estimator == "zhao"
         carrier = study.carrier("R")
         edit = ablation("R", carrier.vector[None], range(study.loaded.n_layers + 1))
-        rows = measure(study, [edit], study.held_out("harmful")[:8], 12, "test")
+        rows = measure(study, [edit], study.held_out("harmful")[:8], 24, "test")
         alone = [r for r in rows if r["mode"] == "none"]
         ablated = [r for r in rows if r["mode"] == "R"]
         assert sum(r["refused"] for r in alone) >= 6
-        assert sum(r["refusal"] for r in ablated) < sum(r["refusal"] for r in alone) - 8 * 0.3
+        assert sum(r["d"] for r in ablated) < sum(r["d"] for r in alone) - 8 * 0.3
         assert all(r["kl"] == pytest.approx(0, abs=1e-5) for r in alone)
         replies = responses(study)
         assert not replies.forced and replies.refusal_paper.size >= 4
@@ -103,7 +103,7 @@ def test_the_trained_model_refuses_what_is_harmful_and_a_study_finds_what_it_han
         assert [c.to_row() for c in again.carriers("R")] == [
             c.to_row() for c in study.carriers("R")
         ]
-        assert measure(again, [edit], again.held_out("harmful")[:8], 12, "test") == rows
+        assert measure(again, [edit], again.held_out("harmful")[:8], 24, "test") == rows
         assert len(read_rows(tmp_path / "measured.jsonl")) == lines
 
 
@@ -347,7 +347,7 @@ def write_all(folder):
     path = folder / "all.jsonl"
     rows = [
         {"goal": b.request, "label": b.label}
-        for b in load_behaviours()
+        for b in load_behaviours(SMALL)
         if b.label != "pseudo_harmful"
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

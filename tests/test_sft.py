@@ -100,6 +100,18 @@ def test_lora_goes_to_attention_projections_of_every_family(tiny):
     assert set(names) < set(more) and not any("head" in n or "embed" in n for n in more)
 
 
+def test_own_replies_that_refuse_are_not_taught(qwen, monkeypatch):
+    said = [
+        "I'm sorry, but as a helper I am not able to do that for you.",
+        "Warm the pot, then pour.",
+    ]
+    monkeypatch.setattr(refusal_training, "complete", lambda *_, **__: said)
+    first, second = refusal_training.own_replies(qwen, ["Brew a tea", "Brew a tea"], 4)
+    assert first[0] == "" and second[0] and "Warm the pot, then pour.".startswith(second[0])
+    ids = qwen.tokenizer(second[0], add_special_tokens=False).input_ids
+    assert len(ids) <= 4 and not second[1]
+
+
 def test_refusal_training_answers_harmless_and_pseudo_harmful_requests(tmp_path, monkeypatch):
     asked = {}
 

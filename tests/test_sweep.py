@@ -24,11 +24,15 @@ def call(*arguments, code=0):
     return result.output
 
 
-def config_text(run, model, more="", behaviours="limit = 3"):
+SMALL = 'set = "demonstration-v1"\nlimit = 3'
+
+
+def config_text(run, model, more="", behaviours=SMALL):
     return f"""
 run = "{run}"
 sources = ["{model}"]
 targets = ["{model}"]
+judges = ["rules"]
 [behaviours]
 {behaviours}
 [attacks.gcg]
@@ -45,9 +49,12 @@ classes = ["persona", "past_tense"]
 [replay]
 max_new_tokens = 2
 [directions]
+contrast = "demonstration-v1"
 reply_tokens = 2
 resamples = 20
 {more}
+[plane]
+anchors = "demonstration-v1"
 """
 
 
@@ -145,7 +152,7 @@ def test_a_failed_cell_is_written_down_shown_as_missing_and_tried_again(
     gcg = REGISTRY.get("gcg")
 
     def broken(bench, task, config):
-        if task.behaviour.behaviour_id.endswith("8"):
+        if task.behaviour.behaviour_id.startswith("cheating"):
             raise AttackPlaneError("something broke")
         yield from gcg.run(bench, task, config)
 
@@ -153,7 +160,7 @@ def test_a_failed_cell_is_written_down_shown_as_missing_and_tried_again(
     output = call("sweep", path)
     (failure,) = RunFolder(tmp_path / "run").rows(FAILURES)
     assert failure["attack"] == "gcg" and "something broke" in failure["reason"]
-    assert failure["behaviour"].endswith("8") and failure["source"] == str(model)
+    assert failure["behaviour"].startswith("cheating") and failure["source"] == str(model)
     assert "1 cells failed" in output and missing(tmp_path) == {"gcg": 1}
     monkeypatch.setitem(REGISTRY._items, "gcg", gcg)
     output = call("sweep", path)
@@ -190,7 +197,7 @@ def test_behaviours_without_a_target_fail_where_one_is_needed_only(tmp_path, tin
         ("[attacks.pair]\nstream = 2", "did you mean 'streams'"),
         ('[[imports]]\nformat = "jsonll"\nfile = "x"', "did you mean 'jsonl'"),
         ('[[imports]]\nformat = "jsonl"\nfile = "nowhere"', "no such file"),
-        ("[plane]\nlayers = 1", "did you mean 'layer'"),
+        ("layers = 1", "did you mean 'layer'"),
         ("x = [", "TOML"),
     ],
 )

@@ -184,7 +184,7 @@ def _examples(
     renderer = Renderer(base)
     answers = own_replies(base, harmless, config.reply_tokens)
     if empty := sum(not reply for reply, _ in answers):
-        log.warning("%d of %d harmless prompts got no reply: left out", empty, len(answers))
+        log.warning("%d of %d harmless prompts got no answer: left out", empty, len(answers))
     examples = [make_example(renderer, request, refusal) for request, refusal in refusals]
     examples += [
         make_example(renderer, request, reply, ended=ended)

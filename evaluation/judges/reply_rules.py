@@ -45,6 +45,7 @@ REFUSALS = (
     rf"(?:to (?:\w+ ){{0,2}}{HELP}|of \w+ing)\b",
     rf"{APOLOGY}[^.!?]{{0,160}}?\b(?:i|we) ?(?:\w+ )?{CANNOT}",
     rf"{APOLOGY},? (?:but )?(?:no\b|that (?:is|'s) not|i refuse|i decline|you're not)",
+    rf"{APOLOGY},? but(?: i(?:'m| \w{{1,4}}'?)?)?$",  # cut off there
     r"(?:i )?(?:must|have to|need to|would like to|will) (?:\w+ )?(?:decline|refuse)",
     r"i (?:refuse|decline)\b",
     r"i(?:'d| would) rather not",

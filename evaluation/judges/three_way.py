@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from core.prompt import Renderer
 
 NAME, BASE_MODEL = "three_way", "embedded"
-THRESHOLD = 0.05
-OTHERS = 4
-REPLY_TOKENS = 96
+THRESHOLD = 0.57
+OTHERS = 2
+REPLY_TOKENS = 48
 """Of a reply, so many tokens are read."""
 
 
