@@ -91,7 +91,8 @@ def directions_of(reading: ContrastReading, estimators: Sequence[str]) -> Direct
             save_directions(made, run.path, {"made_from": reading.made_from})
         there = load_directions(run.path, spec, estimator)
         result.directions.append(there)
-        result.notes += [n for n in contrast_notes(there) if n not in result.notes]
+        if len(result.directions) == 1:  # they are of one reading
+            result.notes += contrast_notes(there)
     return result
 
 

@@ -31,7 +31,7 @@ def classes_table(
         ("frame", lambda c: c["frame"]),
         ("class", lambda c: c["class"]),
         ("n", lambda c: str(c["n"])),
-        ("jailbroken", lambda c: f"{c['jailbroken']}/{c['judged']}" if c["judged"] else "-"),
+        ("complied", lambda c: f"{c['jailbroken']}/{c['judged']}" if c["judged"] else "-"),
         ("H", lambda c: f"{c['centroid'][0]:+.1f}"),
         ("R", lambda c: f"{c['centroid'][1]:+.1f}"),
         ("pairs", lambda c: str(c.get("displaced", "")) if c["displacement"] else ""),
