@@ -23,7 +23,7 @@ def demo(run: Path) -> None:
     """Run every stage on the embedded model.
 
     Trains refusing checkpoints, attacks one, replays, estimates directions, draws the plane. Takes
-    less than 20 minutes on 2 cores.
+    about 20 minutes on 2 cores.
 
     \b
     Example:
