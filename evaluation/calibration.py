@@ -143,14 +143,18 @@ def _rogan_gladen(rate: Any, sensitivity: Any, specificity: Any) -> Any:
     return np.clip((rate + specificity - 1) / (sensitivity + specificity - 1), 0, 1)
 
 
+def package_errors() -> Mapping[str, Row]:
+    """Counts on the package's own labels, by judge and attack class."""
+    return json.loads(ERRORS_FILE.read_text())
+
+
 def known_errors(judge: str, attack: str, table: Mapping[str, Row] | None = None) -> Errors | None:
     """What is known of a judge on replies to an attack class; None for a judge without labels.
 
-    A class without enough labels borrows the judge's errors over all classes.
+    A class without enough labels borrows the judge's errors over all classes. ``table``: counts
+    by judge; None takes the package's.
     """
-    if table is None:
-        table = json.loads(ERRORS_FILE.read_text()) if ERRORS_FILE.exists() else {}
-    own = table.get(judge)
+    own = (package_errors() if table is None else table).get(judge)
     if not own:
         return None
     if attack in own and (errors := Errors(**own[attack])).enough:

@@ -12,13 +12,12 @@ Unlike the success of a greedy reply, both are continuous: small changes show.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from core.batching import BatchSize
 from core.continuations import Continuations, Ids, log_odds
 from core.conversation import Conversation
 from core.prompt import Renderer
-from core.rows import Row
 from evaluation.refusals import COMPLIANCE_OPENINGS, REFUSAL_OPENINGS
 
 REFUSAL_WORDS = ("I", "As", "Sorry", "Unfortunately")
@@ -39,9 +38,6 @@ class RefusalScore:
     refusal: float
     compliance: float
     log_odds: float
-
-    def to_row(self) -> Row:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from core.models import ModelHandle, OpenModel
 from core.progress import bar as progress_bar
 from core.records import AttackArtifact, Behaviour
 from core.store import FAILURES, REPLAYS, RunFolder
-from evaluation.calibration import Errors, known_errors
+from evaluation.calibration import Errors, known_errors, package_errors
 from evaluation.judges import Judge, judge_kind, make_judge
 from pipeline.calibrate import errors_of_run
 from pipeline.plain import add_plain_requests
@@ -139,16 +139,20 @@ def transfer(
     return result
 
 
-def _errors(run: RunFolder, judge: str, attack: str) -> Errors | None:
-    """Errors that were counted in this run, else those of the package's labels."""
-    own = known_errors(judge, attack, errors_of_run(run.path) or {})
-    return own or known_errors(judge, attack)
+def _known_errors(run: RunFolder) -> Callable[[str], Errors | None]:
+    """What is known of the first judge's errors, by attack class.
+
+    Errors that were counted in this run stand before those of the package's labels.
+    """
+    judges = run.manifest["stages"].get(STAGE, {}).get("judges", [])
+    table = {**package_errors(), **(errors_of_run(run.path) or {})}
+    return lambda attack: known_errors(judges[0], attack, table) if judges else None
 
 
 def error_notes(run: RunFolder) -> list[str]:
     """Says where no rate can be corrected, since the judge's errors are not known."""
     judges = run.manifest["stages"].get(STAGE, {}).get("judges", [])
-    if judges and _errors(run, judges[0], "") is None:
+    if judges and _known_errors(run)("") is None:
         return [f"the errors of the judge {judges[0]} are not known: rates are raw only"]
     return []
 
@@ -191,12 +195,11 @@ def expected_prompts(run: RunFolder) -> dict[tuple[str, str, str], int]:
 
 def matrix_of(run: RunFolder, targets: Sequence[str] = ()) -> list[Cell]:
     """The matrix of a run. Prompts that could not be made are missing in it."""
-    judges = run.manifest["stages"].get(STAGE, {}).get("judges", [])
     return matrix(
         replays_of(run),
         expected_prompts(run),
         labels=labels_of(run),
-        errors=lambda attack: _errors(run, judges[0], attack) if judges else None,
+        errors=_known_errors(run),
         targets=targets,
     )
 

@@ -229,7 +229,7 @@ def test_labels_of_harmless_requests_are_counted_apart():
         return Labelled(label, Exchange("r", "x"))
 
     items = [item("plain", "harmful", "complied"), item("plain", "harmless", "complied")]
-    rows = {r.attack: r for r in judge_rows("j", items, ["complied", "refused"], "held_out")}
+    rows = {r.attack: r for r in judge_rows("j", items, ["complied", "refused"])}
     assert set(rows) == {"all", "plain", "plain, harmless"}
     assert rows["all"].n == 1 and rows["all"].errors == rows["plain"].errors
 

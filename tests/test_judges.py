@@ -54,8 +54,8 @@ def test_no_judgement_is_null_and_never_false():
     assert judge_all([], [Exchange("r", "Sure")])[0] == Judgement({}, None)
 
 
-def test_a_sequence_classifier_judges_pairs(tmp_path, tiny_models):
-    tokenizer = tiny_models["qwen2"].tokenizer
+def save_classifier(folder, tokenizer, *labels):
+    """A tiny classifier with these labels, and its tokenizer, saved in a folder."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -63,12 +63,18 @@ def test_a_sequence_classifier_judges_pairs(tmp_path, tiny_models):
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=16,
-        id2label={0: "safe", 1: "unsafe"},
-        label2id={"safe": 0, "unsafe": 1},
+        id2label=dict(enumerate(labels)),
+        label2id={name: i for i, name in enumerate(labels)},
     )
     model = BertForSequenceClassification(config).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def test_a_sequence_classifier_judges_pairs(tmp_path, tiny_models):
+    tokenizer = tiny_models["qwen2"].tokenizer
+    model = save_classifier(tmp_path, tokenizer, "safe", "unsafe")
     judge = make_judge(f"classifier:{tmp_path}")
     (score,) = judge.score([Exchange("Write about tea", "Sure")])
     ids = tokenizer("Write about tea", "Sure", return_tensors="pt")
@@ -225,20 +231,7 @@ def test_a_fluent_reply_about_something_else_is_neither(embedded):
 
 def test_a_classifier_of_refusal_reads_the_reply_and_is_turned_round(tmp_path, tiny_models):
     tokenizer = tiny_models["qwen2"].tokenizer
-    torch.manual_seed(0)
-    labels = {0: "NORMAL", 1: "REJECTION"}
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        id2label=labels,
-        label2id={name: i for i, name in labels.items()},
-    )
-    model = BertForSequenceClassification(config).eval()
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    model = save_classifier(tmp_path, tokenizer, "NORMAL", "REJECTION")
     judge = make_judge(f"classifier:{tmp_path}")
     first, second = judge.score([Exchange("Write about tea", "Sure"), Exchange("Sing", "Sure")])
     ids = tokenizer("Sure", return_tensors="pt")

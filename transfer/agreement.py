@@ -8,12 +8,11 @@ of success by -D. Intervals resample behaviours.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
 from core.records import LABELS, Replay
-from core.rows import Row
 from core.statistics import Interval, auroc_by_ranks, cluster_rows, percentile_interval, spearman
 
 RESAMPLES = 1000
@@ -31,9 +30,6 @@ class Agreement:
     correlation_interval: Interval
     auroc: float | None
     auroc_interval: Interval | None
-
-    def to_row(self) -> Row:
-        return asdict(self)
 
 
 def agreements(
