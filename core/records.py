@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 SCHEMA_VERSION = 1
-LABELS = ("harmful", "harmless", "pseudo_harmful")
+LABELS = HARMFUL, HARMLESS, PSEUDO_HARMFUL = "harmful", "harmless", "pseudo_harmful"
 SPLITS = ("train", "validation", "test")
 PLAIN, INITIAL_SUFFIX, RANDOM_SUFFIX = "plain", "initial_suffix", "random_suffix"
 AUTODAN_SEED = "autodan_seed"

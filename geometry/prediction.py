@@ -25,7 +25,7 @@ from itertools import combinations
 
 import numpy as np
 
-from core.records import LABELS, PLAIN, PlanePoint
+from core.records import HARMFUL, PLAIN, PlanePoint
 from core.rows import Row
 from core.statistics import auroc, cluster_rows, percentile_interval
 
@@ -164,7 +164,7 @@ def success_prediction(
         for p in points
         if p.kind == "attack"
         and p.attack != PLAIN
-        and p.label == LABELS[0]
+        and p.label == HARMFUL
         and p.jailbroken is not None
     ]
     if not judged:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from core.errors import AttackPlaneError
-from core.records import LABELS, AttackArtifact, Replay, config_from_dict, content_hash, nearest
+from core.records import HARMFUL, AttackArtifact, Replay, config_from_dict, content_hash, nearest
 from core.rows import Row
 from core.statistics import Interval, wilson
 from core.store import RunFolder, read_rows, write_atomically
@@ -69,7 +69,7 @@ class Labelled:
     def group(self) -> str:
         """The attack class, with the request's label unless that is harmful."""
         own = self.label.request_label
-        return self.label.attack if own == LABELS[0] else f"{self.label.attack}, {own}"
+        return self.label.attack if own == HARMFUL else f"{self.label.attack}, {own}"
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def sheet(paths: Sequence[Path], limit: int, *, seed: int = 0) -> list[Path]:
                 replay.target_model,
                 replay.attack,
                 replay.behaviour_id,
-                labels_of_requests.get(replay.behaviour_id, LABELS[0]),
+                labels_of_requests.get(replay.behaviour_id, HARMFUL),
                 part,
             )
         )
@@ -274,7 +274,7 @@ def judge_rows(judge: str, items: Sequence[Labelled], said: Sequence[str | None]
         here = [
             (item.outcome, o)
             for item, o in known
-            if item.group == name or (name == POOLED and item.label.request_label == LABELS[0])
+            if item.group == name or (name == POOLED and item.label.request_label == HARMFUL)
         ]
         rows.append(_row(judge, name, [h for h, _ in here], [o for _, o in here]))
     return rows

@@ -14,7 +14,7 @@ from functools import cached_property
 from core.generate import complete
 from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Prompt, Renderer
-from core.records import Activations, Behaviour, content_hash
+from core.records import HARMFUL, Activations, Behaviour, content_hash
 from core.rows import Row
 from core.store import RunFolder
 from evaluation.behaviours import (
@@ -92,7 +92,7 @@ class ContrastReading:
     ) -> None:
         self.run, self.model, self.config = run, model, config
         self.behaviours = list(behaviours or contrast_set(config))
-        self.harmful = [b.label == "harmful" for b in self.behaviours]
+        self.harmful = [b.label == HARMFUL for b in self.behaviours]
         self._positions = positions
 
     @property

@@ -19,7 +19,15 @@ from core.models import LoadedModel, evaluating
 from core.progress import OnProgress, reporting
 from core.progress import bar as progress_bar
 from core.prompt import Conversation, Prompt, Renderer
-from core.records import PLAIN, AttackArtifact, Behaviour, Directions, PlanePoint, Replay
+from core.records import (
+    HARMFUL,
+    PLAIN,
+    AttackArtifact,
+    Behaviour,
+    Directions,
+    PlanePoint,
+    Replay,
+)
 from core.rows import Row
 from evaluation.judges import DEFAULT_JUDGE, QUICK_JUDGE, Exchange, Judge, make_judge, refusals
 from geometry.activations import collect
@@ -172,7 +180,7 @@ def estimated(
         if estimator == "zhao":
             refused = refused_by(model, requests, prompts, judge_of(judge))
         read = collect(model, prompts, [b.behaviour_id for b in requests])
-    labels = [b.label == "harmful" for b in requests]
+    labels = [b.label == HARMFUL for b in requests]
     directions = estimate(read, labels, estimator=estimator, refused=refused, config=config)
     directions.settings["system_prompt"] = system_prompt
     return directions

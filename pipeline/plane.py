@@ -15,7 +15,7 @@ from pathlib import Path
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
 from core.prompt import Conversation, Prompt, Renderer
-from core.records import LABELS, AttackArtifact, Behaviour, Directions, PlanePoint, content_hash
+from core.records import HARMFUL, AttackArtifact, Behaviour, Directions, PlanePoint, content_hash
 from core.rows import Row
 from core.specs import short_spec
 from core.store import RunFolder, write_atomically
@@ -234,8 +234,8 @@ def prompt_infos(
         name = a.attack
         if len(sources[a.attack]) > 1:
             name += f" from {short_spec(a.source_model)}"
-        label = labels.get(a.behaviour_id, LABELS[0])
-        if label != LABELS[0]:  # never pooled with attacks on harmful requests
+        label = labels.get(a.behaviour_id, HARMFUL)
+        if label != HARMFUL:  # never pooled with attacks on harmful requests
             name += f", {label}"
         infos.append(
             PromptInfo(

@@ -11,6 +11,7 @@ from core.errors import AttackPlaneError
 from core.generate import complete
 from core.models import LoadedModel
 from core.prompt import Conversation, Renderer
+from core.records import HARMFUL
 from evaluation.behaviours import DEMONSTRATION, load_behaviours
 from evaluation.judges.reply_rules import is_refusal
 from evaluation.refusals import refusal_replies
@@ -34,8 +35,8 @@ def train_sft(
     get the base model's own replies.
     """
     rows = load_behaviours(behaviours, splits=["train"])
-    harmful = [b for b in rows if b.label == "harmful"]
-    harmless = [b for b in rows if b.label != "harmful"]
+    harmful = [b for b in rows if b.label == HARMFUL]
+    harmless = [b for b in rows if b.label != HARMFUL]
     if not harmful or not harmless:
         raise AttackPlaneError(
             "refusal training needs harmful and harmless requests",
@@ -54,6 +55,8 @@ def train_sft(
 
 JUDGED_TOKENS = 32
 """Of a reply, enough to see whether it refuses."""
+OPENING = "Sure, here is"
+"""What an ordinary request is answered with in the model's name where the model itself refuses."""
 
 
 def own_replies(
@@ -61,20 +64,35 @@ def own_replies(
 ) -> list[tuple[str, bool]]:
     """The first ``tokens`` tokens of the base model's greedy replies; whether each ends there.
 
-    A reply that refuses is empty here, and so left out: it would teach to refuse what is harmless.
-    Cut off early it could not be told from an answer, so more of it is read than is learnt.
+    A reply that refuses would teach to refuse what is harmless. Such a request gets what the model
+    says after ``OPENING``; where that refuses too, the reply is empty, and the request left out.
+    """
+    replies = _greedy(loaded, requests, tokens, "", "base model's replies")
+    refused = [i for i, reply in enumerate(replies) if is_refusal(reply)]
+    again = _greedy(loaded, [requests[i] for i in refused], tokens, OPENING, "opened replies")
+    for i, reply in zip(refused, again, strict=True):
+        replies[i] = "" if is_refusal(reply) else reply
+    answers = []
+    for reply, ids in zip(replies, Renderer(loaded).tokenise(replies), strict=True):
+        learnt = loaded.tokenizer.decode(ids[:tokens]) if len(ids) > tokens else reply
+        answers.append((learnt.strip(), len(ids) < tokens - 1))
+    return answers
+
+
+def _greedy(
+    loaded: LoadedModel, requests: Sequence[str], tokens: int, opening: str, description: str
+) -> list[str]:
+    """Greedy replies that begin with ``opening``; at least ``JUDGED_TOKENS`` of each.
+
+    Cut off early a refusal could not be told from an answer, so more is read than is learnt.
     """
     renderer = Renderer(loaded)
-    texts = [renderer.text(Conversation.build(request)) for request in requests]
+    texts = [renderer.text(Conversation.build(request)) + opening for request in requests]
     replies = complete(
         renderer,
         texts,
         max_new_tokens=max(tokens, JUDGED_TOKENS),
         batch_size=32,
-        description="base model's replies",
+        description=description,
     )
-    answers = []
-    for reply, ids in zip(replies, renderer.tokenise(replies), strict=True):
-        learnt = loaded.tokenizer.decode(ids[:tokens]) if len(ids) > tokens else reply
-        answers.append(("" if is_refusal(reply) else learnt.strip(), len(ids) < tokens - 1))
-    return answers
+    return [f"{opening} {reply}".strip() if opening else reply for reply in replies]

@@ -10,7 +10,7 @@ from pathlib import Path
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
 from core.progress import bar as progress_bar
-from core.records import AttackArtifact, Behaviour
+from core.records import HARMFUL, AttackArtifact, Behaviour
 from core.store import FAILURES, REPLAYS, RunFolder
 from evaluation.calibration import Errors, known_errors, package_errors
 from evaluation.judges import Judge, judge_kind, make_judge
@@ -18,7 +18,7 @@ from pipeline.calibrate import errors_of_run
 from pipeline.plain import add_plain_requests
 from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows
 from transfer.agreement import Agreement, agreements
-from transfer.matrix import HARMFUL, Cell, matrix
+from transfer.matrix import Cell, matrix
 from transfer.replay import NotSent, ReplayConfig, replay, replay_id
 
 STAGE, MATRIX = "transfer", "matrix.jsonl"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
+from core.records import HARMFUL
 from core.rows import Row
 from core.store import RunFolder
 from evaluation.behaviours import spread
@@ -85,7 +86,7 @@ def d_agreements(rows: Sequence[Row]) -> list[Agreement]:
     """Agreement of D with success over all interventions on harmful prompts, per model."""
     cells: dict[str, list[tuple[float, bool, str]]] = {}
     for r in rows:
-        if r["label"] == "harmful" and r["complied"] is not None:
+        if r["label"] == HARMFUL and r["complied"] is not None:
             cell = (r["d"], bool(r["complied"]), r["behaviour_id"])
             cells.setdefault(r["model"], []).append(cell)
     return [agreement_of(model, own) for model, own in cells.items()]

@@ -18,7 +18,7 @@ from attacks.templates import ATTACK as TEMPLATES
 from attacks.templates import TemplatesConfig
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
-from core.records import LABELS, AttackArtifact
+from core.records import HARMFUL, AttackArtifact
 from core.store import ATTACKS, REPLAYS, RunFolder, read_rows
 from evaluation.behaviours import load_behaviours, spread
 from evaluation.judges import DEFAULT_JUDGES, QUICK_JUDGE
@@ -169,7 +169,7 @@ class _Claims:
         """Artifacts, replies and points of harmful behaviours that no direction has seen."""
         assert self.plane is not None
         labels = labels_of(self.run)
-        out = self.seen | {name for name, label in labels.items() if label != LABELS[0]}
+        out = self.seen | {name for name, label in labels.items() if label != HARMFUL}
         own = [
             p
             for p in self.plane.points

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core.records import LABELS, Replay
+from core.records import HARMFUL, Replay
 from core.statistics import Interval, auroc_by_ranks, cluster_rows, percentile_interval, spearman
 
 RESAMPLES = 1000
@@ -44,7 +44,7 @@ def agreements(
             if r.target_model == target
             and r.d is not None
             and r.jailbroken is not None
-            and labels.get(r.behaviour_id, LABELS[0]) == LABELS[0]
+            and labels.get(r.behaviour_id, HARMFUL) == HARMFUL
         ]
         if here:
             cells = [(float(r.d or 0.0), bool(r.jailbroken), r.behaviour_id) for r in here]

@@ -18,12 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from core.records import BASELINES, LABELS, PLAIN, Replay
+from core.records import BASELINES, HARMFUL, LABELS, PLAIN, Replay
 from core.rows import Row
 from core.statistics import Interval, bootstrap_mean, wilson
 from evaluation.calibration import Errors, corrected
 
-HARMFUL = LABELS[0]
 Key = tuple[str, str, str, str]
 """Attack, source, label, target."""
 Rates = dict[str, float]

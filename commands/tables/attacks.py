@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from commands.tables.layout import Columns, ends, text_of
-from core.records import BASELINES, AttackArtifact, Replay
+from core.records import BASELINES, HARMFUL, AttackArtifact, Replay
 from core.rows import Row
 from core.specs import short_spec
 from core.statistics import Interval
 from transfer.agreement import Agreement
-from transfer.matrix import HARMFUL, Cell
+from transfer.matrix import Cell
 
 
 def attack_table(artifacts: Sequence[AttackArtifact]) -> str:
