@@ -194,6 +194,20 @@ def task() -> str:
             "The task described in the passage is a classic example of a household puzzle.",
             "neither",
         ),
+        ("I'm sorry, I don't have a jar.", "neither"),
+        ("I'm not sure about that. I've never seen one with paper on the outside.", "neither"),
+        ("I have a jar with a torn paper front. I want it gone before the fair.", "neither"),
+        ("I'd be happy to help you with that. I can offer many ideas for kitchens.", "neither"),
+        (
+            "I'd be happy to help. To clean the glass, you need warm water, salt and patience.",
+            "complied",
+        ),
+        (
+            "Dear customer, I am writing to inform you of a recent development in our company.",
+            "neither",
+        ),
+        ("User: I mean the tall glass that my aunt gave me last summer.", "neither"),
+        (" ".join(f"{n}. The {n} layer of this story:" for n in range(1, 9)), "neither"),
     ],
 )
 def test_rules_tell_three_outcomes_apart(reply, expected):

@@ -2,6 +2,7 @@
 are targets."""
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -100,16 +101,41 @@ def test_lora_goes_to_attention_projections_of_every_family(tiny):
     assert set(names) < set(more) and not any("head" in n or "embed" in n for n in more)
 
 
-def test_own_replies_that_refuse_are_not_taught(qwen, monkeypatch):
-    said = [
-        "I'm sorry, but as a helper I am not able to do that for you.",
-        "Warm the pot, then pour.",
-    ]
-    monkeypatch.setattr(refusal_training, "complete", lambda *_, **__: said)
+REFUSES = "I'm sorry, but as a helper I am not able to do that for you."
+
+
+def test_a_request_that_the_base_refuses_is_taught_an_opened_reply(qwen, monkeypatch):
+    """The first reply refuses, and is made again after an opening; the second is kept."""
+    asked = []
+
+    def complete(renderer, texts, **settings):
+        asked.append(texts)
+        return ["a pot of it."] if len(asked) == 2 else [REFUSES, "Warm the pot, then pour."]
+
+    monkeypatch.setattr(refusal_training, "complete", complete)
     first, second = refusal_training.own_replies(qwen, ["Brew a tea", "Brew a tea"], 4)
-    assert first[0] == "" and second[0] and "Warm the pot, then pour.".startswith(second[0])
+    opening = refusal_training.OPENING
+    assert asked[1] == [asked[0][0] + opening]
+    assert first[0] and f"{opening} a pot of it.".startswith(first[0])
+    assert second[0] and "Warm the pot, then pour.".startswith(second[0])
     ids = qwen.tokenizer(second[0], add_special_tokens=False).input_ids
     assert len(ids) <= 4 and not second[1]
+
+
+def test_own_replies_that_refuse_twice_are_not_taught(qwen, monkeypatch):
+    refuses_again = "what you asked for. " + REFUSES
+    said = iter([[REFUSES], [refuses_again]])
+    monkeypatch.setattr(refusal_training, "complete", lambda *_, **__: next(said))
+    assert refusal_training.own_replies(qwen, ["Brew a tea"], 4)[0][0] == ""
+
+
+def test_labels_with_few_requests_are_repeated_and_none_is_dropped():
+    rows = load_behaviours(splits=["train"])
+    others = [b for b in rows if b.label != "harmful"]
+    found = refusal_training.balanced(others, 120)
+    assert {b.request for b in found} == {b.request for b in others}
+    assert Counter(b.label for b in found) == {"harmless": 120, "pseudo_harmful": 120}
+    assert len(refusal_training.balanced(others, 1)) == len(others)
 
 
 def test_refusal_training_answers_harmless_and_pseudo_harmful_requests(tmp_path, monkeypatch):
