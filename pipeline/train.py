@@ -11,7 +11,7 @@ from core.errors import AttackPlaneError
 from core.generate import complete
 from core.models import LoadedModel
 from core.prompt import Conversation, Renderer
-from core.records import HARMFUL, Behaviour
+from core.records import HARMFUL
 from evaluation.behaviours import DEMONSTRATION, load_behaviours
 from evaluation.judges.reply_rules import is_refusal
 from evaluation.refusals import refusal_replies
@@ -46,26 +46,11 @@ def train_sft(
         )
     phrases = refusal_replies()
     refusals = [(b.request, phrases[i % len(phrases)]) for i, b in enumerate(harmful)]
-    requests = [b.request for b in balanced(harmless, len(harmful))]
+    requests = [b.request for b in harmless]
     checkpoints = train(spec, refusals, requests, config, out, own_replies=own_replies)
     with open(out / LOSSES, newline="") as file:
         losses = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
     return TrainResult(checkpoints, losses)
-
-
-def balanced(rows: Sequence[Behaviour], n: int) -> list[Behaviour]:
-    """Repeat the requests of each label until there are about ``n`` of it; none is dropped.
-
-    Where few pseudo-harmful requests stand against many harmful ones, the words that both share
-    come to stand for harm.
-    """
-    return [
-        row
-        for label in dict.fromkeys(b.label for b in rows)
-        for same in [[b for b in rows if b.label == label]]
-        for _ in range(max(1, round(n / len(same))))
-        for row in same
-    ]
 
 
 JUDGED_TOKENS = 32

@@ -2,7 +2,6 @@
 are targets."""
 
 import math
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -127,15 +126,6 @@ def test_own_replies_that_refuse_twice_are_not_taught(qwen, monkeypatch):
     said = iter([[REFUSES], [refuses_again]])
     monkeypatch.setattr(refusal_training, "complete", lambda *_, **__: next(said))
     assert refusal_training.own_replies(qwen, ["Brew a tea"], 4)[0][0] == ""
-
-
-def test_labels_with_few_requests_are_repeated_and_none_is_dropped():
-    rows = load_behaviours(splits=["train"])
-    others = [b for b in rows if b.label != "harmful"]
-    found = refusal_training.balanced(others, 120)
-    assert {b.request for b in found} == {b.request for b in others}
-    assert Counter(b.label for b in found) == {"harmless": 120, "pseudo_harmful": 120}
-    assert len(refusal_training.balanced(others, 1)) == len(others)
 
 
 def test_refusal_training_answers_harmless_and_pseudo_harmful_requests(tmp_path, monkeypatch):
