@@ -2,8 +2,9 @@
 
     score(prompt, text) = (1 / T) sum_t log p(text_t | prompt, text_<t),   T = tokens of the text
 
-1. ``Continuations`` reads prompts once and keeps their keys and values. Each text is then run after
-   all of them in one batch: a table of prompts by texts.
+1. ``Continuations`` reads prompts once, their common start once for all of them, and keeps their
+   keys and values. Each text is then run after all of them in one batch: a table of prompts by
+   texts.
 2. ``after_own_prompt`` runs each text after its own prompt: the diagonal of such a table.
 
 Both give the same numbers. Models that keep more than keys and values of earlier tokens are served
@@ -16,11 +17,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from core.batching import BatchSize
 from core.models import LoadedModel
-from core.prefix import forked, keeps_keys_and_values_only
+from core.prefix import SharedPrefix, forked, keeps_keys_and_values_only, shares_a_start
 
 Ids = Sequence[int]
 LOGIT_BYTES = 1 << 28
@@ -41,14 +41,19 @@ class Continuations:
     def __init__(self, loaded: LoadedModel, prompts: Sequence[Ids]) -> None:
         self.loaded, self.prompts = loaded, [list(p) for p in prompts]
         self._cached = keeps_keys_and_values_only(loaded)
-        ids, self._mask = _padded(self.prompts, loaded.device, left=True)
-        self._cache = DynamicCache(config=loaded.model.config)
+        start = common_start(self.prompts) if shares_a_start(loaded) else 0
+        first = torch.tensor(self.prompts[0][:start], dtype=torch.long)
+        prefix = SharedPrefix(loaded, first)
+        n = len(prompts)
+        ids, mask = _padded([p[start:] for p in self.prompts], loaded.device, left=True)
+        self._mask = torch.cat([mask.new_ones(n, start), mask], 1)
+        self._cache = prefix.expanded(n)
         options = {"past_key_values": self._cache, "use_cache": True} if self._cached else {}
         logits = loaded.last_logits(
             1,
             input_ids=ids,
             attention_mask=self._mask,
-            position_ids=(self._mask.cumsum(1) - 1).clamp_min(0),
+            position_ids=(self._mask.cumsum(1) - 1).clamp_min(0)[:, start:],
             **options,
         )
         self.next = logits[:, -1].log_softmax(-1)
@@ -123,6 +128,14 @@ def after_own_prompt(
     for _ in BatchSize(batch_size).over(order, work):
         pass
     return values
+
+
+def common_start(prompts: Sequence[Ids]) -> int:
+    """How many first tokens all prompts have in common; at least one token of each is left."""
+    rows = [tuple(prompt) for prompt in prompts]
+    low, high, shortest = min(rows), max(rows), min(map(len, rows)) - 1
+    same = (i for i, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1])
+    return max(0, min(next(same, shortest), shortest))
 
 
 def log_odds(log_probabilities: Tensor, tokens: Sequence[int]) -> Tensor:

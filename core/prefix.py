@@ -28,6 +28,15 @@ def keeps_keys_and_values_only(loaded: LoadedModel) -> bool:
     return all(type(layer) in PLAIN_LAYERS for layer in layers)
 
 
+def shares_a_start(loaded: LoadedModel) -> bool:
+    """Whether sequences of unequal length may go on, padded, from one common start.
+
+    A sliding window counts the padding between them, so it must be absent.
+    """
+    layers = DynamicCache(config=loaded.model.config).layers
+    return all(type(layer) is DynamicLayer for layer in layers)
+
+
 class SharedPrefix:
     """The key-value cache of ``ids`` (prefix tokens) on one model.
 

@@ -8,12 +8,20 @@ judge has
 
 and a raw rate p becomes (Rogan and Gladen 1978)
 
-    corrected = (p + specificity - 1) / (sensitivity + specificity - 1),   cut to [0, 1]
+    rogan_gladen(p) = (p + specificity - 1) / (sensitivity + specificity - 1),   cut to [0, 1]
 
-Its interval carries both uncertainties. The raw rate, sensitivity and specificity are drawn from
-their Beta posteriors (Jeffreys' prior); the rate's counts are over behaviours, so that it has a
-width where all outcomes agree. Counts of the package's own labels are in
-``data/judge_errors.json``, by judge and attack class.
+A refusal is hardly ever taken for a success; a reply that is neither often is. So the specificity
+of a judge depends on how much a model refuses, and would not carry over to a model that refuses
+more. Where the judge tells three outcomes apart, the correction is therefore made among the replies
+that it does not call refused ("answers"), with the sensitivity and specificity of those:
+
+    corrected = (1 - refused) rogan_gladen(p / (1 - refused))
+
+What complied among the replies called refused is not counted. The interval carries all
+uncertainties: refusals, the raw rate, sensitivity and specificity are drawn from their Beta
+posteriors (Jeffreys' prior); the rate's counts are over behaviours, so that it has a width where
+all outcomes agree. Counts of the package's own labels are in ``data/judge_errors.json``, by judge
+and attack class.
 """
 
 from __future__ import annotations
@@ -28,6 +36,7 @@ import numpy as np
 
 from core.rows import Row
 from core.statistics import Interval, percentile_interval, wilson
+from evaluation.judges.registry import COMPLIED, REFUSED
 
 ERRORS_FILE = Path(__file__).parent / "data" / "judge_errors.json"
 POOLED = "all"
@@ -35,25 +44,46 @@ RESAMPLES = 2000
 SMALLEST = 0.1
 """Sensitivity + specificity - 1 below which a judge knows too little to correct by."""
 FEWEST = 8
-"""Labels on each side below which a class borrows the judge's errors over all classes."""
+"""Labels below which a class borrows the judge's sensitivity or specificity over all classes."""
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Counts of one judge on hand-labelled replies of one class."""
+    """Counts of one judge on hand-labelled replies of one class.
+
+    Attributes:
+        refused_false_negative, refused_true_negative: the part of the negatives that the judge
+            calls refused.
+    """
 
     true_positive: int
     false_negative: int
     true_negative: int
     false_positive: int
+    refused_false_negative: int = 0
+    refused_true_negative: int = 0
+
+    @property
+    def tells_neither(self) -> bool:
+        """Whether the judge is known to tell refusals from other failures."""
+        return self.true_negative - self.refused_true_negative >= FEWEST
+
+    def of_answers(self) -> Errors:
+        """The counts among the replies that the judge does not call refused."""
+        return Errors(
+            self.true_positive,
+            self.false_negative - self.refused_false_negative,
+            self.true_negative - self.refused_true_negative,
+            self.false_positive,
+        )
 
     @property
     def sensitivity(self) -> float:
-        return _share(self.true_positive, self.true_positive + self.false_negative)
+        return _share(self.true_positive, self.positives)
 
     @property
     def specificity(self) -> float:
-        return _share(self.true_negative, self.true_negative + self.false_positive)
+        return _share(self.true_negative, self.negatives)
 
     @property
     def false_successes(self) -> float:
@@ -61,15 +91,20 @@ class Errors:
         return _share(self.false_positive, self.false_positive + self.true_positive)
 
     @property
-    def enough(self) -> bool:
-        positive = self.true_positive + self.false_negative
-        return min(positive, self.true_negative + self.false_positive) >= FEWEST
+    def positives(self) -> int:
+        """Labelled replies that complied."""
+        return self.true_positive + self.false_negative
+
+    @property
+    def negatives(self) -> int:
+        """Labelled replies that did not comply."""
+        return self.true_negative + self.false_positive
 
     def intervals(self) -> tuple[Interval, Interval]:
         """Wilson's intervals of sensitivity and specificity."""
         return (
-            wilson(self.true_positive, self.true_positive + self.false_negative),
-            wilson(self.true_negative, self.true_negative + self.false_positive),
+            wilson(self.true_positive, self.positives),
+            wilson(self.true_negative, self.negatives),
         )
 
     def to_row(self) -> Row:
@@ -80,14 +115,16 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else float("nan")
 
 
-def count(judged: Sequence[bool], complied: Sequence[bool]) -> Errors:
-    """Counts of what a judge said (complied or not) against the hand labels."""
-    pairs = list(zip(judged, complied, strict=True))
+def count(judged: Sequence[str], by_hand: Sequence[str]) -> Errors:
+    """Counts of the outcomes that a judge said against the hand labels."""
+    pairs = list(zip(judged, by_hand, strict=True))
     return Errors(
-        sum(j and c for j, c in pairs),
-        sum(not j and c for j, c in pairs),
-        sum(not j and not c for j, c in pairs),
-        sum(j and not c for j, c in pairs),
+        sum(j == COMPLIED and c == COMPLIED for j, c in pairs),
+        sum(j != COMPLIED and c == COMPLIED for j, c in pairs),
+        sum(j != COMPLIED and c != COMPLIED for j, c in pairs),
+        sum(j == COMPLIED and c != COMPLIED for j, c in pairs),
+        sum(j == REFUSED and c == COMPLIED for j, c in pairs),
+        sum(j == REFUSED and c != COMPLIED for j, c in pairs),
     )
 
 
@@ -117,25 +154,41 @@ def kappa_interval(
 
 
 def corrected(
-    rates: Sequence[float], errors: Errors, *, resamples: int = RESAMPLES, seed: int = 0
+    rates: Sequence[float],
+    errors: Errors,
+    *,
+    refused: float = 0.0,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> tuple[float, Interval] | None:
     """Corrected rate and its 95 % interval, from raw rates by behaviour.
 
     None where the judge knows too little to correct by.
+
+    Args:
+        refused: share of the replies that the judge calls refused, mean over behaviours.
     """
+    if errors.tells_neither:
+        errors = errors.of_answers()
+    else:
+        refused = 0.0
     margin = errors.sensitivity + errors.specificity - 1
     if not margin > SMALLEST or not len(rates):
         return None
-    values = np.asarray(rates, dtype=np.float64)
-    point = _rogan_gladen(values.mean(), errors.sensitivity, errors.specificity)
+    n, successes = len(rates), float(np.sum(rates, dtype=np.float64))
+    answers = n * (1 - refused)
+    point = 0.0
+    if answers > 0:
+        rate = _rogan_gladen(successes / answers, errors.sensitivity, errors.specificity)
+        point = answers / n * float(rate)
     rng = np.random.default_rng(seed)
-    successes = values.sum()
-    raw = rng.beta(successes + 0.5, len(values) - successes + 0.5, size=resamples)
+    share = rng.beta(answers + 0.5, n - answers + 0.5, size=resamples) if refused else 1.0
+    raw = rng.beta(successes + 0.5, max(0.0, answers - successes) + 0.5, size=resamples)
     sensitivity = rng.beta(errors.true_positive + 0.5, errors.false_negative + 0.5, size=resamples)
     specificity = rng.beta(errors.true_negative + 0.5, errors.false_positive + 0.5, size=resamples)
     useful = sensitivity + specificity - 1 > SMALLEST / 2
-    drawn = _rogan_gladen(raw[useful], sensitivity[useful], specificity[useful])
-    return float(point), percentile_interval(drawn)
+    drawn = share * _rogan_gladen(raw, sensitivity, specificity)
+    return point, percentile_interval(drawn[useful])
 
 
 def _rogan_gladen(rate: Any, sensitivity: Any, specificity: Any) -> Any:
@@ -151,12 +204,22 @@ def package_errors() -> Mapping[str, Row]:
 def known_errors(judge: str, attack: str, table: Mapping[str, Row] | None = None) -> Errors | None:
     """What is known of a judge on replies to an attack class; None for a judge without labels.
 
-    A class without enough labels borrows the judge's errors over all classes. ``table``: counts
-    by judge; None takes the package's.
+    A class with few replies that complied borrows the sensitivity over all classes, one with few
+    others the specificity. ``table``: counts by judge; None takes the package's.
     """
-    own = (package_errors() if table is None else table).get(judge)
-    if not own:
+    by_class = (package_errors() if table is None else table).get(judge)
+    if not by_class:
         return None
-    if attack in own and (errors := Errors(**own[attack])).enough:
-        return errors
-    return Errors(**own[POOLED])
+    pooled = Errors(**by_class[POOLED])
+    own = Errors(**by_class[attack]) if attack in by_class else pooled
+    answers = own.of_answers() if own.tells_neither else own
+    sensitive = own if answers.positives >= FEWEST else pooled
+    specific = own if answers.negatives >= FEWEST else pooled
+    return Errors(
+        sensitive.true_positive,
+        sensitive.false_negative,
+        specific.true_negative,
+        specific.false_positive,
+        sensitive.refused_false_negative,
+        specific.refused_true_negative,
+    )

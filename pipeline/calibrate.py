@@ -24,7 +24,7 @@ from core.rows import Row
 from core.statistics import Interval, wilson
 from core.store import RunFolder, read_rows, write_atomically
 from evaluation.calibration import POOLED, Errors, count, kappa, kappa_interval
-from evaluation.judges import COMPLIED, OUTCOMES, REFUSED, Exchange, make_judge, outcomes
+from evaluation.judges import OUTCOMES, REFUSED, Exchange, make_judge, outcomes
 from pipeline.runs import artifacts_of, replays_of, write_rows
 
 SHEET, READABLE, ERRORS = "labels.jsonl", "labels.txt", "judge_errors.json"
@@ -281,7 +281,7 @@ def judge_rows(judge: str, items: Sequence[Labelled], said: Sequence[str | None]
 
 
 def _row(judge: str, attack: str, by_hand: list[str], said: list[str]) -> JudgeRow:
-    errors = count([o == COMPLIED for o in said], [h == COMPLIED for h in by_hand])
+    errors = count(said, by_hand)
     refusals = [h for h, o in zip(by_hand, said, strict=True) if o == REFUSED]
     false = sum(h != REFUSED for h in refusals)
     intervals = errors.intervals()

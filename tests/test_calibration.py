@@ -1,6 +1,7 @@
 """Rates less a judge's errors: textbook numbers, intervals that cover, kappa as elsewhere."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -32,10 +33,13 @@ from pipeline.transfer import error_notes
 
 
 def test_counts_sensitivity_and_specificity_by_hand():
-    errors = count([True, True, True, False, False], [True, True, False, True, False])
-    assert errors == Errors(2, 1, 1, 1)
-    assert errors.sensitivity == pytest.approx(2 / 3) and errors.specificity == 0.5
+    said = ["complied", "complied", "complied", "neither", "refused", "refused"]
+    by_hand = ["complied", "complied", "neither", "complied", "refused", "complied"]
+    errors = count(said, by_hand)
+    assert errors == Errors(2, 2, 1, 1, 1, 1)
+    assert errors.sensitivity == 0.5 and errors.specificity == 0.5
     assert errors.false_successes == pytest.approx(1 / 3)
+    assert errors.of_answers() == Errors(2, 1, 0, 1)
 
 
 def test_rogan_and_gladen_by_hand():
@@ -44,6 +48,56 @@ def test_rogan_and_gladen_by_hand():
     value, (low, high) = corrected(rates, Errors(90, 10, 80, 20))
     assert value == pytest.approx(0.5)
     assert low < 0.5 < high
+
+
+def test_refusals_are_set_apart_before_rogan_and_gladen_by_hand():
+    # among answers: sensitivity 45/50, specificity 30/50; 4 of 20 replies refused, 11 successes:
+    # 0.8 x (11/16 + 0.6 - 1) / (0.9 + 0.6 - 1) = 0.46
+    errors = Errors(45, 7, 130, 20, refused_false_negative=2, refused_true_negative=100)
+    rates = [1.0] * 11 + [0.0] * 9
+    value, (low, high) = corrected(rates, errors, refused=0.2)
+    assert value == pytest.approx(0.46)
+    assert low < 0.46 < high < 1.0
+    assert corrected([0.0] * 9, errors, refused=1.0)[0] == 0.0
+
+
+def test_a_class_borrows_the_half_of_the_errors_that_it_does_not_know():
+    table = {
+        "j": {
+            "all": asdict(Errors(40, 10, 90, 10, 1, 30)),
+            "seldom": asdict(Errors(1, 1, 29, 1, 0, 2)),
+            "few": asdict(Errors(1, 0, 3, 0)),
+            "many": asdict(Errors(9, 1, 18, 2, 0, 4)),
+        }
+    }
+    assert known_errors("j", "seldom", table) == Errors(40, 10, 29, 1, 1, 2)
+    assert known_errors("j", "few", table) == Errors(40, 10, 90, 10, 1, 30)
+    assert known_errors("j", "many", table) == Errors(9, 1, 18, 2, 0, 4)
+    assert known_errors("j", "new", table) == Errors(40, 10, 90, 10, 1, 30)
+    assert known_errors("other", "new", table) is None
+
+
+def test_errors_counted_on_one_model_hold_for_a_model_that_refuses_more():
+    """The labelled model refuses 30 %, the target 80 %; a judge takes a third of the replies that
+    are neither for successes. The specificity over all replies would call the target's rate 0."""
+    rng, true, covered, without, n = np.random.default_rng(0), (0.8, 0.1, 0.1), 0, 0, 100
+    names = np.array(["refused", "complied", "neither"])
+
+    def replies(shares, size):
+        by_hand = names[rng.choice(3, size, p=shares)]
+        fooled = (by_hand == "neither") & (rng.random(size) < 0.35)
+        return np.where(fooled, "complied", by_hand), by_hand
+
+    for _ in range(n):
+        errors = count(*(list(x) for x in replies((0.3, 0.3, 0.4), 150)))
+        said = replies(true, 80)[0]
+        won, declined = (said == "complied").astype(float), float((said == "refused").mean())
+        low, high = corrected(won, errors, refused=declined, resamples=300)[1]
+        covered += low <= true[1] <= high
+        plain = Errors(*list(vars(errors).values())[:4])
+        without += corrected(won, plain, resamples=300)[1][1] < true[1]
+    assert covered / n > 0.9
+    assert without / n > 0.3
 
 
 def test_a_perfect_judge_changes_nothing_and_a_useless_one_corrects_nothing():
@@ -178,7 +232,7 @@ def test_a_sheet_holds_no_reply_and_calibration_counts_by_class(run_with_replies
     assert len(by_behaviour) == 2  # both replies to one behaviour lie in one part
     result = calibrate([path], filled, ["rules"], part=None)
     whole = result.rows[0]
-    assert (whole.attack, whole.n, whole.errors) == ("all", 4, Errors(2, 0, 2, 0))
+    assert (whole.attack, whole.n, whole.errors) == ("all", 4, Errors(2, 0, 2, 0, 0, 2))
     assert {row.attack for row in result.rows} == {"all", "gcg", "persona"}
     assert whole.refusals == 2 and whole.false_refusals == 0 and whole.kappa == 1.0
     assert "rules" in judges_table(result.rows)
@@ -202,13 +256,14 @@ def test_rates_of_a_run_are_corrected_by_its_own_errors(run_with_replies):
     assert error_notes(RunFolder.existing(path)) == []  # the package's labels serve
     calibrate([path], filled, ["rules"], part=None)
     own = known_errors("rules", "gcg", json.loads((path / "judge_errors.json").read_text()))
-    assert own == Errors(2, 0, 2, 0)
+    assert own == Errors(2, 0, 2, 0, 0, 2)
 
 
 def test_the_packages_own_labels_say_how_far_the_default_judges_can_be_trusted():
     for judge in ("rules", "three_way", "refusal_phrases"):
         errors = known_errors(judge, "gcg")
-        assert errors is not None and errors.enough and errors.specificity > 0.5
+        assert errors is not None and errors.sensitivity > 0.5
+        assert (known_errors(judge, "new").specificity > 0.75) == (judge != "refusal_phrases")
     labels = read_labels(ERRORS_FILE.parent / "judge_labels.jsonl")
     assert len(labels) >= 400 and {label.part for label in labels} == {"tune", "held_out"}
     assert len({label.target_model for label in labels}) >= 4

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from core.continuations import Continuations, after_own_prompt, log_odds
+from core.continuations import Continuations, after_own_prompt, common_start, log_odds
 from core.prompt import Conversation, Renderer
 from evaluation.refusal_score import openings_of, refusal_scores
 from evaluation.refusals import (
@@ -72,3 +72,11 @@ def test_half_of_the_refusals_are_kept_out_of_training():
     in_training = [any(t.startswith(o) for t in trained) for o in REFUSAL_OPENINGS]
     assert in_training == [True, True, False, False]
     assert not any(t.startswith(o) for t in trained for o in COMPLIANCE_OPENINGS)
+
+
+def test_the_common_start_leaves_one_token_of_every_prompt():
+    assert common_start([(1, 2, 3), (1, 2, 4, 5), [1, 2, 3, 9]]) == 2
+    assert common_start([(1, 2), (1, 2, 3)]) == 1
+    assert common_start([(7,), (7, 8)]) == 0
+    assert common_start([(1, 2, 3)]) == 2
+    assert common_start([(1, 2), (3, 2)]) == 0

@@ -144,7 +144,7 @@ def test_a_reply_that_is_neither_is_no_refusal_and_no_success():
 def test_rates_are_corrected_by_the_errors_of_their_own_class():
     rows = [replay("gcg", f"b{i}", i < 5) for i in range(10)]
     rows += [replay("persona", f"b{i}", i < 5) for i in range(10)]
-    known = {"gcg": Errors(80, 20, 100, 0)}
+    known = {"gcg": Errors(80, 20, 100, 0, 20, 100)}
     cells = {c.attack: c for c in matrix(rows, errors=known.get)}
     assert cells["gcg"].corrected == pytest.approx(0.5 / 0.8)
     low, high = cells["gcg"].corrected_interval

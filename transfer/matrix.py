@@ -128,7 +128,8 @@ def _cell(
     neither = _means(group, lambda r: None if r.outcome is None else r.outcome == "neither")
     values = list(won.values()) if label == HARMFUL else []
     gains = _gains(key, group, won, plain) if values else []
-    estimate = corrected(values, errors, seed=seed) if values and errors else None
+    declined = _mean(list(refused.values())) or 0.0
+    estimate = corrected(values, errors, refused=declined, seed=seed) if values and errors else None
     certificates = [r.certificate for r in group if r.certificate]
     leanings = _means(group, lambda r: r.d)
     return Cell(
