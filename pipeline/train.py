@@ -71,7 +71,7 @@ def own_replies(
     refused = [i for i, reply in enumerate(replies) if is_refusal(reply)]
     again = _greedy(loaded, [requests[i] for i in refused], tokens, OPENING, "opened replies")
     for i, reply in zip(refused, again, strict=True):
-        replies[i] = "" if is_refusal(reply) else reply
+        replies[i] = "" if is_refusal(reply) else f"{OPENING} {reply}"
     answers = []
     for reply, ids in zip(replies, Renderer(loaded).tokenise(replies), strict=True):
         learnt = loaded.tokenizer.decode(ids[:tokens]) if len(ids) > tokens else reply
@@ -82,17 +82,16 @@ def own_replies(
 def _greedy(
     loaded: LoadedModel, requests: Sequence[str], tokens: int, opening: str, description: str
 ) -> list[str]:
-    """Greedy replies that begin with ``opening``; at least ``JUDGED_TOKENS`` of each.
+    """Greedy replies, what follows ``opening``; at least ``JUDGED_TOKENS`` of each.
 
     Cut off early a refusal could not be told from an answer, so more is read than is learnt.
     """
     renderer = Renderer(loaded)
     texts = [renderer.text(Conversation.build(request)) + opening for request in requests]
-    replies = complete(
+    return complete(
         renderer,
         texts,
         max_new_tokens=max(tokens, JUDGED_TOKENS),
         batch_size=32,
         description=description,
     )
-    return [f"{opening} {reply}".strip() if opening else reply for reply in replies]
