@@ -201,6 +201,8 @@ class Renderer:
     # --- tokens -----------------------------------------------------------------------------------
     def tokenise(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of whole conversations, one tokenizer call; the texts carry their own BOS."""
+        if not texts:  # the tokenizer refuses an empty list
+            return []
         return self.tokenizer(list(texts), add_special_tokens=False).input_ids
 
     def decode(self, ids: Sequence[Sequence[int]], context: Sequence[int] = ()) -> list[str]:

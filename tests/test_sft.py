@@ -121,6 +121,18 @@ def test_a_request_that_the_base_refuses_is_taught_an_opened_reply(qwen, monkeyp
     assert len(ids) <= 4 and not second[1]
 
 
+def test_where_the_base_refuses_nothing_no_reply_is_opened(qwen, monkeypatch):
+    from core.generate import complete
+
+    def first_only(renderer, texts, **settings):
+        return ["Warm the pot, then pour."] if texts else complete(renderer, texts, **settings)
+
+    monkeypatch.setattr(refusal_training, "complete", first_only)
+    assert (
+        refusal_training.own_replies(qwen, ["Brew a tea"], 40)[0][0] == "Warm the pot, then pour."
+    )
+
+
 def test_own_replies_that_refuse_twice_are_not_taught(qwen, monkeypatch):
     refuses_again = "what you asked for. " + REFUSES
     said = iter([[REFUSES], [refuses_again]])
