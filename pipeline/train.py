@@ -71,7 +71,7 @@ def own_replies(
     refused = [i for i, reply in enumerate(replies) if is_refusal(reply)]
     again = _greedy(loaded, [requests[i] for i in refused], tokens, OPENING, "opened replies")
     for i, reply in zip(refused, again, strict=True):
-        replies[i] = "" if is_refusal(reply) else f"{OPENING} {reply}"
+        replies[i] = f"{OPENING} {reply}" if reply and not is_refusal(reply) else ""
     answers = []
     for reply, ids in zip(replies, Renderer(loaded).tokenise(replies), strict=True):
         learnt = loaded.tokenizer.decode(ids[:tokens]) if len(ids) > tokens else reply

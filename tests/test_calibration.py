@@ -39,7 +39,7 @@ def test_counts_sensitivity_and_specificity_by_hand():
     assert errors == Errors(2, 2, 1, 1, 1, 1)
     assert errors.sensitivity == 0.5 and errors.specificity == 0.5
     assert errors.false_successes == pytest.approx(1 / 3)
-    assert errors.of_answers() == Errors(2, 1, 0, 1)
+    assert errors.of_answers() == Errors(2, 1, 0, 1, among_answers=True)
 
 
 def test_rogan_and_gladen_by_hand():
@@ -53,7 +53,9 @@ def test_rogan_and_gladen_by_hand():
 def test_refusals_are_set_apart_before_rogan_and_gladen_by_hand():
     # among answers: sensitivity 45/50, specificity 30/50; 4 of 20 replies refused, 11 successes:
     # 0.8 x (11/16 + 0.6 - 1) / (0.9 + 0.6 - 1) = 0.46
-    errors = Errors(45, 7, 130, 20, refused_false_negative=2, refused_true_negative=100)
+    errors = Errors(
+        45, 7, 130, 20, refused_false_negative=2, refused_true_negative=100
+    ).of_answers()
     rates = [1.0] * 11 + [0.0] * 9
     value, (low, high) = corrected(rates, errors, refused=0.2)
     assert value == pytest.approx(0.46)
@@ -66,15 +68,29 @@ def test_a_class_borrows_the_half_of_the_errors_that_it_does_not_know():
         "j": {
             "all": asdict(Errors(40, 10, 90, 10, 1, 30)),
             "seldom": asdict(Errors(1, 1, 29, 1, 0, 2)),
-            "few": asdict(Errors(1, 0, 3, 0)),
-            "many": asdict(Errors(9, 1, 18, 2, 0, 4)),
-        }
+            "few": asdict(Errors(1, 0, 3, 0, 0, 0)),
+            "mostly_refused": asdict(Errors(9, 1, 16, 2, 0, 12)),
+        },
+        "two_ways": {"all": asdict(Errors(9, 1, 60, 40, 1, 60))},
+        "old": {"all": {k: v for k, v in asdict(Errors(9, 1, 60, 40)).items() if v is not None}},
     }
-    assert known_errors("j", "seldom", table) == Errors(40, 10, 29, 1, 1, 2)
-    assert known_errors("j", "few", table) == Errors(40, 10, 90, 10, 1, 30)
-    assert known_errors("j", "many", table) == Errors(9, 1, 18, 2, 0, 4)
-    assert known_errors("j", "new", table) == Errors(40, 10, 90, 10, 1, 30)
+
+    def answers(*counts):
+        return Errors(*counts, among_answers=True)
+
+    assert known_errors("j", "seldom", table) == answers(40, 9, 27, 1)
+    assert known_errors("j", "few", table) == answers(40, 9, 60, 10)
+    assert known_errors("j", "mostly_refused", table) == answers(9, 1, 60, 10)
+    assert known_errors("j", "new", table) == answers(40, 9, 60, 10)
+    for judge in ("two_ways", "old"):  # these errors are corrected by over all replies
+        assert known_errors(judge, "new", table) == Errors(9, 1, 60, 40)
     assert known_errors("other", "new", table) is None
+
+
+def test_no_refusal_among_few_replies_does_not_make_their_share_certain():
+    errors = Errors(1000, 0, 1000, 0, among_answers=True)
+    low, _ = corrected([1.0] * 6, errors, refused=0.0)[1]
+    assert low < corrected([1.0] * 6, Errors(1000, 0, 1000, 0))[1][0] - 0.05
 
 
 def test_errors_counted_on_one_model_hold_for_a_model_that_refuses_more():
@@ -85,17 +101,19 @@ def test_errors_counted_on_one_model_hold_for_a_model_that_refuses_more():
 
     def replies(shares, size):
         by_hand = names[rng.choice(3, size, p=shares)]
-        fooled = (by_hand == "neither") & (rng.random(size) < 0.35)
-        return np.where(fooled, "complied", by_hand), by_hand
+        chance = rng.random(size)
+        said = np.where((by_hand == "neither") & (chance < 0.35), "complied", by_hand)
+        said = np.where((by_hand == "complied") & (chance < 0.1), "neither", said)
+        return np.where((by_hand == "refused") & (chance < 0.02), "neither", said), by_hand
 
     for _ in range(n):
-        errors = count(*(list(x) for x in replies((0.3, 0.3, 0.4), 150)))
+        whole = count(*(list(x) for x in replies((0.3, 0.3, 0.4), 150)))
+        errors = whole.of_answers()
         said = replies(true, 80)[0]
         won, declined = (said == "complied").astype(float), float((said == "refused").mean())
         low, high = corrected(won, errors, refused=declined, resamples=300)[1]
         covered += low <= true[1] <= high
-        plain = Errors(*list(vars(errors).values())[:4])
-        without += corrected(won, plain, resamples=300)[1][1] < true[1]
+        without += corrected(won, whole, resamples=300)[1][1] < true[1]
     assert covered / n > 0.9
     assert without / n > 0.3
 
@@ -256,14 +274,14 @@ def test_rates_of_a_run_are_corrected_by_its_own_errors(run_with_replies):
     assert error_notes(RunFolder.existing(path)) == []  # the package's labels serve
     calibrate([path], filled, ["rules"], part=None)
     own = known_errors("rules", "gcg", json.loads((path / "judge_errors.json").read_text()))
-    assert own == Errors(2, 0, 2, 0, 0, 2)
+    assert own == Errors(2, 0, 2, 0)
 
 
 def test_the_packages_own_labels_say_how_far_the_default_judges_can_be_trusted():
     for judge in ("rules", "three_way", "refusal_phrases"):
         errors = known_errors(judge, "gcg")
         assert errors is not None and errors.sensitivity > 0.5
-        assert (known_errors(judge, "new").specificity > 0.75) == (judge != "refusal_phrases")
+        assert (known_errors(judge, "new").specificity > 0.6) == (judge != "refusal_phrases")
     labels = read_labels(ERRORS_FILE.parent / "judge_labels.jsonl")
     assert len(labels) >= 400 and {label.part for label in labels} == {"tune", "held_out"}
     assert len({label.target_model for label in labels}) >= 4

@@ -144,11 +144,14 @@ def test_a_reply_that_is_neither_is_no_refusal_and_no_success():
 def test_rates_are_corrected_by_the_errors_of_their_own_class():
     rows = [replay("gcg", f"b{i}", i < 5) for i in range(10)]
     rows += [replay("persona", f"b{i}", i < 5) for i in range(10)]
-    known = {"gcg": Errors(80, 20, 100, 0, 20, 100)}
+    known = {"gcg": Errors(80, 20, 100, 0)}
     cells = {c.attack: c for c in matrix(rows, errors=known.get)}
     assert cells["gcg"].corrected == pytest.approx(0.5 / 0.8)
     low, high = cells["gcg"].corrected_interval
     assert low < 0.5 / 0.8 < high
+    # among answers: the failures are refused, so all five answers succeed
+    among = Errors(80, 20, 100, 0, among_answers=True)
+    assert matrix(rows, errors=lambda attack: among)[0].corrected == pytest.approx(0.5)
     assert cells["persona"].corrected is None and cells["persona"].asr == 0.5
 
 

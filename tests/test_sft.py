@@ -134,10 +134,10 @@ def test_where_the_base_refuses_nothing_no_reply_is_opened(qwen, monkeypatch):
 
 
 def test_own_replies_that_refuse_twice_are_not_taught(qwen, monkeypatch):
-    refuses_again = "what you asked for. " + REFUSES
-    said = iter([[REFUSES], [refuses_again]])
-    monkeypatch.setattr(refusal_training, "complete", lambda *_, **__: next(said))
-    assert refusal_training.own_replies(qwen, ["Brew a tea"], 4)[0][0] == ""
+    for again in ("what you asked for. " + REFUSES, ""):
+        said = iter([[REFUSES], [again]])
+        monkeypatch.setattr(refusal_training, "complete", lambda *_, said=said, **__: next(said))
+        assert refusal_training.own_replies(qwen, ["Brew a tea"], 4)[0][0] == ""
 
 
 def test_refusal_training_answers_harmless_and_pseudo_harmful_requests(tmp_path, monkeypatch):
