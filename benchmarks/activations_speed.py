@@ -29,10 +29,11 @@ import torch
 
 from benchmarks.measure import device_name, forget_peak, matrix_peak, median, peak_mib, timed
 from core.models import LoadedModel, load
+from core.prefix import shared_length
 from core.prompt import Conversation, Prompt, Renderer
 from core.text import aligned
 from evaluation.behaviours import load_behaviours
-from geometry.activations import POSITIONS, collect, shared_length
+from geometry.activations import POSITIONS, collect
 
 FILLER = "and please explain each step with an example "
 

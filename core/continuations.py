@@ -20,7 +20,13 @@ from torch import Tensor
 
 from core.batching import BatchSize
 from core.models import LoadedModel
-from core.prefix import SharedPrefix, forked, keeps_keys_and_values_only, shares_a_start
+from core.prefix import (
+    SharedPrefix,
+    forked,
+    keeps_keys_and_values_only,
+    shared_length,
+    shares_a_start,
+)
 
 Ids = Sequence[int]
 LOGIT_BYTES = 1 << 28
@@ -41,7 +47,8 @@ class Continuations:
     def __init__(self, loaded: LoadedModel, prompts: Sequence[Ids]) -> None:
         self.loaded, self.prompts = loaded, [list(p) for p in prompts]
         self._cached = keeps_keys_and_values_only(loaded)
-        start = common_start(self.prompts) if shares_a_start(loaded) else 0
+        last = min(map(len, self.prompts)) - 1  # so that something of every prompt is left
+        start = shared_length(self.prompts, last) if shares_a_start(loaded) else 0
         first = torch.tensor(self.prompts[0][:start], dtype=torch.long)
         prefix = SharedPrefix(loaded, first)
         n = len(prompts)
@@ -128,14 +135,6 @@ def after_own_prompt(
     for _ in BatchSize(batch_size).over(order, work):
         pass
     return values
-
-
-def common_start(prompts: Sequence[Ids]) -> int:
-    """How many first tokens all prompts have in common; at least one token of each is left."""
-    rows = [tuple(prompt) for prompt in prompts]
-    low, high, shortest = min(rows), max(rows), min(map(len, rows)) - 1
-    same = (i for i, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1])
-    return max(0, min(next(same, shortest), shortest))
 
 
 def log_odds(log_probabilities: Tensor, tokens: Sequence[int]) -> Tensor:

@@ -6,7 +6,7 @@ They are computed once and expanded to any batch without a copy.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,14 @@ def shares_a_start(loaded: LoadedModel) -> bool:
     """
     layers = DynamicCache(config=loaded.model.config).layers
     return all(type(layer) is DynamicLayer for layer in layers)
+
+
+def shared_length(ids: Sequence[Sequence[int]], first_wanted: int) -> int:
+    """How many leading tokens all prompts share, ending before the first wanted position."""
+    # whatever the lexicographically first and last share, all between them share too
+    first, last = min(map(tuple, ids)), max(map(tuple, ids))
+    limit = min(first_wanted, len(first), len(last))
+    return next((index for index in range(limit) if first[index] != last[index]), limit)
 
 
 class SharedPrefix:

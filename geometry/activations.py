@@ -39,7 +39,7 @@ from core.batching import BatchSize
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.packed import Group, PackedDecoder
-from core.prefix import SharedPrefix, keeps_keys_and_values_only
+from core.prefix import SharedPrefix, keeps_keys_and_values_only, shared_length
 from core.progress import bar as progress_bar
 from core.prompt import Prompt
 from core.records import Activations
@@ -107,14 +107,6 @@ def read_residuals(loaded: LoadedModel, keep: Callable[[int, Tensor], None]) -> 
     finally:
         for handle in handles:
             handle.remove()
-
-
-def shared_length(ids: Sequence[Sequence[int]], first_wanted: int) -> int:
-    """How many leading tokens all prompts share, ending before the first wanted position."""
-    # whatever the lexicographically first and last share, all between them share too
-    first, last = min(map(tuple, ids)), max(map(tuple, ids))
-    limit = min(first_wanted, len(first), len(last))
-    return next((index for index in range(limit) if first[index] != last[index]), limit)
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,9 @@ from core.batching import BatchSize
 from core.continuations import log_odds
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
-from core.prefix import keeps_keys_and_values_only
+from core.prefix import keeps_keys_and_values_only, shared_length
 from core.progress import bar as progress_bar
 from core.prompt import Prompt
-from geometry.activations import shared_length
 from geometry.edited_batch import EditedBatch, SharedEdits
 from geometry.interventions import Intervention, touched
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from core.continuations import Continuations, after_own_prompt, common_start, log_odds
+from core.continuations import Continuations, after_own_prompt, log_odds
+from core.prefix import shared_length
 from core.prompt import Conversation, Renderer
 from evaluation.refusal_score import openings_of, refusal_scores
 from evaluation.refusals import (
@@ -75,8 +76,11 @@ def test_half_of_the_refusals_are_kept_out_of_training():
 
 
 def test_the_common_start_leaves_one_token_of_every_prompt():
-    assert common_start([(1, 2, 3), (1, 2, 4, 5), [1, 2, 3, 9]]) == 2
-    assert common_start([(1, 2), (1, 2, 3)]) == 1
-    assert common_start([(7,), (7, 8)]) == 0
-    assert common_start([(1, 2, 3)]) == 2
-    assert common_start([(1, 2), (3, 2)]) == 0
+    def start(prompts):
+        return shared_length(prompts, min(map(len, prompts)) - 1)
+
+    assert start([(1, 2, 3), (1, 2, 4, 5), [1, 2, 3, 9]]) == 2
+    assert start([(1, 2), (1, 2, 3)]) == 1
+    assert start([(7,), (7, 8)]) == 0
+    assert start([(1, 2, 3)]) == 2
+    assert start([(1, 2), (3, 2)]) == 0
