@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import types
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +20,8 @@ from commands.options import (
     program,
     quiet_libraries,
 )
+from commands.setting_options import flag_of, given_settings, setting_options
 from core.rows import Row
-from core.settings import BELOW, CHOICES, FLAG, HELP, HIGH, LOW, default_of
 
 COMMON = (
     *("run", "behaviours", "label", "splits", "limit", "preset", "seed"),
@@ -41,7 +38,7 @@ def attack_command(name: str) -> click.Command:
         run_attack(attack, common, options)
 
     command: Any = quiet_libraries(callback)
-    for option in reversed([*_options(attack), *_setting_options(attack)]):
+    for option in reversed([*_options(attack), *_own_options(attack)]):
         command = option(command)
     examples = "".join(f"  python cli.py {example}\n" for example in attack.examples)
     text = f"{attack.summary}\n\nSaves each prompt as an artifact of the run, with what it is "
@@ -117,81 +114,10 @@ def _preset_text(attack: Attack, preset: str) -> str:
     return ", ".join(f"{flag_of(f).removeprefix('--')} {getattr(config, f.name)}" for f in fields)
 
 
-def flag_of(field: dataclasses.Field[Any]) -> str:
-    """The option of a setting."""
-    return field.metadata.get(FLAG) or f"--{field.name.replace('_', '-')}"
-
-
-def _setting_options(attack: Attack) -> list[Decorator]:
-    """One option per field of the config."""
-    hints = typing.get_type_hints(attack.config)
+def _own_options(attack: Attack) -> list[Decorator]:
+    """One option per setting of the attack."""
     changed = {key for values in attack.presets.values() for key in values}
-    return [
-        _setting_option(field, hints[field.name], field.name in changed)
-        for field in dataclasses.fields(attack.config)
-    ]
-
-
-def _setting_option(field: dataclasses.Field[Any], hint: Any, by_preset: bool) -> Decorator:
-    """A setting as an option; not given is None, and then the preset or the default holds."""
-    kind, default = _plain(hint), default_of(field)
-    text = field.metadata.get(HELP, "")
-    if "[default:" not in text and default not in (None, (), {}) and kind is not bool:
-        shown = ", ".join(default) if isinstance(default, tuple) else default
-        text += " [default: by preset]" if by_preset else f" [default: {shown}]"
-    options: Row = {"help": text, "default": None, "show_default": False}
-    flag = flag_of(field)
-    if kind is bool:
-        return click.option(flag, field.name, is_flag=True, **options)
-    if kind is dict:
-        return click.option(flag, field.name, multiple=True, metavar="NAME=JSON", **options)
-    if kind is tuple:
-        choices = click.Choice(field.metadata.get(CHOICES, ()))
-        options["metavar"] = "NAME"
-        return click.option(flag, field.name, type=choices, multiple=True, **options)
-    return click.option(flag, field.name, type=_type_of(kind, field.metadata), **options)
-
-
-def _plain(hint: Any) -> type[Any]:
-    """``int | None`` -> int, ``tuple[str, ...]`` -> tuple."""
-    if isinstance(hint, types.UnionType):
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
-    return typing.get_origin(hint) or hint
-
-
-def _type_of(kind: type[Any], metadata: Any) -> Any:
-    if metadata.get(CHOICES):
-        return click.Choice(metadata[CHOICES])
-    if kind is int:
-        return click.IntRange(metadata.get(LOW), metadata.get(HIGH))
-    if kind is float:
-        below = metadata.get(BELOW)
-        high = metadata.get(HIGH) if below is None else below
-        return click.FloatRange(metadata.get(LOW), high, max_open=below is not None)
-    return str
-
-
-def _json_pairs(pairs: tuple[str, ...]) -> Row:
-    """``("buffer_size=4",)`` -> {"buffer_size": 4}."""
-    values = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        try:
-            values[name] = json.loads(value)
-        except ValueError as error:
-            example = "for example buffer_size=4"
-            raise click.BadParameter(f"{pair!r}: expected NAME=JSON, {example}") from error
-    return values
-
-
-def given_settings(attack: Attack, options: Row) -> Row:
-    """The settings that were given on the command line."""
-    hints = typing.get_type_hints(attack.config)
-    values = {}
-    for name, value in options.items():
-        if value is not None and value != ():
-            values[name] = _json_pairs(value) if _plain(hints[name]) is dict else value
-    return values
+    return setting_options(attack.config, changed)
 
 
 def run_attack(attack: Attack, common: Row, options: Row) -> None:
@@ -204,7 +130,7 @@ def run_attack(attack: Attack, common: Row, options: Row) -> None:
             click.echo("\n  ".join([title, *lines]))
         return
     preset = chosen_preset(common["preset"]) if "preset" in common else "paper"
-    config = attack.make_config(given_settings(attack, options), where=attack.name, preset=preset)
+    config = attack.make_config(given_settings(attack.config, options), where=attack.name, preset=preset)
     behaviours, count = chosen(*(common[k] for k in ("behaviours", "label", "splits", "limit")))
     models = common.get("models", ())
     models = (models,) if isinstance(models, str) else models

@@ -54,8 +54,8 @@ def show(result: Any, run: Path) -> None:
     from pipeline.campaign import CampaignResult
     from pipeline.directions import DirectionsResult
     from pipeline.plane_files import CLASSES
-    from pipeline.train import TrainResult
     from pipeline.transfer import TransferResult
+    from training.registry import TrainResult
 
     if isinstance(result, TrainResult):
         last = result.losses[-1]

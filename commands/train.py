@@ -1,116 +1,134 @@
-"""The command train: checkpoints, which are targets like any other."""
+"""The command train: one command per training arm, made from its registry entry."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
-from commands.options import SEED, CleanGroup, quiet_libraries
+from commands.options import CleanGroup, quiet_libraries
+from commands.setting_options import flag_of, given_settings, setting_options
+from core.rows import Row
 
-PAPER_CHECKPOINTS = (50, 100, 250)
-"""Steps that the papers save at, besides the last one."""
+Decorator = Callable[..., Any]
 
 
-@click.group(cls=CleanGroup)
+class Arms(CleanGroup):
+    """Its commands are the training arms of the registry."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        from training.registry import ARMS
+
+        return sorted(ARMS.all())
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        from training.registry import ARMS
+
+        return arm_command(name) if name in ARMS.all() else None
+
+
+@click.group(cls=Arms)
 def train() -> None:
     """Train checkpoints, which are targets like any other."""
 
 
-@train.command()
-@click.option("--model", default="embedded", help="Base model (a model spec).")
-@click.option(
-    "--out",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder of the checkpoints.",
-)
-@click.option(
-    "--behaviours",
-    default="demonstration",
-    help="Behaviours with splits; the training split is used.",
-)
-@click.option("--steps", type=click.IntRange(1), default=500, help="Optimiser steps.")
-@click.option(
-    "--checkpoint",
-    "checkpoints",
-    multiple=True,
-    type=int,
-    help="Step to save at; repeatable [default: those of 50, 100, 250 within the steps, and the "
-    "last]",
-)
-@click.option("--batch-size", type=click.IntRange(1), default=16)
-@click.option("--learning-rate", type=float, default=2e-5)
-@click.option("--warmup", type=click.IntRange(0), default=0, help="Steps of linear warm-up.")
-@click.option("--rank", type=click.IntRange(1), default=64, help="LoRA rank.")
-@click.option("--alpha", type=click.IntRange(1), default=16, help="LoRA alpha.")
-@click.option("--dropout", type=click.FloatRange(0, 1), default=0.1, help="LoRA dropout.")
-@click.option(
-    "--all-linear", is_flag=True, help="LoRA on all linear layers, not on attention alone."
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    help="Of the products; bfloat16 is faster where the machine has it.",
-)
-@click.option(
-    "--reply-tokens",
-    type=click.IntRange(1),
-    default=48,
-    help="New tokens of the base model's own replies to harmless requests.",
-)
-@SEED
-@quiet_libraries
-def sft(
-    model: str,
-    out: Path,
-    behaviours: str,
-    steps: int,
-    checkpoints: tuple[int, ...],
-    batch_size: int,
-    learning_rate: float,
-    warmup: int,
-    rank: int,
-    alpha: int,
-    dropout: float,
-    all_linear: bool,
-    precision: str,
-    reply_tokens: int,
-    seed: int,
-) -> None:
-    """Fine-tune a model to refuse harmful requests (LoRA).
+def arm_command(name: str) -> click.Command:
+    """The command of one arm."""
+    from training.registry import ARMS
 
-    \b
-    Example, the demo's training:
-      python cli.py train sft --out runs/sft --steps 24 --batch-size 8 --learning-rate 1e-3 \\
-          --checkpoint 6 --checkpoint 12 --checkpoint 24 --warmup 2 --rank 16 --alpha 32 \\
-          --dropout 0
-    """
-    from pipeline.train import train_sft
-    from training.sft import SFTConfig
+    arm = ARMS.get(name)
 
-    saved = checkpoints or [c for c in PAPER_CHECKPOINTS if c < steps] + [steps]
-    config = SFTConfig(
-        num_steps=steps,
-        checkpoints=tuple(sorted(set(saved))),
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=warmup,
-        lora_rank=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        all_linear=all_linear,
-        precision=precision,
-        reply_tokens=reply_tokens,
-        seed=seed,
+    def callback(**options: Any) -> None:
+        common = {k: options.pop(k) for k in ("model", "out", "behaviours", "replies", "preset")}
+        run_arm(name, common, given_settings(arm.config, options))
+
+    changed = {key for values in arm.presets.values() for key in values}
+    command: Any = quiet_libraries(callback)
+    for option in reversed([*_options(), *setting_options(arm.config, changed)]):
+        command = option(command)
+    examples = "".join(f"  python cli.py {example}\n" for example in arm.examples)
+    text = (
+        f"{arm.summary}\n\nSource: {arm.source}. Checkpoints are LoRA folders OUT/step-N, targets "
+        "by the spec MODEL+OUT/step-N. The same command goes on after a stop. With several "
+        "devices: accelerate launch cli.py train ...\n\n\b\n"
+        f"Examples:\n{examples}\n\b\nThe preset small (paper -> small):\n{_difference(arm)}"
     )
-    result = train_sft(model, out, config, behaviours)
-    for path in result.checkpoints:
+    return click.command(name, help=text)(command)
+
+
+def _options() -> list[Decorator]:
+    return [
+        click.option("--model", default="embedded", help="Base model (a model spec)."),
+        click.option(
+            "--out",
+            required=True,
+            type=click.Path(path_type=Path),
+            help="Folder of the checkpoints, for example runs/sft.",
+        ),
+        click.option(
+            "--behaviours",
+            default="demonstration",
+            help="Requests: the demonstration set, a file or a hub set; the split train is used "
+            "where there is one.",
+        ),
+        click.option(
+            "--replies",
+            type=click.Path(path_type=Path),
+            help="CSV or JSON lines file of request and reply, in place of the set's ordinary "
+            "requests and the base's own replies.",
+        ),
+        click.option(
+            "--preset",
+            type=click.Choice(["auto", "paper", "small"]),
+            default="auto",
+            help="paper: published values. small: fits two cores, see above. auto: small on a CPU.",
+        ),
+    ]
+
+
+def _difference(arm: Any) -> str:
+    """One line per setting in which the preset ``small`` differs from the paper's."""
+    from training.config import differences
+
+    paper, small = (arm.make_config({}, preset=name) for name in arm.presets)
+    flags = {f.name: flag_of(f) for f in dataclasses.fields(arm.config)}
+    changed = differences(small, paper)
+    return "".join(f"  {flags[k]}  {_text(a)} -> {_text(b)}\n" for k, (a, b) in changed.items())
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+
+
+def run_arm(name: str, common: Row, settings: Row) -> None:
+    """Train, and print what came of it."""
+    from commands.options import echo_notes, program
+    from commands.tables.training import training_table
+    from core.weights import default_device
+    from pipeline.train import train_arm
+    from training.registry import ARMS
+
+    preset = common["preset"]
+    if preset == "auto":
+        preset = "small" if default_device().type == "cpu" else "paper"
+        click.echo(f"preset {preset} for {default_device().type} (--preset chooses another)")
+    config = ARMS.get(name).make_config(settings, preset=preset)
+    model, out = common["model"], common["out"]
+    updates = f"{config.num_steps} updates" if hasattr(config, "num_steps") else "a fit"
+    click.echo(f"train {name}: {updates} on {model} -> {out}")
+    trained = train_arm(
+        name, model, out, config, common["behaviours"], replies=common["replies"]
+    )
+    click.echo(training_table(trained, getattr(config, "saved_steps", ())))
+    echo_notes([trained.note] if trained.note else [])
+    for file in trained.files:
+        click.echo(str(file))
+    for path in trained.checkpoints:
         click.echo(f"{model}+{path}")
-    click.echo("step,loss,learning_rate")
-    for row in result.losses:
-        click.echo(f"{int(row['step'])},{row['loss']:.6f},{row['learning_rate']:.3e}")
+    click.echo(f"next: {program()} evaluate --model {model} --model '{model}+{out}/...'")
 
 
 command = train

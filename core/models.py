@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from core.cast import SETTINGS, attach, load_cast
 from core.errors import AttackPlaneError
 from core.specs import ModelSpec, parse_spec
 from core.weights import (
@@ -66,19 +68,12 @@ class LoadedModel:
     @cached_property
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks: the shallowest module list as long as the model is deep."""
-        candidates = [
-            (name.count("."), name, module)
-            for name, module in self.decoder.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == self.n_layers
-        ]
-        if not candidates:
-            raise AttackPlaneError(
-                "cannot find the transformer blocks",
-                where=self.spec,
-                got=f"no list of {self.n_layers} modules in {type(self.model).__name__}",
-                remedy="only decoder-only transformers are served",
-            )
-        return min(candidates, key=lambda item: item[:2])[2]
+        return blocks_of(self.model, self.spec)
+
+    @property
+    def hook(self) -> str | None:
+        """What acts on this model besides its weights, or None. It must see whole prompts."""
+        return getattr(self.model, "attack_plane_hook", None)
 
     @cached_property
     def embedding_table(self) -> torch.Tensor:
@@ -122,7 +117,30 @@ class LoadedModel:
             f"{self.spec}: {type(self.model).__name__}, {self.n_layers} layers, d_model "
             f"{self.d_model}, "
             f"{str(self.dtype).removeprefix('torch.')} on {self.device}, {template}"
+            + (f"; {self.hook}" if self.hook else "")
         )
+
+
+def blocks_of(model: Any, spec: str) -> nn.ModuleList:
+    """The transformer blocks of a model.
+
+    Raises:
+        AttackPlaneError: there is no list of modules as long as the model is deep.
+    """
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
+    candidates = [
+        (name.count("."), name, module)
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    if not candidates:
+        raise AttackPlaneError(
+            "cannot find the transformer blocks",
+            where=spec,
+            got=f"no list of {depth} modules in {type(model).__name__}",
+            remedy="only decoder-only transformers are served",
+        )
+    return min(candidates, key=lambda item: item[:2])[2]
 
 
 def load(spec: str | ModelSpec, device: torch.device | str | None = None) -> LoadedModel:
@@ -140,7 +158,12 @@ def load(spec: str | ModelSpec, device: torch.device | str | None = None) -> Loa
     """
     parsed = parse_spec(spec) if isinstance(spec, str) else spec
     model, tokenizer = load_base(parsed, torch.device(device) if device else default_device())
-    return frozen(parsed, merged_adapter(parsed, model), tokenizer)
+    if parsed.adapter and (Path(parsed.adapter) / SETTINGS).is_file():
+        cast = load_cast(Path(parsed.adapter))
+        attach(model, cast, blocks_of(model, parsed.text), parsed.text)
+    else:
+        model = merged_adapter(parsed, model)
+    return frozen(parsed, model, tokenizer)
 
 
 def frozen(spec: ModelSpec, model: Any, tokenizer: Any) -> LoadedModel:

@@ -92,7 +92,14 @@ class PackedDecoder:
         """The groups that the calling thread runs now: a hook learns which batch it sees."""
         return self._now.groups
 
-    def hidden(self, embeddings: Tensor, groups: Sequence[Group], *, keep: int = 0) -> Tensor:
+    def hidden(
+        self,
+        embeddings: Tensor,
+        groups: Sequence[Group],
+        *,
+        keep: int = 0,
+        leading: bool = False,
+    ) -> Tensor:
         """Final hidden states of all fed tokens, after the last norm.
 
         Args:
@@ -100,12 +107,14 @@ class PackedDecoder:
             keep: used with one group of one row. The keys and values of the first ``keep`` tokens
                 of shared sequence and row become the shared sequence from here on. 0 changes
                 nothing.
+            leading: the first group is one row, and is what the other groups share. Gradients flow
+                through it, so training can use it too.
 
         Returns:
             (fed tokens, d_model)
         """
         with self._installed():
-            return self._run(embeddings, groups, keep)
+            return self._run(embeddings, groups, keep, leading)
 
     @torch.no_grad()
     def hidden_of_two(self, batches: Sequence[tuple[Tensor, Sequence[Group]]]) -> list[Tensor]:
@@ -121,7 +130,7 @@ class PackedDecoder:
                 max(1, threads // 2)
             )  # for this thread; the caller's is put back below
             with torch.no_grad():
-                return self._run(*batch, 0)
+                return self._run(*batch, 0, False)
 
         try:
             with self._installed(), ThreadPoolExecutor(len(batches)) as pool:
@@ -129,11 +138,13 @@ class PackedDecoder:
         finally:
             torch.set_num_threads(threads)
 
-    def _run(self, embeddings: Tensor, groups: Sequence[Group], keep: int) -> Tensor:
+    def _run(
+        self, embeddings: Tensor, groups: Sequence[Group], keep: int, leading: bool
+    ) -> Tensor:
         positions = torch.cat(
             [torch.arange(g.shared, g.shared + g.length).repeat(g.count) for g in groups]
         ).to(embeddings.device)
-        self._now.groups, self._now.keep = groups, keep
+        self._now.groups, self._now.keep, self._now.leading = groups, keep, leading
         output = self.loaded.decoder(
             inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False
         )
@@ -164,8 +175,13 @@ class PackedDecoder:
         """(1, heads, fed tokens, head dim) each -> (1, fed tokens, heads, head dim)."""
         own = self._own_attention(module)
         fold = query.shape[1] // key.shape[1] if own is grouped_sdpa else 1
+        dtype = value.dtype
+        if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # under a mask the CPU's bfloat16 attention is four times as slow as the float32 one
+            query, key, value = query.float(), key.float(), value.float()
         parts, first = [], 0
-        with full_products(query.device):
+        known = self._known.get(module)
+        with full_products(query.device), torch.autocast(query.device.type, enabled=False):
             for group in self._now.groups:
                 rows = slice(first, first + group.tokens)
                 first += group.tokens
@@ -174,18 +190,21 @@ class PackedDecoder:
                     for x in (query, key, value)
                 )
                 if group.shared:
-                    shared_k, shared_v = self._known[module]
+                    assert known is not None
+                    shared_k, shared_v = known
                     k = torch.cat(
                         [shared_k[:, :, : group.shared].expand(group.count, -1, -1, -1), k], 2
                     )
                     v = torch.cat(
                         [shared_v[:, :, : group.shared].expand(group.count, -1, -1, -1), v], 2
                     )
+                if self._now.leading and first == group.tokens:
+                    known = k, v
                 if keep := self._now.keep:
                     self._known[module] = (k[:, :, :keep].detach(), v[:, :, :keep].detach())
                 mask = self._mask(group, options.get("sliding_window"), fold, query)
                 parts.append(own(module, q, k, v, mask, **options)[0].flatten(0, 1))
-        return torch.cat(parts)[None], None
+        return torch.cat(parts)[None].to(dtype), None
 
     def _own_attention(self, module: nn.Module) -> Callable[..., tuple[Tensor, Any]]:
         """The attention function that the model uses without us."""

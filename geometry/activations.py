@@ -257,9 +257,9 @@ def collect(
         [s or range(p.t_inst, p.t_inst + 1) for s in row]
         for p, row in zip(prompts, spans_of, strict=True)
     ]
-    # nothing after the last wanted token can change it
+    # nothing after the last wanted token can change it, unless a hook reads the whole prompt
     ids = [
-        [*p.ids, *p.target_ids][: max(s.stop for s in row)]
+        [*p.ids, *p.target_ids][: None if loaded.hook else max(s.stop for s in row)]
         for p, row in zip(prompts, spans, strict=True)
     ]
     first = min(s.start for row in spans for s in row)

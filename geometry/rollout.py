@@ -140,7 +140,7 @@ def rollout(
         raise AttackPlaneError(
             "interventions serve models that keep keys and values only of earlier tokens",
             where=loaded.spec,
-            got="recurrent, convolution or shared state",
+            got=loaded.hook or "recurrent, convolution or shared state",
             remedy="choose a model with attention in every layer",
         )
     share = share and _may_share(loaded, prompts[0], interventions)

@@ -27,9 +27,11 @@ from pipeline.campaign import CampaignResult, Plan, baseline_plans, campaign
 from pipeline.contrast_reading import DirectionsConfig
 from pipeline.directions import directions
 from pipeline.plane import PlaneConfig, plane
-from pipeline.train import TrainResult, train_sft
+from pipeline.train import train_arm
 from pipeline.transfer import MATRIX, transfer
-from training.sft import SFTConfig
+from training.refusal import ARM as REFUSAL
+from training.refusal import RefusalConfig
+from training.registry import SMALL_PRESET, TrainResult
 from transfer.matrix import Cell
 from transfer.replay import ReplayConfig
 
@@ -44,19 +46,7 @@ class DemoConfig:
     gcg: GCGConfig = GCGConfig(num_steps=20, search_width=32, topk=64)
     plain: int = 12
     """Plain requests of each label."""
-    sft: SFTConfig = SFTConfig(
-        num_steps=240,
-        checkpoints=(30, 90, 240),
-        batch_size=8,
-        learning_rate=1e-3,
-        warmup_steps=10,
-        lora_rank=16,
-        lora_alpha=32,
-        lora_dropout=0.05,
-        all_linear=True,
-        precision="bfloat16",
-        reply_tokens=16,
-    )
+    training: RefusalConfig = REFUSAL.make_config({}, preset=SMALL_PRESET)
     replay: ReplayConfig = ReplayConfig(max_new_tokens=32)
     directions: DirectionsConfig = DirectionsConfig(splits=("validation",))
 
@@ -83,7 +73,7 @@ def demo(
 ) -> DemoResult:
     """Run everything; ``on_stage`` is told what begins, ``on_result`` what a stage gave."""
     on_stage("1/5 train: LoRA refusal fine-tuning of the embedded model")
-    trained = train_sft(MODEL, path / "checkpoints", config.sft)
+    trained = train_arm(REFUSAL.name, MODEL, path / "checkpoints", config.training)
     on_result(trained)
     targets = [MODEL, *(f"{MODEL}+{c}" for c in trained.checkpoints)]
     source = targets[-1]

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from core.prompt import Conversation, Renderer
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence: ``ids`` with the reply at ``reply_start`` and after."""
+    """One sequence: ``ids`` with the reply at ``reply_start`` and after.
+
+    ``t_inst`` is the last token of the user content; the last one before the reply is t_post_inst.
+    """
 
     ids: tuple[int, ...]
     reply_start: int
+    t_inst: int = 0
+
+    @property
+    def t_post_inst(self) -> int:
+        return self.reply_start - 1
+
+    def cut(self, tokens: int) -> Example:
+        """Its first ``tokens`` tokens."""
+        return Example(self.ids[:tokens], self.reply_start, self.t_inst)
 
 
 def make_example(renderer: Renderer, request: str, reply: str, *, ended: bool = True) -> Example:
@@ -26,32 +37,33 @@ def make_example(renderer: Renderer, request: str, reply: str, *, ended: bool = 
     """
     prompt = renderer.render(Conversation.build(request), reply)
     end = renderer.end_of_turn() if ended else ()
-    return Example((*prompt.ids, *prompt.target_ids, *end), len(prompt.ids))
+    return Example((*prompt.ids, *prompt.target_ids, *end), len(prompt.ids), prompt.t_inst)
 
 
-def collate(examples: Sequence[Example], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids (batch, tokens), attention mask, labels with -100 outside the replies.
+class Order:
+    """Endless shuffled batches of ``n`` items, a new order an epoch; the same for the same seed.
 
-    Rows are padded on the right.
+    Any batch can be asked for, so a resumed training needs no state of it.
     """
-    longest = max(len(e.ids) for e in examples)
-    ids = torch.full((len(examples), longest), pad)
-    labels = torch.full((len(examples), longest), -100)
-    mask = torch.zeros(len(examples), longest, dtype=torch.long)
-    for row, e in enumerate(examples):
-        values = torch.tensor(e.ids)
-        ids[row, : len(values)] = values
-        labels[row, e.reply_start : len(values)] = values[e.reply_start :]
-        mask[row, : len(values)] = 1
-    return ids, mask, labels
+
+    def __init__(self, n: int, size: int, seed: int) -> None:
+        self.n, self.size = n, size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._drawn: list[int] = []
+
+    def batch(self, number: int) -> list[int]:
+        """Indices of batch ``number``, counted from 0."""
+        stop = (number + 1) * self.size
+        while len(self._drawn) < stop:
+            self._drawn += torch.randperm(self.n, generator=self._generator).tolist()
+        return self._drawn[stop - self.size : stop]
 
 
-def batches(n: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Endless shuffled batches, a new order an epoch; the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < size:
-            waiting += torch.randperm(n, generator=generator).tolist()
-        yield waiting[:size]
-        waiting = waiting[size:]
+class Batches:
+    """Batches of examples."""
+
+    def __init__(self, examples: Sequence[Example], size: int, seed: int) -> None:
+        self.examples, self._order = examples, Order(len(examples), size, seed)
+
+    def __call__(self, number: int) -> list[Example]:
+        return [self.examples[i] for i in self._order.batch(number)]

@@ -1,0 +1,239 @@
+"""CAST: conditional activation steering, fitted from contrasts without training (arXiv 2409.05907).
+
+1. Condition vectors: at every candidate layer the first principal component of the differences of
+   matched harmful and harmless prompts, each the mean over its tokens ("pairwise PCA" of the
+   official code). They point towards harmful.
+2. The layer, the threshold and the side of it are found by a grid search for the F1 of harmful on
+   validation prompts.
+3. Behaviour vectors: likewise from refusals and continuations of the same harmful requests, the
+   means over their tokens. They point towards refusing.
+4. The result is a folder (``core/cast.py``) that specs take like an adapter.
+
+One thing differs from the code: it adds unit vectors times a fixed number, which means little on
+another model. Here a vector's length is ``strength`` times the mean distance of refusals and
+continuations along it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from core.cast import HOOK, Cast, similarity
+from core.errors import AttackPlaneError
+from core.models import LoadedModel, ModelHandle
+from core.prompt import Conversation, Renderer
+from core.records import HARMFUL, HARMLESS, Behaviour
+from core.rows import Row
+from core.settings import check_settings, setting
+from core.store import RunFolder, write_atomically
+from training.adapter import CARD
+from training.data import Requests, Texts
+from training.examples import Example
+from training.forward import Forward
+from training.loop import STAGE, card, settings_of
+from training.registry import ARMS, Arm, TrainResult
+
+FOLDER = "cast"
+DEPTHS = (10 / 32, 15 / 32)
+"""First and last layer that the behaviour is added at, as shares of the depth."""
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class CASTConfig:
+    """Of the estimate; the layers are the paper's, scaled with depth."""
+
+    strength: float = setting(
+        1.0, "Length of the behaviour vector, in distances of refusals and continuations.", low=0
+    )
+    max_tokens: int = setting(512, "Tokens of a sequence; longer ones are cut.", low=8)
+    reply_tokens: int = setting(48, "New tokens of replies that are made for the estimate.", low=1)
+    seed: int = setting(0, "Recorded; nothing is drawn.")
+
+    def __post_init__(self) -> None:
+        check_settings(self, "train cast")
+
+
+def first_component(positive: Tensor, negative: Tensor) -> Tensor:
+    """(pair, d_model) each -> (d_model,) unit: the first principal component of the pairs.
+
+    Every pair is centred by its own mean, so that this is the leading right singular vector of the
+    differences. It points towards the positive side.
+    """
+    differences = (positive - negative).double()
+    v = torch.linalg.svd(differences, full_matrices=False).Vh[0]
+    return (v * (differences.mean(0) @ v).sign()).float()
+
+
+def best_threshold(scores: Tensor, harmful: Tensor) -> tuple[float, bool, float]:
+    """The threshold with the highest F1 of harmful: (threshold, harmful is above it, F1).
+
+    ``scores`` (prompt,), ``harmful`` (prompt,) bool. Tried are all midpoints between neighbouring
+    scores; of equal ones the one in the widest gap is taken.
+    """
+    ordered = scores.double().sort().values
+    gaps = ordered.diff()
+    middles = (ordered[:-1] + ordered[1:]) / 2
+    best = (-1.0, -1.0, 0.0, True)
+    for gap, middle in zip(gaps.tolist(), middles.tolist(), strict=True):
+        for above in (True, False):
+            said = scores > middle if above else scores < middle
+            hits = float((said & harmful).sum())
+            f1 = 2 * hits / max(1.0, float(said.sum() + harmful.sum()))
+            best = max(best, (f1, gap, middle, above))
+    return best[2], best[3], best[0]
+
+
+def fit(arm: Arm, spec: str, requests: Requests, config: CASTConfig, out: Path) -> TrainResult:
+    """Fit the hook and write it to ``out/cast``.
+
+    Raises:
+        AttackPlaneError: fewer than two harmful and two harmless requests on either split.
+    """
+    folder = RunFolder(out)
+    with folder:
+        handle = ModelHandle(spec)
+        settings = settings_of(arm, config, requests)
+        folder.begin_stage(STAGE, settings, {spec: handle.fingerprint})
+        base = handle.loaded
+        texts = Texts(
+            base,
+            requests,
+            folder,
+            reply_tokens=config.reply_tokens,
+            max_tokens=config.max_tokens,
+        )
+        cast, told = estimated(base, texts, requests, config)
+        path = out / FOLDER
+        cast.save(path)
+        write_atomically(
+            path / CARD, json.dumps(card(arm, base, config, requests, 1), indent=2) + "\n"
+        )
+    return TrainResult([path], [told], [], note=f"{path} is a hook. {HOOK}.")
+
+
+def estimated(
+    base: LoadedModel, texts: Texts, requests: Requests, config: CASTConfig
+) -> tuple[Cast, dict[str, float]]:
+    """The hook, and what its choice rests on."""
+    n = base.n_layers
+    first, last = (max(1, round(depth * n)) for depth in DEPTHS)
+    layers, candidates = list(range(first, last + 1)), list(range(1, first + 1))
+    fitted, chosen_on = split(requests)
+    forward = Forward(base)
+    train, validation = (prompt_means(forward, texts, rows, candidates) for rows in (fitted, chosen_on))
+    harmful = torch.tensor([b.label == HARMFUL for b in chosen_on])
+    grid = []
+    for k, layer in enumerate(candidates):
+        pairs = matched(fitted)
+        c = first_component(*(train[[pair[side] for pair in pairs], k] for side in (0, 1)))
+        threshold, above, f1 = best_threshold(similarity(validation[:, k], c), harmful)
+        grid.append((f1, layer, threshold, above, c))
+    f1, layer, threshold, above, condition = max(grid, key=lambda row: row[0])
+    refusals, continuations = (
+        reply_means(forward, rows, layers) for rows in (texts.refusals(), texts.continuations())
+    )
+    behaviour = []
+    for k in range(len(layers)):
+        v = first_component(refusals[:, k], continuations[:, k])
+        distance = float(((refusals[:, k] - continuations[:, k]) @ v).mean())
+        behaviour.append(config.strength * distance * v)
+    cast = Cast(
+        condition=condition,
+        condition_layer=layer,
+        threshold=threshold,
+        above=above,
+        behaviour=torch.stack(behaviour),
+        layers=tuple(layers),
+        prompt_end=prompt_end(texts.renderer, [b.request for b in fitted]),
+    )
+    told = {"step": 1.0, "layer": float(layer), "threshold": threshold, "f1": f1}
+    return cast, told
+
+
+def split(requests: Requests) -> tuple[list[Behaviour], list[Behaviour]]:
+    """What vectors are estimated on, and what the threshold is chosen on."""
+    known = [*requests.harmful, *requests.harmless]
+    validation = list(requests.validation)
+    if not validation:  # every fifth of a file without splits
+        validation = [b for i, b in enumerate(known) if i // 2 % 5 == 4]
+        known = [b for b in known if b not in validation]
+    for rows, what in ((known, "train"), (validation, "validation")):
+        counts = [sum(b.label == label for b in rows) for label in (HARMFUL, HARMLESS)]
+        if min(counts) < 2:
+            raise AttackPlaneError(
+                f"too few requests to {'estimate' if what == 'train' else 'choose a threshold'}",
+                where=f"train cast, {what}",
+                got=f"{counts[0]} harmful, {counts[1]} harmless",
+                remedy="at least two of each",
+            )
+    return known, validation
+
+
+def matched(rows: Sequence[Behaviour]) -> list[tuple[int, int]]:
+    """(harmful, harmless) indices: by pair where there are pairs, else in their order."""
+    sides: list[Row] = [{}, {}]
+    for i, b in enumerate(rows):
+        side = sides[b.label != HARMFUL]
+        side[b.pair_id or f"row {len(side)}"] = i
+    both = [key for key in sides[0] if key in sides[1]]
+    return [(sides[0][key], sides[1][key]) for key in both]
+
+
+@torch.no_grad()
+def prompt_means(
+    forward: Forward, texts: Texts, rows: Sequence[Behaviour], layers: Sequence[int]
+) -> Tensor:
+    """(prompt, layer, d_model): means over all tokens of the prompts."""
+    examples = [texts.example(b.request, "I") for b in rows]
+    return _means(forward, examples, [range(e.reply_start) for e in examples], layers)
+
+
+@torch.no_grad()
+def reply_means(forward: Forward, examples: Sequence[Example], layers: Sequence[int]) -> Tensor:
+    """(reply, layer, d_model): means over all tokens of the replies."""
+    return _means(forward, examples, [range(e.reply_start, len(e.ids)) for e in examples], layers)
+
+
+def _means(
+    forward: Forward, examples: Sequence[Example], spans: Sequence[range], layers: Sequence[int]
+) -> Tensor:
+    parts = []
+    for start in range(0, len(examples), BATCH):
+        some = examples[start : start + BATCH]
+        out, which = forward(some, layers), range(len(some))
+        means = [out.means(layer, which, spans[start : start + BATCH]) for layer in layers]
+        parts.append(torch.stack(means, 1).float().cpu())
+    return torch.cat(parts)
+
+
+def prompt_end(renderer: Renderer, requests: Sequence[str]) -> tuple[int, ...]:
+    """The token ids that stand before every reply."""
+    tails = []
+    for request in requests:
+        prompt = renderer.render(Conversation.build(request))
+        tails.append(prompt.ids[prompt.tail.start :][::-1])
+    same = 0
+    while all(len(t) > same for t in tails) and len({t[same] for t in tails}) == 1:
+        same += 1
+    return tails[0][:same][::-1]
+
+
+ARM = ARMS.add(
+    Arm(
+        name="cast",
+        summary="Fit a hook that refuses where a prompt's states look harmful (CAST, no training).",
+        config=CASTConfig,
+        fit=fit,
+        needs=(HARMFUL, HARMLESS),
+        source="arXiv 2409.05907 and its official code",
+        small={"reply_tokens": 16},
+        examples=("train cast --out runs/cast --preset small",),
+    )
+)

@@ -1,0 +1,73 @@
+"""DPO: prefer the refusal to the harmful continuation (arXiv 2305.18290).
+
+    L = - mean log sigmoid(beta ((log p(y_w) - log p_base(y_w)) - (log p(y_l) - log p_base(y_l))))
+
+Each harmful request makes one pair: y_w is a refusal, y_l the base's own continuation. The base's
+log-probabilities come from the same model with its adapter off. HARC (arXiv 2607.00572) takes
+pairs with exactly one safe reply from a public set; ours are made at training time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from core.records import HARMFUL
+from core.settings import setting
+from training.config import TrainConfig, published
+from training.examples import Batches
+from training.forward import Pass
+from training.losses import dpo_loss, reply_log_probability
+from training.registry import ARMS, Arm, Bench, Losses, Method
+
+
+@dataclass(frozen=True)
+class DPOConfig(TrainConfig):
+    """As in HARC's comparison."""
+
+    learning_rate: float = published(TrainConfig, "learning_rate", 5e-5)
+    schedule: str = published(TrainConfig, "schedule", "linear")
+    warmup_steps: int = published(TrainConfig, "warmup_steps", 50)
+    lora_rank: int = published(TrainConfig, "lora_rank", 16)
+    lora_alpha: int = published(TrainConfig, "lora_alpha", 16)
+    lora_dropout: float = published(TrainConfig, "lora_dropout", 0.05)
+    beta: float = setting(0.1, "How strongly a preference counts (1 / nats).", low=0)
+
+
+def method(bench: Bench, config: DPOConfig) -> Method:
+    chosen, rejected = (
+        Batches(examples, config.batch_size, config.seed)  # the same order: pairs stay pairs
+        for examples in (bench.texts.refusals(), bench.texts.continuations())
+    )
+
+    def losses(micro: int) -> Iterator[Losses]:
+        better, worse = chosen(micro), rejected(micro)
+        with bench.clock.time("forward"):
+            own = _sums(bench.forward([*better, *worse]))
+            with bench.adapted.off():
+                base = _sums(bench.forward([*better, *worse]))
+            n = len(better)
+            value = dpo_loss(own[:n], own[n:], base[:n], base[n:], config.beta)
+        yield {"dpo": value}
+
+    return Method(losses)
+
+
+def _sums(out: Pass) -> Tensor:
+    return reply_log_probability(*out.logits(), out.owners(), len(out.rows))
+
+
+ARM = ARMS.add(
+    Arm(
+        name="dpo",
+        summary="Prefer refusals to the base's own harmful continuations (DPO).",
+        config=DPOConfig,
+        method=method,
+        needs=(HARMFUL,),
+        source="arXiv 2305.18290; settings as in arXiv 2607.00572",
+        small={"batch_size": 4, "learning_rate": 2e-4},
+        examples=("train dpo --out runs/dpo --preset small",),
+    )
+)

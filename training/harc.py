@@ -1,0 +1,267 @@
+"""HARC: couples harmful prompts with both directions, in weights (arXiv 2607.00572).
+
+    L = L_prompt + L_response + 10 KL + CE
+
+    L_prompt    mean over chosen layers of the hinges (``losses.coupling_loss``) at two positions:
+                h at t_post_inst with v_ref, and h at t_inst with v_harm
+    L_response  the same form on the mean of a reply's first 32 tokens, with v_ref_resp and
+                v_harm_resp: harmful continuations against ordinary replies
+    KL          KL(base || tuned) over ordinary replies, mean over tokens
+    CE          cross-entropy of refusals to harmful requests
+
+Steps:
+
+1. On the base, estimate the four directions at every layer; v_harm_resp = n(continuation -
+   ordinary), v_ref_resp = n(refusal - ordinary), as in the official code. Choose the layers with
+   the highest Eq. 6.
+2. A micro-batch is 6 harmful, 4 harmless and 2 pseudo-harmful requests.
+3. Every so many micro-batches estimate the directions anew on the tuned model, and blend:
+   v <- n(0.7 v_base + 0.3 v_now).
+
+Directions point towards harmful and towards refused. Without any effect of their own they are
+constants: no gradient flows into them. ``directions`` chooses controls in their place: ``permuted``
+(the same estimate, the labels of the classes dealt anew) and ``random`` (unit vectors, never
+estimated anew).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attacks.workbench import stream_seed
+from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL
+from core.rows import Row
+from core.settings import setting
+from geometry.contrasts import cosine, unit
+from geometry.layers import eq6, inner_layers
+from training.config import TrainConfig, published
+from training.examples import Batches, Example
+from training.forward import Pass
+from training.losses import coupling_loss, kl_loss, reply_loss
+from training.registry import ARMS, Arm, Bench, Losses, Method
+
+TERMS = ("full", "prompt", "response", "ce_kl", "ce")
+POSITIONS = ("both", "t_inst", "t_post_inst")
+DIRECTIONS = ("harc", "permuted", "random")
+ESTIMATE_BATCH = 16
+
+
+@dataclass(frozen=True)
+class HARCConfig(TrainConfig):
+    """The official code's. Its 400 micro-batches are 200 updates of two."""
+
+    num_steps: int = published(TrainConfig, "num_steps", 200)
+    accumulation: int = published(TrainConfig, "accumulation", 2)
+    batch_size: int = published(TrainConfig, "batch_size", 6)
+    learning_rate: float = published(TrainConfig, "learning_rate", 1e-4)
+    schedule: str = published(TrainConfig, "schedule", "constant")
+    warmup_steps: int = published(TrainConfig, "warmup_steps", 50)
+    lora_rank: int = published(TrainConfig, "lora_rank", 32)
+    lora_alpha: int = published(TrainConfig, "lora_alpha", 64)
+    lora_dropout: float = published(TrainConfig, "lora_dropout", 0.0)
+    all_linear: bool = published(TrainConfig, "all_linear", True)
+    harmless: int = setting(4, "Harmless requests of a micro-batch (--batch-size: harmful).", low=1)
+    pseudo_harmful: int = setting(2, "Pseudo-harmful requests of a micro-batch.", low=0)
+    margin: float = setting(0.5, "Cosine that harmful states are pushed to (0.3 in the code).")
+    layers: int = setting(2, "Layers, the best by Eq. 6 (later runs of the paper: 4).", low=1)
+    kl_weight: float = setting(10.0, "Of the KL term.", low=0)
+    reestimate_every: int = setting(200, "Micro-batches between estimates.", low=1)
+    keep: float = setting(0.7, "Weight of the base's direction in the blend.", low=0, high=1)
+    samples: int = setting(300, "Requests a class in an estimate, at most.", low=4)
+    terms: str = setting("full", "Which terms: an ablation of the paper.", choices=TERMS)
+    positions: str = setting("both", "Prompt positions that are coupled.", choices=POSITIONS)
+    directions: str = setting("harc", "Its directions, or a control's.", choices=DIRECTIONS)
+
+
+@dataclass(frozen=True)
+class Four:
+    """Unit directions by layer, (layer, d_model) each."""
+
+    harm: Tensor
+    refusal: Tensor
+    harm_response: Tensor
+    refusal_response: Tensor
+
+    def blended(self, now: Four, keep: float) -> Four:
+        pairs = zip(vars(self).values(), vars(now).values(), strict=True)
+        return Four(*(unit(keep * base + (1 - keep) * new) for base, new in pairs))
+
+
+def method(bench: Bench, config: HARCConfig) -> Method:
+    return _HARC(bench, config).method
+
+
+class _HARC:
+    def __init__(self, bench: Bench, config: HARCConfig) -> None:
+        self.bench, self.config = bench, config
+        self.refusals, self.continuations = bench.texts.refusals(), bench.texts.continuations()
+        self.harmless = bench.texts.ordinary(HARMLESS)
+        pseudo = bench.texts.ordinary(PSEUDO_HARMFUL)
+        size, seed = config.batch_size, config.seed
+        self.batches: list[Batches] = [
+            Batches(self.refusals, size, seed),
+            Batches(self.continuations, size, seed),  # the same requests: the same order
+            Batches(self.harmless, config.harmless, seed + 1),
+        ]
+        if pseudo and config.pseudo_harmful:
+            self.batches.append(Batches(pseudo, config.pseudo_harmful, seed + 2))
+        n_layers = bench.adapted.loaded.n_layers
+        with bench.adapted.off():
+            self.base = self.estimate(range(n_layers + 1))
+        self.layers = self.chosen_layers(n_layers)
+        self.now = self.base
+        self.method = Method(self.losses, self.after_update, self.state, self.restore)
+
+    # --- directions -------------------------------------------------------------------------------
+    def estimate(self, layers: Sequence[int]) -> Four:
+        """The four directions on the model as it is; zeros at layers that are not asked for."""
+        generator = torch.Generator().manual_seed(stream_seed(self.config.seed, "harc"))
+        d, n = self.bench.adapted.loaded.d_model, self.bench.adapted.loaded.n_layers + 1
+        if self.config.directions == "random":
+            return Four(*unit(torch.randn(4, n, d, generator=generator)))
+        count = self.config.samples
+        refusals, continuations, ordinary = (
+            self._states(rows[:count], layers)
+            for rows in (self.refusals, self.continuations, self.harmless)
+        )
+        # states are (t_inst, t_post_inst, response) of one class of requests
+        pairs = [
+            (refusals[0], ordinary[0]),
+            (refusals[1], ordinary[1]),
+            (continuations[2], ordinary[2]),
+            (refusals[2], ordinary[2]),
+        ]
+        if self.config.directions == "permuted":
+            pairs = [dealt_anew(*pair, self.config.seed) for pair in pairs]
+        found = torch.zeros(4, n, d)
+        for k, (positive, negative) in enumerate(pairs):
+            difference = positive.double().mean(0) - negative.double().mean(0)
+            found[k, list(layers)] = unit(difference).float()
+        return Four(*found)
+
+    @torch.no_grad()
+    def _states(self, rows: Sequence[Example], layers: Sequence[int]) -> list[Tensor]:
+        """(row, layer, d_model) at t_inst, at t_post_inst, and over the reply."""
+        parts: list[list[Tensor]] = [[], [], []]
+        for start in range(0, len(rows), ESTIMATE_BATCH):
+            some = rows[start : start + ESTIMATE_BATCH]
+            out, which = self.bench.forward(some, layers), range(len(some))
+            for k, tokens in enumerate(([r.t_inst for r in some], [r.t_post_inst for r in some])):
+                at = [out.residual(layer, which, tokens) for layer in layers]
+                parts[k].append(torch.stack(at, 1).float().cpu())
+            replies = [out.response(layer, which) for layer in layers]
+            parts[2].append(torch.stack(replies, 1).float().cpu())
+        return [torch.cat(part) for part in parts]
+
+    def chosen_layers(self, n_layers: int) -> list[int]:
+        scores = eq6(*vars(self.base).values())
+        inner = list(inner_layers(n_layers))
+        best = scores[inner].topk(min(self.config.layers, len(inner))).indices
+        return sorted(inner[int(i)] for i in best)
+
+    # --- losses -----------------------------------------------------------------------------------
+    def losses(self, micro: int) -> Iterator[Losses]:
+        terms, config = self.config.terms, self.config
+        parts = [batch(micro) for batch in self.batches]
+        if terms in ("ce", "ce_kl"):
+            parts[1] = []
+        sizes = [len(parts[0]), len(parts[1]), sum(map(len, parts[2:]))]
+        rows = [example for part in parts for example in part]
+        refused, continued, ordinary = _ranges(sizes)
+        with self.bench.clock.time("forward"):
+            out = self.bench.forward(rows, self.layers if terms not in ("ce", "ce_kl") else ())
+            losses = {"ce": reply_loss(*out.logits(refused))}
+            if terms in ("full", "prompt"):
+                losses["prompt"] = self._prompt(out, [*refused, *ordinary], len(refused))
+            if terms in ("full", "response"):
+                losses["response"] = self._response(out, [*continued, *ordinary], len(continued))
+            if terms != "ce" and config.kl_weight:
+                logits, labels = out.logits(ordinary)
+                with self.bench.adapted.off():
+                    base, _ = self.bench.forward([rows[i] for i in ordinary]).logits()
+                losses["kl"] = config.kl_weight * kl_loss(base, logits, labels)
+        yield losses
+
+    def _prompt(self, out: Pass, rows: Sequence[int], harmful: int) -> Tensor:
+        """L_prompt: the first ``harmful`` rows are harmful, the others benign."""
+        label = torch.arange(len(rows), device=out.weight.device) < harmful
+        total = torch.zeros((), device=out.weight.device)
+        for layer in self.layers:
+            for position, direction in (("t_inst", self.now.harm), ("t_post_inst", self.now.refusal)):
+                if self.config.positions in ("both", position):
+                    tokens = [getattr(out.rows[i], position) for i in rows]
+                    states = out.residual(layer, rows, tokens)
+                    along = direction[layer].to(states.device)
+                    total = total + coupling_loss(states, along, label, self.config.margin)
+        return total / len(self.layers)
+
+    def _response(self, out: Pass, rows: Sequence[int], harmful: int) -> Tensor:
+        """L_response: the first ``harmful`` rows are continuations, the others ordinary."""
+        label = torch.arange(len(rows), device=out.weight.device) < harmful
+        total = torch.zeros((), device=out.weight.device)
+        for layer in self.layers:
+            states = out.response(layer, rows)
+            for direction in (self.now.harm_response, self.now.refusal_response):
+                along = direction[layer].to(states.device)
+                total = total + coupling_loss(states, along, label, self.config.margin)
+        return total / len(self.layers)
+
+    def after_update(self, updates: int) -> Mapping[str, float]:
+        every = max(1, self.config.reestimate_every // self.config.accumulation)
+        if updates % every == 0 and self.config.directions != "random":
+            with self.bench.clock.time("estimate"), self.bench.adapted.merged():
+                now = self.estimate(self.layers)
+            self.now = self.base.blended(now, self.config.keep)
+        kept = [(a[self.layers], b[self.layers]) for a, b in self._pairs()]
+        return {"drift": float(torch.cat([1 - cosine(a, b) for a, b in kept]).mean())}
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(vars(self.base).values(), vars(self.now).values(), strict=True))
+
+    def state(self) -> Row:
+        return {"base": vars(self.base), "now": vars(self.now), "layers": self.layers}
+
+    def restore(self, row: Row) -> None:
+        self.base, self.now = Four(**row["base"]), Four(**row["now"])
+        self.layers = row["layers"]
+
+
+def dealt_anew(positive: Tensor, negative: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The rows of two classes with their labels dealt anew, always in the same way."""
+    both = torch.cat([positive, negative])
+    generator = torch.Generator().manual_seed(stream_seed(seed, "permuted"))
+    order = torch.randperm(len(both), generator=generator)
+    return both[order[: len(positive)]], both[order[len(positive) :]]
+
+
+def _ranges(sizes: Sequence[int]) -> list[range]:
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+ARM = ARMS.add(
+    Arm(
+        name="harc",
+        summary="Couple harmful prompts with harmfulness and refusal directions (HARC).",
+        config=HARCConfig,
+        method=method,
+        needs=(HARMFUL, HARMLESS, PSEUDO_HARMFUL),
+        source="arXiv 2607.00572 and its official code",
+        small={
+            "batch_size": 4,
+            "harmless": 3,
+            "pseudo_harmful": 1,
+            "accumulation": 1,
+            "learning_rate": 5e-4,
+            "reestimate_every": 50,
+        },
+        examples=(
+            "train harc --out runs/harc --preset small",
+            "train harc --out runs/harc-permuted --preset small --directions permuted",
+        ),
+    )
+)

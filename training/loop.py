@@ -1,0 +1,292 @@
+"""The loop that every arm trains in: LoRA on a frozen base, checkpoints, and an exact resume.
+
+One update:
+
+1. Each of ``accumulation`` micro-batches gives losses (``Method.losses``); their gradients add up.
+2. Gradients are added over processes, checked, and clipped.
+3. AdamW takes a step at the schedule's rate.
+4. The arm may do what it does between updates, such as estimating directions anew.
+5. Every few updates all of this is saved, and at chosen ones a checkpoint is.
+
+Randomness (dropout) is seeded by the number of the micro-batch. What the next update depends on is
+thus the adapter, the optimiser and the arm's own state; a training that is killed at any moment
+goes on from what was saved last, to the same weights, bit by bit, on the same machine.
+
+A checkpoint is a LoRA folder, usable as a target by the spec ``BASE+FOLDER``.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import AttackPlaneError
+from core.models import LoadedModel, ModelHandle
+from core.progress import bar as progress_bar
+from core.records import content_hash
+from core.rows import Row
+from core.specs import parse_spec
+from core.store import RunFolder, write_atomically
+from training.adapter import Adapted
+from training.config import TrainConfig, differences
+from training.data import Requests, Texts
+from training.devices import Devices
+from training.forward import Forward
+from training.registry import Arm, Bench, Clock, Method, TrainResult
+
+log = logging.getLogger(__name__)
+STATE, LOSSES, SECONDS, STAGE = "state.pt", "losses.csv", "seconds.csv", "train"
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global stream, which dropout and LoRA draw from, and restore it afterwards."""
+    devices = list(range(torch.cuda.device_count()))
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def train(
+    arm: Arm,
+    spec: str,
+    requests: Requests,
+    config: TrainConfig,
+    out: Path,
+    *,
+    save_every: int = 10,
+) -> TrainResult:
+    """Train one arm; checkpoints are ``out/step-N``.
+
+    Args:
+        save_every: updates between two saves of the whole state.
+
+    Raises:
+        AttackPlaneError: the base has an adapter, the folder holds another training, the loss is
+            not finite (nothing is saved then), or micro-batches cannot be shared out.
+    """
+    if parse_spec(spec).adapter:
+        raise AttackPlaneError(
+            "train on a base without adapter", got=spec, remedy="merge the adapter first"
+        )
+    devices = Devices()
+    devices.check(config.accumulation)
+    folder = RunFolder(out)
+    with folder if devices.first else nullcontext(), seeded(config.seed):
+        handle = ModelHandle(spec)
+        if devices.first:
+            settings = settings_of(arm, config, requests)
+            folder.begin_stage(STAGE, settings, {spec: handle.fingerprint})
+        paths = [out / f"step-{step}" for step in config.saved_steps]
+        saved = out / STATE
+        state = torch.load(saved, weights_only=True) if saved.is_file() else None
+        done = len(state["losses"]) if state else 0
+        there = [(path / "adapter_config.json").is_file() for path in paths]
+        if state and all(there) and done == config.num_steps:
+            log.info("all checkpoints are there: %s", out)
+            return TrainResult(paths, state["losses"], state["seconds"])
+        if any(not have and step <= done for have, step in zip(there, config.saved_steps)):
+            log.warning("%s: a checkpoint that was trained is gone; training anew", out)
+            state = None
+        run = Run(arm, handle, requests, config, folder, devices)
+        if state:
+            run.restore(state)
+        run.go_on(save_every)
+        return TrainResult(paths, run.losses, run.seconds)
+
+
+def settings_of(arm: Arm, config: Any, requests: Requests) -> Row:
+    """What the manifest keeps: all settings, how they differ from the paper's, and the requests."""
+    saved = {"checkpoints": list(config.saved_steps)} if arm.method else {}
+    return {
+        "arm": arm.name,
+        **vars(config),
+        **saved,
+        "differs_from_paper": differences(config, arm.make_config({})),
+        "requests": requests.settings(arm.needs),
+    }
+
+
+class Run:
+    """One training: the model with its adapter, the optimiser, the arm's method, what was logged."""
+
+    def __init__(
+        self,
+        arm: Arm,
+        handle: ModelHandle,
+        requests: Requests,
+        config: TrainConfig,
+        folder: RunFolder,
+        devices: Devices,
+    ) -> None:
+        self.arm, self.config, self.out, self.devices = arm, config, folder.path, devices
+        base = handle.loaded
+        self.requests = requests
+        texts = Texts(
+            base,
+            requests,
+            folder,
+            reply_tokens=config.reply_tokens,
+            max_tokens=config.max_tokens,
+        )
+        if not devices.first:
+            devices.wait()  # the first process makes the replies
+        self.adapted = Adapted(base, config, blocks=arm.blocks(config, base.n_layers))
+        forward = Forward(base, precision=config.precision)
+        self.clock = Clock()
+        assert arm.method is not None
+        self.method: Method = arm.method(
+            Bench(self.adapted, forward, texts, devices, self.clock, config), config
+        )
+        if devices.first:
+            devices.wait()
+        self.optimiser = torch.optim.AdamW(
+            self.adapted.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.losses: list[dict[str, float]] = []
+        self.seconds: list[dict[str, float]] = []
+
+    def restore(self, state: Row) -> None:
+        self.adapted.restore(state["adapter"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.method.restore(state["method"])
+        self.losses, self.seconds = state["losses"], state["seconds"]
+
+    def go_on(self, save_every: int) -> None:
+        """The updates that are left, with checkpoints on the way."""
+        n, saved = self.config.num_steps, self.config.saved_steps
+        self.adapted.tuned.train()
+        bar = progress_bar(n, self.arm.name, "update", leave=None, initial=len(self.losses))
+        with bar:
+            for step in range(len(self.losses), n):
+                row = self.update(step)
+                bar.update(1)
+                bar.set_postfix_str(", ".join(f"{k} {v:.3f}" for k, v in _told(row).items()))
+                if not self.devices.first:
+                    continue
+                if step + 1 in saved:
+                    self.adapted.save(self.out / f"step-{step + 1}", self.card(step + 1))
+                if step + 1 in saved or (step + 1) % save_every == 0 or step + 1 == n:
+                    self.save()
+
+    def update(self, step: int) -> dict[str, float]:
+        """One optimiser step; what it logged."""
+        count, clock = self.config.accumulation, self.clock
+        clock.seconds = {}
+        parts: dict[str, float] = {}
+        micro_batches = range(step * count, (step + 1) * count)
+        with clock.time("total"):
+            for micro in self.devices.share(micro_batches):
+                torch.manual_seed(int(content_hash([self.config.seed, micro], 15), 16))
+                for name, value in self._learnt(micro):
+                    parts[name] = parts.get(name, 0.0) + value / count
+            for other in self.devices.everyones([(self.devices.rank, parts)]):
+                if other[0] != self.devices.rank:
+                    for name, value in other[1].items():
+                        parts[name] = parts.get(name, 0.0) + value
+            parameters = self.adapted.parameters
+            self.devices.add_up(parameters)
+            norm = self._norm(step, parts)
+            with clock.time("optimiser"):
+                rate = self.config.rate(step)
+                for group in self.optimiser.param_groups:
+                    group["lr"] = rate
+                self.optimiser.step()
+                self.optimiser.zero_grad()
+                self.adapted.loaded.weights_changed()
+            extra = self.method.after_update(step + 1)
+        loss = sum(parts.values())
+        row = {"step": step + 1, **parts, "loss": loss, **extra}
+        row |= {"gradient_norm": norm, "learning_rate": rate}
+        self.losses.append(row)
+        self.seconds.append({"step": step + 1, **clock.seconds})
+        return row
+
+    def _learnt(self, micro: int) -> Iterator[tuple[str, float]]:
+        """Gradients of one micro-batch, graph by graph; its components and their values."""
+        for losses in self.method.losses(micro):
+            with self.clock.time("backward"):
+                total = torch.stack(list(losses.values())).sum()
+                if total.requires_grad:
+                    (total / self.config.accumulation).backward()
+            yield from ((name, float(value.detach())) for name, value in losses.items())
+
+    def _norm(self, step: int, parts: dict[str, float]) -> float:
+        """The gradient's norm, which is clipped if asked.
+
+        Raises:
+            AttackPlaneError: a loss or the gradient is not finite.
+        """
+        most = self.config.max_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.adapted.parameters, most))
+        if not math.isfinite(norm) or not all(map(math.isfinite, parts.values())):
+            told = ", ".join(f"{k} {v:.3g}" for k, v in parts.items())
+            raise AttackPlaneError(
+                "the training loss is not finite",
+                where=f"{self.out}, step {step + 1}",
+                got=f"{told}, gradient norm {norm:.3g}",
+                remedy="lower the learning rate, clip the gradient, or use float32",
+            )
+        return norm
+
+    # --- saving -----------------------------------------------------------------------------------
+    def card(self, step: int) -> Row:
+        return card(self.arm, self.adapted.loaded, self.config, self.requests, step)
+
+    def save(self) -> None:
+        """The whole state, and what was logged as tables; each appears only when whole."""
+        buffer = io.BytesIO()
+        torch.save(
+            {
+                "adapter": self.adapted.weights(),
+                "optimiser": self.optimiser.state_dict(),
+                "method": self.method.state(),
+                "losses": self.losses,
+                "seconds": self.seconds,
+            },
+            buffer,
+        )
+        write_atomically(self.out / STATE, buffer.getvalue())
+        write_atomically(self.out / LOSSES, table(self.losses))
+        write_atomically(self.out / SECONDS, table(self.seconds))
+
+
+def card(arm: Arm, base: LoadedModel, config: Any, requests: Requests, step: int) -> Row:
+    """What a checkpoint says of itself."""
+    return {
+        "arm": arm.name,
+        "base": base.fingerprint,
+        "step": step,
+        "seed": config.seed,
+        "settings": content_hash(settings_of(arm, config, requests)),
+        "trained_on": sorted(request_hash(r) for r in requests.texts(arm.needs)),
+    }
+
+
+def request_hash(request: str) -> str:
+    """Stands for a request, whatever its case, white space and last full stop."""
+    return content_hash(" ".join(request.lower().split()).rstrip("."))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as CSV, with six significant digits."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [",".join(columns)]
+    lines += [",".join(_cell(row.get(key)) for key in columns) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def _told(row: dict[str, float]) -> dict[str, float]:
+    """What the progress bar shows of a row."""
+    return {k: v for k, v in row.items() if k not in ("step", "gradient_norm", "learning_rate")}

@@ -1,0 +1,92 @@
+"""RepBend: bend the states of unsafe text away and together, hold the safe ones (arXiv 2504.01550).
+
+    L = a moved(safe) - b moved(unsafe) + g gathered(unsafe) + e KL(safe)
+
+    moved     mean ||h' - h||_2 over tokens and layers from 20 of 32 on; the norms are not squared
+    gathered  mean_ij (1 - cos(h_i, h_j)) of the unsafe sequences' last tokens: they become alike
+    KL        4 KL(base || tuned) at temperature 2 over ordinary replies
+
+Safe sequences are ordinary requests with ordinary replies, unsafe ones harmful requests with their
+continuations. h is the base's, from the same model with its adapter off. The second term has no
+lower bound: a high learning rate breaks the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL
+from core.settings import setting
+from training.config import TrainConfig, published
+from training.examples import Batches
+from training.losses import gathered, kl_loss, moved
+from training.registry import ARMS, Arm, Bench, Losses, Method
+
+DEPTH = 20 / 32
+"""Share of the depth from which on layers count."""
+TEMPERATURE = 2.0
+
+
+@dataclass(frozen=True)
+class RepBendConfig(TrainConfig):
+    """The official code's."""
+
+    num_steps: int = published(TrainConfig, "num_steps", 450)
+    learning_rate: float = published(TrainConfig, "learning_rate", 1e-5)
+    lora_rank: int = published(TrainConfig, "lora_rank", 16)
+    lora_dropout: float = published(TrainConfig, "lora_dropout", 0.05)
+    all_linear: bool = published(TrainConfig, "all_linear", True)
+    safe_weight: float = setting(0.5, "a, of how far safe states move.", low=0)
+    unsafe_weight: float = setting(0.5, "b, of how far unsafe states move, which is raised.", low=0)
+    gather_weight: float = setting(0.1, "g, of how unlike unsafe states are.", low=0)
+    kl_weight: float = setting(0.3, "e, of the KL term.", low=0)
+
+
+def method(bench: Bench, config: RepBendConfig) -> Method:
+    loaded = bench.adapted.loaded
+    unsafe = Batches(bench.texts.continuations(), config.batch_size, config.seed)
+    safe = Batches(bench.texts.ordinary(), config.batch_size, config.seed)
+    layers = list(range(max(1, round(DEPTH * loaded.n_layers)), loaded.n_layers + 1))
+
+    def losses(micro: int) -> Iterator[Losses]:
+        rows = safe(micro)
+        with bench.clock.time("forward"):
+            out = bench.forward(rows, layers)
+            logits, labels = out.logits()
+            with bench.adapted.off():
+                base = bench.forward(rows, layers)
+                before = base.logits()[0]
+            held = moved(out.all_residuals(layers), base.all_residuals(layers), out.weight)
+            kl = kl_loss(before, logits, labels, TEMPERATURE)
+        yield {"safe": config.safe_weight * held, "kl": config.kl_weight * kl}
+        rows = unsafe(micro)
+        with bench.clock.time("forward"):
+            out = bench.forward(rows, layers)
+            with bench.adapted.off():
+                base = bench.forward(rows, layers)
+            bent = moved(out.all_residuals(layers), base.all_residuals(layers), out.weight)
+            last = [len(row.ids) - 1 for row in rows]
+            ends = torch.stack([out.residual(layer, range(len(rows)), last) for layer in layers])
+        yield {
+            "unsafe": -config.unsafe_weight * bent,
+            "gather": config.gather_weight * gathered(ends),
+        }
+
+    return Method(losses)
+
+
+ARM = ARMS.add(
+    Arm(
+        name="repbend",
+        summary="Bend the inner states of unsafe text away and together (RepBend).",
+        config=RepBendConfig,
+        method=method,
+        needs=(HARMFUL, HARMLESS, PSEUDO_HARMFUL),
+        source="arXiv 2504.01550 and its official code",
+        small={"batch_size": 4, "learning_rate": 1e-4},
+        examples=("train repbend --out runs/repbend --preset small",),
+    )
+)
