@@ -130,7 +130,9 @@ def run_attack(attack: Attack, common: Row, options: Row) -> None:
             click.echo("\n  ".join([title, *lines]))
         return
     preset = chosen_preset(common["preset"]) if "preset" in common else "paper"
-    config = attack.make_config(given_settings(attack.config, options), where=attack.name, preset=preset)
+    config = attack.make_config(
+        given_settings(attack.config, options), where=attack.name, preset=preset
+    )
     behaviours, count = chosen(*(common[k] for k in ("behaviours", "label", "splits", "limit")))
     models = common.get("models", ())
     models = (models,) if isinstance(models, str) else models

@@ -119,9 +119,7 @@ def run_arm(name: str, common: Row, settings: Row) -> None:
     model, out = common["model"], common["out"]
     updates = f"{config.num_steps} updates" if hasattr(config, "num_steps") else "a fit"
     click.echo(f"train {name}: {updates} on {model} -> {out}")
-    trained = train_arm(
-        name, model, out, config, common["behaviours"], replies=common["replies"]
-    )
+    trained = train_arm(name, model, out, config, common["behaviours"], replies=common["replies"])
     click.echo(training_table(trained, getattr(config, "saved_steps", ())))
     echo_notes([trained.note] if trained.note else [])
     for file in trained.files:

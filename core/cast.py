@@ -57,9 +57,7 @@ class Cast:
         tensors = {"condition": self.condition, "behaviour": self.behaviour}
         save_file({k: v.contiguous() for k, v in tensors.items()}, folder / VECTORS)
         plain = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in tensors
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in tensors
         }
         (folder / SETTINGS).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 

@@ -138,9 +138,7 @@ class PackedDecoder:
         finally:
             torch.set_num_threads(threads)
 
-    def _run(
-        self, embeddings: Tensor, groups: Sequence[Group], keep: int, leading: bool
-    ) -> Tensor:
+    def _run(self, embeddings: Tensor, groups: Sequence[Group], keep: int, leading: bool) -> Tensor:
         positions = torch.cat(
             [torch.arange(g.shared, g.shared + g.length).repeat(g.count) for g in groups]
         ).to(embeddings.device)

@@ -22,11 +22,14 @@ TRAINED = sorted(name for name, arm in ARMS.all().items() if arm.method)
 
 
 def behaviours_file(folder):
-    """Four pairs and two pseudo-harmful requests, all of the split train."""
+    """Four pairs and two pseudo-harmful requests to train on, and two pairs for validation."""
     lines = ["behaviour_id,request,label,split,target,pair_id"]
     for i in range(4):
         lines.append(f"bad-{i},Do the bad thing number {i},harmful,train,Sure here is how,{i}")
         lines.append(f"good-{i},Do the good thing number {i},harmless,train,Sure here is how,{i}")
+    for i in range(4, 6):
+        lines.append(f"bad-{i},Do the bad thing number {i},harmful,validation,Sure,{i}")
+        lines.append(f"good-{i},Do the good thing number {i},harmless,validation,Sure,{i}")
     lines += [f"odd-{i},Kill the process number {i},pseudo_harmful,train,," for i in range(2)]
     path = folder / "requests.csv"
     path.write_text("\n".join(lines) + "\n")

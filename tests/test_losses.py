@@ -108,7 +108,9 @@ def test_coupling_pushes_harmful_states_up_to_the_margin_and_benign_ones_down_to
 
 def test_moved_is_the_mean_length_not_squared_and_padding_does_not_matter():
     base = torch.zeros(2, 3, 2)
-    tuned = torch.tensor([[[3.0, 4.0], [0.0, 0.0], [9.0, 9.0]], [[0.0, 2.0], [0.0, 0.0], [9.0, 9.0]]])
+    tuned = torch.tensor(
+        [[[3.0, 4.0], [0.0, 0.0], [9.0, 9.0]], [[0.0, 2.0], [0.0, 0.0], [9.0, 9.0]]]
+    )
     weight = torch.tensor([1.0, 3.0, 0.0])  # the last token is padding, the second stands in 3 rows
     assert float(moved(tuned, base, weight)) == pytest.approx((5 + 2) / (4 * 2))
     gradient = slope(lambda x: moved(x, base, weight), tuned)

@@ -19,7 +19,7 @@ from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL
 from core.store import RunFolder
 from evaluation.behaviours import load_behaviours
 from pipeline.train import train_arm
-from tests.arms import COMMON, TRAINED, behaviours_file, config_of
+from tests.arms import TRAINED, behaviours_file, config_of
 from training import data
 from training.adapter import adapted_layers
 from training.config import TrainConfig, differences
@@ -27,8 +27,8 @@ from training.data import requests_of
 from training.devices import Devices
 from training.examples import Order, make_example
 from training.forward import Forward
-from training.losses import reply_loss
 from training.loop import Run, request_hash, seeded
+from training.losses import reply_loss
 from training.registry import ARMS
 
 WEIGHTS = "adapter_model.safetensors"
@@ -41,9 +41,7 @@ def requests_file(tmp_path):
 
 def trained(name, folder, out, requests, **values):
     """The result of a short training."""
-    return train_arm(
-        name, str(folder), out, config_of(name, **values), str(requests), save_every=2
-    )
+    return train_arm(name, str(folder), out, config_of(name, **values), str(requests), save_every=2)
 
 
 def opened(name, folder, out, requests, **values):
@@ -100,12 +98,15 @@ def test_the_help_lists_every_difference_of_the_small_preset():
         assert len(listed.strip().splitlines()) == len(differences(small, paper)), name
 
 
-
 # --- one forward pass -----------------------------------------------------------------------------
 def test_packed_and_padded_batches_give_the_same_losses_and_gradients(qwen, tiny_folders):
     model = load(str(tiny_folders["qwen2"]), "cpu")
     renderer = Renderer(model)
-    texts = [("Write about tea", "No."), ("Say hi", "I can't help with that, sorry."), ("Go", "Yes")]
+    texts = [
+        ("Write about tea", "No."),
+        ("Say hi", "I can't help with that, sorry."),
+        ("Go", "Yes"),
+    ]
     rows = [make_example(renderer, *text) for text in texts]
     weight = model.blocks[0].mlp.down_proj.weight.requires_grad_(True)
     found = []
@@ -135,7 +136,11 @@ def test_a_model_that_cannot_be_packed_is_padded(tiny):
     for row in rows:  # one by one, by the model itself
         logits = tiny.model(input_ids=torch.tensor([row.ids])).logits[0]
         start = row.reply_start
-        nll = -logits[start - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(row.ids[start:])[:, None])
+        nll = (
+            -logits[start - 1 : -1]
+            .log_softmax(-1)
+            .gather(-1, torch.tensor(row.ids[start:])[:, None])
+        )
         plain += float(nll.sum())
     count = sum(len(row.ids) - row.reply_start for row in rows)
     assert float(loss) == pytest.approx(plain / count, rel=1e-3)
@@ -204,7 +209,9 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path, tiny_folders, request
     assert one.losses[0]["gradient_norm"] == pytest.approx(two.losses[0]["gradient_norm"], rel=1e-3)
 
 
-def test_clipping_bounds_the_gradient_and_reports_its_own_norm(tmp_path, tiny_folders, requests_file):
+def test_clipping_bounds_the_gradient_and_reports_its_own_norm(
+    tmp_path, tiny_folders, requests_file
+):
     run = opened("sft", tiny_folders["qwen2"], tmp_path, requests_file, max_norm=0.01)
     seen = []
     step = run.optimiser.step
@@ -216,13 +223,19 @@ def test_clipping_bounds_the_gradient_and_reports_its_own_norm(tmp_path, tiny_fo
     assert float(seen[0]) <= 0.0101 and row["gradient_norm"] > 1
 
 
-def test_a_loss_that_is_not_finite_saves_nothing(tmp_path, tiny_folders, requests_file, monkeypatch):
+def test_a_loss_that_is_not_finite_saves_nothing(
+    tmp_path, tiny_folders, requests_file, monkeypatch
+):
     from training import refusal
 
-    monkeypatch.setattr(refusal, "reply_loss", lambda *_: torch.tensor(math.nan, requires_grad=True))
+    monkeypatch.setattr(
+        refusal, "reply_loss", lambda *_: torch.tensor(math.nan, requires_grad=True)
+    )
     with pytest.raises(AttackPlaneError, match="not finite"):
         trained("refusal", tiny_folders["qwen2"], tmp_path / "out", requests_file)
-    assert not (tmp_path / "out" / "step-3").exists() and not (tmp_path / "out" / "state.pt").exists()
+    assert (
+        not (tmp_path / "out" / "step-3").exists() and not (tmp_path / "out" / "state.pt").exists()
+    )
 
 
 def test_a_checkpoint_that_is_gone_is_trained_anew(tmp_path, tiny_folders, requests_file):
@@ -238,9 +251,7 @@ def test_another_arm_or_other_settings_in_the_same_folder_are_refused(
 ):
     trained("sft", tiny_folders["qwen2"], tmp_path / "out", requests_file)
     with pytest.raises(AttackPlaneError, match=r"train\.learning_rate"):
-        trained(
-            "sft", tiny_folders["qwen2"], tmp_path / "out", requests_file, learning_rate=1e-3
-        )
+        trained("sft", tiny_folders["qwen2"], tmp_path / "out", requests_file, learning_rate=1e-3)
     with pytest.raises(AttackPlaneError, match=r"train\.arm"):
         trained("refusal", tiny_folders["qwen2"], tmp_path / "out", requests_file)
 
@@ -251,7 +262,9 @@ def test_the_manifest_lists_every_difference_to_the_paper(tmp_path, tiny_folders
     changed = settings["differs_from_paper"]
     assert changed["learning_rate"] == [5e-5, 5e-3] and "beta" not in changed
     config = ARMS.get("dpo").make_config({})
-    assert all(getattr(config, name) == pair[0] for name, pair in changed.items() if name != "checkpoints")
+    assert all(
+        getattr(config, name) == pair[0] for name, pair in changed.items() if name != "checkpoints"
+    )
 
 
 def test_merged_weights_read_as_the_active_adapter_and_leave_the_base_to_the_bit(
@@ -337,7 +350,9 @@ def test_harc_raises_the_cosine_of_harmful_states_and_keeps_its_directions_apart
         ("ce", {"ce"}),
     ],
 )
-def test_ablations_of_harc_leave_terms_out(terms, components, tmp_path, tiny_folders, requests_file):
+def test_ablations_of_harc_leave_terms_out(
+    terms, components, tmp_path, tiny_folders, requests_file
+):
     run = opened("harc", tiny_folders["qwen2"], tmp_path, requests_file, terms=terms)
     logged = {"step", "loss", "drift", "gradient_norm", "learning_rate"}
     assert set(run.update(0)) - logged == components
@@ -348,9 +363,7 @@ def test_harcs_controls_are_other_directions_and_random_ones_stay(
 ):
     found = {}
     for kind in ("harc", "permuted", "random"):
-        run = opened(
-            "harc", tiny_folders["qwen2"], tmp_path / kind, requests_file, directions=kind
-        )
+        run = opened("harc", tiny_folders["qwen2"], tmp_path / kind, requests_file, directions=kind)
         method = run.method.losses.__self__
         found[kind] = method.base.harm[2]
         assert float(found[kind].norm()) == pytest.approx(1, abs=1e-4)
@@ -465,12 +478,14 @@ def test_continuations_begin_with_the_target_and_are_printed_nowhere(
         + ["--reply-tokens", "4", "--batch-size", "2", "--precision", "float32"],
     )
     assert result.exit_code == 0, result.output
-    rows = [json.loads(line) for line in (tmp_path / "out" / "replies.jsonl").read_text().splitlines()]
-    replies = [reply for row in rows if row["kind"] == "continuation" for reply, _ in row["replies"]]
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / "replies.jsonl").read_text().splitlines()
+    ]
+    replies = [
+        reply for row in rows if row["kind"] == "continuation" for reply, _ in row["replies"]
+    ]
     assert len(replies) == 4 and all(reply.startswith("Sure here is how") for reply in replies)
     assert "Sure here is how" not in result.output and "next: " in result.output
-
-
 
 
 REFUSES = "I'm sorry, but as a helper I am not able to do that for you."
@@ -501,9 +516,7 @@ def test_where_the_base_refuses_nothing_no_reply_is_opened(qwen, monkeypatch):
         return ["Warm the pot, then pour."] if texts else complete(renderer, texts, **settings)
 
     monkeypatch.setattr(data, "complete", first_only)
-    assert (
-        data.own_replies(qwen, ["Brew a tea"], 40)[0][0] == "Warm the pot, then pour."
-    )
+    assert data.own_replies(qwen, ["Brew a tea"], 40)[0][0] == "Warm the pot, then pour."
 
 
 def test_own_replies_that_refuse_twice_are_not_taught(qwen, monkeypatch):

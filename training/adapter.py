@@ -98,9 +98,11 @@ class Adapted:
         from peft.tuners.lora import LoraLayer
 
         layers: list[Any] = [m for m in self.tuned.modules() if isinstance(m, LoraLayer)]
-        linear = [layer.get_base_layer() for layer in layers]
+        linear: list[Any] = [layer.get_base_layer() for layer in layers]
         if not all(module.weight.is_floating_point() for module in linear):
-            with evaluating(self.loaded):  # 4-bit weights take no addition: the adapter stays beside
+            with evaluating(
+                self.loaded
+            ):  # 4-bit weights take no addition: the adapter stays beside
                 yield
             return
         own = [module.weight.data for module in linear]
@@ -111,7 +113,7 @@ class Adapted:
                     with torch.no_grad():
                         whole = weight + layer.get_delta_weight(name)
                     if reduced and type(module) is nn.Linear:
-                        module.forward = _in_bfloat16(whole, module.bias)
+                        vars(module)["forward"] = _in_bfloat16(whole, module.bias)
                     else:
                         module.weight.data = whole
                 yield

@@ -127,7 +127,9 @@ def estimated(
     layers, candidates = list(range(first, last + 1)), list(range(1, first + 1))
     fitted, chosen_on = split(requests)
     forward = Forward(base)
-    train, validation = (prompt_means(forward, texts, rows, candidates) for rows in (fitted, chosen_on))
+    train, validation = (
+        prompt_means(forward, texts, rows, candidates) for rows in (fitted, chosen_on)
+    )
     harmful = torch.tensor([b.label == HARMFUL for b in chosen_on])
     grid = []
     for k, layer in enumerate(candidates):
@@ -159,10 +161,9 @@ def estimated(
 
 def split(requests: Requests) -> tuple[list[Behaviour], list[Behaviour]]:
     """What vectors are estimated on, and what the threshold is chosen on."""
-    known = [*requests.harmful, *requests.harmless]
-    validation = list(requests.validation)
-    if not validation:  # every fifth of a file without splits
-        validation = [b for i, b in enumerate(known) if i // 2 % 5 == 4]
+    known, validation = [*requests.harmful, *requests.harmless], list(requests.validation)
+    if not validation:  # every fourth of a set without that split
+        validation = [*requests.harmful[3::4], *requests.harmless[3::4]]
         known = [b for b in known if b not in validation]
     for rows, what in ((known, "train"), (validation, "validation")):
         counts = [sum(b.label == label for b in rows) for label in (HARMFUL, HARMLESS)]

@@ -21,9 +21,10 @@ class TrainConfig:
 
     num_steps: int = setting(500, "Updates (optimiser steps).", flag="--steps", low=1)
     checkpoints: tuple[int, ...] = setting(
-        (), "Update to save at, besides the last; repeatable [default: a tenth, a fifth and a half]",
+        (),
+        "Update to save at, besides the last; repeatable [default: a tenth, a fifth and a half]",
         flag="--checkpoint",
-    )  # fmt: skip
+    )
     batch_size: int = setting(16, "Sequences of a micro-batch.", low=1)
     accumulation: int = setting(1, "Micro-batches of an update.", low=1)
     learning_rate: float = setting(2e-5, "Of AdamW, after the warm-up.", low=0, high=1)
@@ -108,4 +109,3 @@ SMALL: Row = {
     "reply_tokens": 16,
 }
 """What every arm changes to fit two cores and a model of 135M parameters."""
-

@@ -103,11 +103,10 @@ def requests_of(
             got=counts,
             remedy="give a set with those labels and, if it has splits, a split train",
         )
-    return Requests(
-        *(tuple(chosen.get(name, ())) for name in (HARMFUL, HARMLESS, PSEUDO_HARMFUL)),
-        given,
-        validation,
+    harmful, harmless, pseudo = (
+        tuple(chosen.get(name, ())) for name in (HARMFUL, HARMLESS, PSEUDO_HARMFUL)
     )
+    return Requests(harmful, harmless, pseudo, given, validation)
 
 
 def read_replies(path: Path) -> dict[str, str]:
@@ -128,7 +127,9 @@ def read_replies(path: Path) -> dict[str, str]:
         ) from error
     replies: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
-        request, reply = (row.get(k) if isinstance(row, dict) else None for k in ("request", "reply"))
+        request, reply = (
+            row.get(k) if isinstance(row, dict) else None for k in ("request", "reply")
+        )
         wrong = not all(isinstance(t, str) and t.strip() for t in (request, reply))
         if wrong or request in replies:
             raise AttackPlaneError(

@@ -191,7 +191,10 @@ class _HARC:
         label = torch.arange(len(rows), device=out.weight.device) < harmful
         total = torch.zeros((), device=out.weight.device)
         for layer in self.layers:
-            for position, direction in (("t_inst", self.now.harm), ("t_post_inst", self.now.refusal)):
+            for position, direction in (
+                ("t_inst", self.now.harm),
+                ("t_post_inst", self.now.refusal),
+            ):
                 if self.config.positions in ("both", position):
                     tokens = [getattr(out.rows[i], position) for i in rows]
                     states = out.residual(layer, rows, tokens)

@@ -92,7 +92,8 @@ def train(
         if state and all(there) and done == config.num_steps:
             log.info("all checkpoints are there: %s", out)
             return TrainResult(paths, state["losses"], state["seconds"])
-        if any(not have and step <= done for have, step in zip(there, config.saved_steps)):
+        gone = zip(there, config.saved_steps, strict=True)
+        if any(not have and step <= done for have, step in gone):
             log.warning("%s: a checkpoint that was trained is gone; training anew", out)
             state = None
         run = Run(arm, handle, requests, config, folder, devices)
@@ -115,7 +116,7 @@ def settings_of(arm: Arm, config: Any, requests: Requests) -> Row:
 
 
 class Run:
-    """One training: the model with its adapter, the optimiser, the arm's method, what was logged."""
+    """One training: model and adapter, optimiser, the arm's method, and what was logged."""
 
     def __init__(
         self,

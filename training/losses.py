@@ -60,7 +60,7 @@ def kl_loss(base: Tensor, tuned: Tensor, labels: Tensor, temperature: float = 1.
 def reply_log_probability(logits: Tensor, labels: Tensor, owner: Tensor, rows: int) -> Tensor:
     """(row,) summed log-probabilities of whole replies, in nats.
 
-    ``logits`` (tokens, vocabulary), ``labels`` (tokens,), ``owner`` (tokens,) says whose a token is.
+    ``logits`` (tokens, vocabulary), ``labels`` (tokens,), ``owner`` (tokens,): whose a token is.
     """
     log_p = logits.float().log_softmax(-1).gather(-1, labels.clamp_min(0)[:, None])[:, 0]
     counted = torch.where(labels != IGNORED, log_p, 0.0)
