@@ -18,6 +18,7 @@ from core.prompt import Conversation, Renderer
 from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL
 from core.store import RunFolder
 from evaluation.behaviours import load_behaviours
+from evaluation.usability import request_hash
 from pipeline.train import train_arm
 from tests.arms import TRAINED, behaviours_file, config_of
 from training import data
@@ -27,7 +28,7 @@ from training.data import requests_of
 from training.devices import Devices
 from training.examples import Order, make_example
 from training.forward import Forward
-from training.loop import Run, request_hash, seeded
+from training.loop import Run, seeded
 from training.losses import reply_loss
 from training.registry import ARMS
 

@@ -20,14 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.cards import CARD
 from core.errors import AttackPlaneError
 from core.models import LoadedModel, evaluating
 from core.rows import Row
 from core.store import write_atomically
 from training.config import TrainConfig
-
-CARD = "attack_plane.json"
-"""In every checkpoint: which arm, step and seed made it, and what it was trained on."""
 
 
 def adapted_layers(

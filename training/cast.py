@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from core.cards import CARD
 from core.cast import HOOK, Cast, similarity
 from core.errors import AttackPlaneError
 from core.models import LoadedModel, ModelHandle
@@ -32,7 +33,6 @@ from core.records import HARMFUL, HARMLESS, Behaviour
 from core.rows import Row
 from core.settings import check_settings, setting
 from core.store import RunFolder, write_atomically
-from training.adapter import CARD
 from training.data import Requests, Texts
 from training.examples import Example
 from training.forward import Forward

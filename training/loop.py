@@ -34,6 +34,7 @@ from core.records import content_hash
 from core.rows import Row
 from core.specs import parse_spec
 from core.store import RunFolder, write_atomically
+from evaluation.usability import request_hash
 from training.adapter import Adapted
 from training.config import TrainConfig, differences
 from training.data import Requests, Texts
@@ -269,11 +270,6 @@ def card(arm: Arm, base: LoadedModel, config: Any, requests: Requests, step: int
         "settings": content_hash(settings_of(arm, config, requests)),
         "trained_on": sorted(request_hash(r) for r in requests.texts(arm.needs)),
     }
-
-
-def request_hash(request: str) -> str:
-    """Stands for a request, whatever its case, white space and last full stop."""
-    return content_hash(" ".join(request.lower().split()).rstrip("."))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,0 +1,229 @@
+"""What a model can still do, and what its training changed inside; kept by what it depends on.
+
+instructions  share of verifiable instructions that pass (``evaluation/instructions.py``)
+kl            KL(base || model) on the base's replies to harmless requests
+perplexity    of held-out prose
+outside       share of the change of states that lies outside the base's H-R plane, mean over
+              inner layers, at t_inst and t_post_inst (``geometry/change.py``)
+tasks         scores of lm-evaluation-harness (extra ``capability``)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.conversation import Conversation
+from core.errors import AttackPlaneError
+from core.generate import complete
+from core.models import LoadedModel, ModelHandle, OpenModel
+from core.prompt import Renderer
+from core.records import HARMFUL, HARMLESS, content_hash
+from core.rows import Row
+from core.statistics import wilson
+from core.store import RunFolder
+from evaluation.behaviours import CONTRAST_SPLITS, HELD_OUT_SPLITS, load_behaviours, spread
+from evaluation.instructions import Instruction, instructions, paragraphs
+from evaluation.likeness import Reference, kl_to, perplexity, reference
+from geometry.activations import collect
+from geometry.change import null_outside, share_outside
+from geometry.contrasts import unit
+from geometry.layers import inner_layers
+
+KEPT = "capability.jsonl"
+INSTRUCTION_TOKENS, KL_TOKENS = 48, 24
+POSITIONS = ("t_inst", "t_post_inst")
+CHANGE_PROMPTS = 20
+"""Held-out prompts of each label, for the change inside."""
+
+
+@dataclass(frozen=True)
+class CapabilityConfig:
+    """``instructions`` and ``kl_prompts``: how many; ``tasks``: of lm-evaluation-harness."""
+
+    instructions: int
+    kl_prompts: int
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
+
+
+class Measures:
+    """The measurements of one evaluation.
+
+    Args:
+        base: the spec that KL and change are measured from.
+    """
+
+    def __init__(
+        self, run: RunFolder, base: str, open_model: OpenModel, config: CapabilityConfig
+    ) -> None:
+        self.run, self.config = run, config
+        self.base = open_model(base)
+        self.kept = {row["key"]: row["values"] for row in run.rows(KEPT)}
+
+    def of(self, handle: ModelHandle) -> Row:
+        """All measurements of one model, from the run where it has them."""
+        config = self.config
+        values: Row = {}
+        if config.instructions:
+            chosen = _every(instructions(), config.instructions)
+            about = [[i.id, i.instruction, i.check, i.value] for i in chosen]
+            values |= self._kept("instructions", handle, about, lambda m: followed(m, chosen))
+        values |= self._kept("perplexity", handle, paragraphs(), _read_prose)
+        own: list[Any] = [self.base.fingerprint, config.kl_prompts]
+        if config.kl_prompts:
+            values |= self._kept(
+                "kl", handle, own, lambda m: {"kl": kl_to(self.reference, Renderer(m))}
+            )
+        values |= self._kept("outside", handle, own[:1], self._outside)
+        for task in config.tasks:
+            measure = partial(harness, task=task, limit=config.task_limit)
+            scores = self._kept("task", handle, [task, config.task_limit], measure)
+            values.setdefault("tasks", {})[task] = scores
+        return values
+
+    def _kept(
+        self, what: str, handle: ModelHandle, about: Any, measure: Callable[[LoadedModel], Row]
+    ) -> Row:
+        key = content_hash([what, handle.fingerprint, about])
+        if key not in self.kept:
+            self.kept[key] = measure(handle.loaded)
+            row = {"key": key, "what": what, "model": handle.spec, "values": self.kept[key]}
+            self.run.append(KEPT, row)
+        return dict(self.kept[key])
+
+    # --- against the base -------------------------------------------------------------------------
+    @cached_property
+    def reference(self) -> Reference:
+        renderer = Renderer(self.base.loaded)
+        chosen = spread(
+            load_behaviours(label=HARMLESS, splits=HELD_OUT_SPLITS), self.config.kl_prompts
+        )
+        prompts = [renderer.text(Conversation.build(b.request)) for b in chosen]
+        replies = complete(
+            renderer, prompts, max_new_tokens=KL_TOKENS, description="the base's replies"
+        )
+        return reference(renderer, prompts, replies, KL_TOKENS)
+
+    @cached_property
+    def _plane(self) -> tuple[Tensor, Tensor]:
+        """(layer, d_model) harmfulness and refusal directions of the base."""
+        sides = [
+            states(
+                self.base.loaded,
+                [b.request for b in load_behaviours(label=label, splits=CONTRAST_SPLITS)],
+            )
+            for label in (HARMFUL, HARMLESS)
+        ]
+        difference = sides[0].double().mean(0) - sides[1].double().mean(0)
+        return unit(difference[:, 0]).float(), unit(difference[:, 1]).float()
+
+    @cached_property
+    def _unchanged(self) -> Tensor:
+        return states(self.base.loaded, _change_requests())
+
+    def _outside(self, loaded: LoadedModel) -> Row:
+        if (loaded.n_layers, loaded.d_model) != (
+            self.base.loaded.n_layers,
+            self.base.loaded.d_model,
+        ):
+            return {"outside": None, "outside_null": None, "change": None}
+        change = states(loaded, _change_requests()) - self._unchanged
+        layers = list(inner_layers(loaded.n_layers))
+        shares = [share_outside(change[:, :, k], *self._plane)[layers] for k in (0, 1)]
+        mean = float(torch.stack(shares).nanmean())
+        size = change[:, layers].norm(dim=-1) / self._unchanged[:, layers].norm(dim=-1)
+        return {
+            "outside": None if math.isnan(mean) else mean,
+            "outside_null": null_outside(loaded.d_model),
+            "change": float(size.mean()),
+        }
+
+
+def states(loaded: LoadedModel, requests: Sequence[str]) -> Tensor:
+    """(prompt, layer, position, d_model) residuals at t_inst and t_post_inst."""
+    renderer = Renderer(loaded)
+    prompts = [renderer.render(Conversation.build(request)) for request in requests]
+    return collect(loaded, prompts, list(requests), positions=POSITIONS).resid
+
+
+def _change_requests() -> list[str]:
+    """Held-out requests on which the change inside is measured."""
+    return [
+        b.request
+        for label in (HARMFUL, HARMLESS)
+        for b in spread(load_behaviours(label=label, splits=HELD_OUT_SPLITS), CHANGE_PROMPTS)
+    ]
+
+
+def _read_prose(loaded: LoadedModel) -> Row:
+    per_token, bits = perplexity(Renderer(loaded), paragraphs())
+    return {"perplexity": per_token, "bits_per_character": bits}
+
+
+def _every(chosen: Sequence[Instruction], count: int) -> list[Instruction]:
+    """``count`` of them, evenly spaced, so that every kind is there."""
+    n = min(count, len(chosen))
+    return [chosen[i * len(chosen) // n] for i in range(n)]
+
+
+def followed(loaded: LoadedModel, chosen: Sequence[Instruction]) -> Row:
+    """Share of instructions whose reply passes, with Wilson's interval, and by kind."""
+    renderer = Renderer(loaded)
+    prompts = [renderer.text(Conversation.build(i.instruction)) for i in chosen]
+    replies = complete(
+        renderer,
+        prompts,
+        max_new_tokens=INSTRUCTION_TOKENS,
+        batch_size=32,
+        description="instructions",
+    )
+    passed = [i.passed(reply) for i, reply in zip(chosen, replies, strict=True)]
+    by_kind: dict[str, list[bool]] = {}
+    for i, ok in zip(chosen, passed, strict=True):
+        by_kind.setdefault(i.kind, []).append(ok)
+    return {
+        "instructions": sum(passed) / len(passed),
+        "instructions_wilson": wilson(sum(passed), len(passed)),
+        "instructions_by_kind": {k: sum(v) / len(v) for k, v in by_kind.items()},
+    }
+
+
+def harness(loaded: LoadedModel, task: str, limit: int | None) -> Row:
+    """Scores of one task of lm-evaluation-harness on the loaded model: metric -> value.
+
+    ``task`` is a task's name, or the path of a task's YAML file.
+
+    Raises:
+        AttackPlaneError: the package is missing, or the task cannot be run.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise AttackPlaneError(
+            "tasks need the package lm-eval", remedy="pip install 'attack-plane[capability]'"
+        ) from error
+    try:
+        model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=8)
+        found = simple_evaluate(
+            model=model, tasks=[task], limit=limit, task_manager=TaskManager(), bootstrap_iters=0
+        )
+    except Exception as error:  # the harness raises errors of many libraries
+        raise AttackPlaneError(
+            "the task cannot be run", where=f"lm-evaluation-harness, {task}", got=str(error)[:300]
+        ) from error
+    assert found is not None
+    scores = next(iter(found["results"].values()))
+    return {  # keys are "metric,filter"; what else stands there is about the examples
+        k: v
+        for k, v in scores.items()
+        if "," in k and "stderr" not in k and isinstance(v, (int, float))
+    }

@@ -1,0 +1,107 @@
+"""The trade-off of checkpoints: success of attacks against refusals of safe requests.
+
+One panel per kind of attack: fixed-source and adaptive. Each point is a model; its size grows with
+the share of verifiable instructions that it follows. Checkpoints of one training are joined in the
+order of their steps, and the last one is filled. Lower left is better. Bars are 95 % intervals of
+the last checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from core.errors import AttackPlaneError
+from core.rows import Row
+from core.store import read_rows
+from plots.style import COLOURS
+
+NAME, ROWS = "tradeoff.png", "evaluation.jsonl"
+PANELS = (
+    ("fixed", "fixed-source attacks"),
+    ("adaptive", "adaptive GCG"),
+    ("plain", "plain requests"),
+)
+SMALLEST, LARGEST = 20.0, 260.0
+"""Areas of points that follow no instruction and all of them."""
+
+
+def draw(folder: Path) -> Path:
+    """Draw ``tradeoff.png`` from the rows in ``folder``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = read_rows(folder / ROWS)
+    if not rows:
+        raise AttackPlaneError("no evaluation in this run", where=folder, remedy="evaluate first")
+    panels = [(k, t) for k, t in PANELS if any(k in row["robustness"] for row in rows)]
+    figure = Figure(figsize=(5.2 * len(panels), 5.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (kind, title) in zip(axes, panels, strict=True):
+        _panel(axis, rows, kind)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("safe requests refused, fully or in part", fontsize=9)
+        axis.set_xlim(-0.05, 1.05)
+        axis.set_ylim(-0.05, 1.05)
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("attack success rate (raw)", fontsize=9)
+    axes[-1].legend(fontsize=8, loc="upper right")
+    figure.suptitle("size: verifiable instructions followed", fontsize=9)
+    figure.savefig(folder / NAME, dpi=120)
+    return folder / NAME
+
+
+def trajectories(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of one training in the order of their steps, by a name for the legend."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = (row["arm"], row["seed"], row["training"]) if row["arm"] else (row["model"],)
+        groups.setdefault(key, []).append(row)
+    named: dict[str, list[Row]] = {}
+    for key, group in groups.items():
+        name = f"{key[0]}, seed {key[1]}" if len(key) > 1 else str(key[0])
+        while name in named:
+            name += "'"
+        named[name] = sorted(group, key=lambda row: row["step"])
+    return named
+
+
+def over_refusal(row: Row) -> tuple[float, tuple[float, float]] | None:
+    """Mean share of harmless and pseudo-harmful requests refused, and the mean of the intervals."""
+    safe = [v for name, v in row["usability"].items() if name != "harmful"]
+    if not safe:
+        return None
+    low, high = (sum(v["refused_wilson"][i] for v in safe) / len(safe) for i in (0, 1))
+    return sum(1 - v["none"] for v in safe) / len(safe), (low, high)
+
+
+def _panel(axis: Any, rows: Sequence[Row], kind: str) -> None:
+    for n, (name, group) in enumerate(trajectories(rows).items()):
+        colour = "#000000" if not group[0]["arm"] else COLOURS[n % len(COLOURS)]
+        places = []
+        for row in group:
+            x, rate = over_refusal(row), row["robustness"].get(kind)
+            if x is None or not rate or rate["asr"] is None:
+                continue
+            last = row is group[-1]
+            share = row.get("instructions")
+            area = SMALLEST + (LARGEST - SMALLEST) * (0.5 if share is None else share)
+            places.append((x[0], rate["asr"]))
+            axis.scatter(
+                *places[-1],
+                s=area,
+                color=colour if last else "white",
+                edgecolors=colour,
+                marker="o" if group[0]["arm"] else "*",
+                zorder=3 if last else 2,
+                label=name if last else None,
+            )
+            if last:
+                axis.plot(x[1], [rate["asr"]] * 2, color=colour, linewidth=0.7, alpha=0.6)
+                axis.plot([x[0]] * 2, rate["wilson"], color=colour, linewidth=0.7, alpha=0.6)
+            else:
+                axis.annotate(str(row["step"]), places[-1], fontsize=6, ha="center", va="center")
+        if len(places) > 1:
+            axis.plot(*zip(*places, strict=True), color=colour, linewidth=1.0, alpha=0.7, zorder=1)
