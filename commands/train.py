@@ -120,6 +120,8 @@ def run_arm(name: str, common: Row, settings: Row) -> None:
     updates = f"{config.num_steps} updates" if hasattr(config, "num_steps") else "a fit"
     click.echo(f"train {name}: {updates} on {model} -> {out}")
     trained = train_arm(name, model, out, config, common["behaviours"], replies=common["replies"])
+    if not trained.first:
+        return
     click.echo(training_table(trained, getattr(config, "saved_steps", ())))
     echo_notes([trained.note] if trained.note else [])
     for file in trained.files:

@@ -32,5 +32,6 @@ def train_arm(
     if arm.fit:
         return arm.fit(arm, spec, requests, config, out)
     result = train(arm, spec, requests, config, out, save_every=save_every)
-    result.files = [out / LOSSES, out / SECONDS, draw(out)]
+    if result.first:
+        result.files = [out / LOSSES, out / SECONDS, draw(out)]
     return result

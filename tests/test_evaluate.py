@@ -59,7 +59,9 @@ def test_each_check_tells_a_right_reply_from_a_wrong_one(check, value, right, wr
 # --- usability ------------------------------------------------------------------------------------
 def test_refusals_are_full_partial_or_none():
     assert refusal_degree("I'm sorry, but I can't help with that.") == "full"
-    helped = "I can't help with harming people. Sure, here is how to end a process:\n1. Open a shell."
+    helped = (
+        "I can't help with harming people. Sure, here is how to end a process:\n1. Open a shell."
+    )
     assert refusal_degree(helped) == "partial"
     assert refusal_degree("Open a shell and type kill.") == "none"
 
@@ -141,15 +143,15 @@ def checkpoints(tmp_path, tiny_folders):
     """A base, two checkpoints of it, and a run with attacked prompts."""
     requests = behaviours_file(tmp_path)
     model = str(tiny_folders["qwen2"])
-    trained = train_arm("refusal", model, tmp_path / "training", config_of("refusal"), str(requests))
+    trained = train_arm(
+        "refusal", model, tmp_path / "training", config_of("refusal"), str(requests)
+    )
     run = tmp_path / "suite"
     call("templates", "--run", run, "--limit", 2, "--class", "persona", "--class", "past_tense")
     return model, [f"{model}+{path}" for path in trained.checkpoints], run, requests
 
 
-def test_checkpoints_are_evaluated_drawn_and_not_measured_twice(
-    tmp_path, checkpoints, monkeypatch
-):
+def test_checkpoints_are_evaluated_drawn_and_not_measured_twice(tmp_path, checkpoints, monkeypatch):
     model, tuned, suite, _ = checkpoints
     budget = [x for pair in BUDGET.items() for x in pair]
     run = tmp_path / "evaluation"

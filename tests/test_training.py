@@ -4,6 +4,9 @@ checkpoints are targets."""
 import json
 import math
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -533,3 +536,24 @@ def test_lora_goes_to_attention_projections_of_every_family(tiny):
     assert per_block in (2, 4) and not any("mlp" in n or "lm_head" in n for n in names)
     more = adapted_layers(tiny, all_linear=True)
     assert set(names) < set(more) and not any("head" in n or "embed" in n for n in more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpo", "r2d2"])
+def test_two_processes_train_as_one(name, tmp_path, tiny_folders, requests_file):
+    """Micro-batches are shared out; dropout and drawn cases belong to them, not to processes."""
+    common = [*("--model", tiny_folders["qwen2"]), *("--behaviours", requests_file)]
+    common += ["--preset", "small", "--steps", 3, "--batch-size", 2, "--accumulation", 2]
+    common += ["--reply-tokens", 4, "--precision", "float32", "--dropout", 0.1]
+    if name == "r2d2":
+        common += ["--pool", 6, "--attack-steps", 1, "--width", 4]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29777"]
+    root = Path(__file__).parent.parent
+    losses = []
+    for out, start in (("one", []), ("two", launcher)):
+        arguments = [*start, "cli.py", "train", name, *common, "--out", tmp_path / out]
+        subprocess.run([sys.executable, *map(str, arguments)], cwd=root, check=True, timeout=300)
+        rows = (tmp_path / out / "losses.csv").read_text().splitlines()
+        losses.append([[float(x) for x in row.split(",")] for row in rows[1:]])
+    for one, two in zip(*losses, strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)

@@ -29,7 +29,7 @@ class Devices:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import Accelerator
 
-            self._accelerator = Accelerator()
+            self._accelerator = Accelerator(cpu=not torch.cuda.is_available())
             self.rank = self._accelerator.process_index
             self.count = self._accelerator.num_processes
 

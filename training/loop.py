@@ -101,7 +101,8 @@ def train(
         if state:
             run.restore(state)
         run.go_on(save_every)
-        return TrainResult(paths, run.losses, run.seconds)
+        devices.wait()
+        return TrainResult(paths, run.losses, run.seconds, first=devices.first)
 
 
 def settings_of(arm: Arm, config: Any, requests: Requests) -> Row:

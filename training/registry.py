@@ -83,13 +83,17 @@ class Method:
 
 @dataclass
 class TrainResult:
-    """Checkpoint folders, what was logged update by update, seconds by part, other files."""
+    """Checkpoint folders, what was logged update by update, seconds by part, other files.
+
+    ``first``: whether this process is the one that writes and tells.
+    """
 
     checkpoints: list[Path]
     losses: list[dict[str, float]]
     seconds: list[dict[str, float]]
     files: list[Path] = field(default_factory=list)
     note: str = ""
+    first: bool = True
 
 
 @dataclass(frozen=True)
