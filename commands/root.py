@@ -96,7 +96,8 @@ def load_plugins(ctx: click.Context, option: click.Parameter, paths: tuple[Path,
     is_eager=True,
     expose_value=False,
     callback=load_plugins,
-    help="Run a Python file of yours that declares attacks, judges or claims; repeatable.",
+    help="Run a Python file of yours that declares attacks, judges, claims or training arms; "
+    "repeatable.",
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks and debug messages.")
 @click.version_option(package_name="attack-plane")

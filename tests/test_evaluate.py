@@ -189,7 +189,7 @@ def test_checkpoints_are_evaluated_drawn_and_not_measured_twice(tmp_path, checkp
 
 
 def test_over_refusal_is_not_measured_on_what_was_trained_on(tmp_path, checkpoints):
-    model, tuned, _, requests = checkpoints
+    _, tuned, _, requests = checkpoints
     budget = [x for pair in BUDGET.items() for x in pair]
     output = CliRunner().invoke(
         cli,

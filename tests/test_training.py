@@ -557,3 +557,19 @@ def test_two_processes_train_as_one(name, tmp_path, tiny_folders, requests_file)
         losses.append([[float(x) for x in row.split(",")] for row in rows[1:]])
     for one, two in zip(*losses, strict=True):
         assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
+
+
+def test_an_arm_in_one_file_has_a_command_and_checkpoints(tmp_path, tiny_folders, requests_file):
+    """The how-to's own example, as a plugin."""
+    page = (Path(__file__).parent.parent / "docs/howto/add-a-training-arm.md").read_text()
+    plugin = tmp_path / "say_no.py"
+    plugin.write_text(page.split("```python\n")[1].split("```")[0])
+    arguments = ["--plugin", plugin, "train", "say_no", "--model", tiny_folders["qwen2"]]
+    arguments += ["--out", tmp_path / "out", "--behaviours", requests_file, "--steps", 2]
+    try:
+        listed = CliRunner().invoke(cli, ["--plugin", str(plugin), "train", "--help"]).output
+        result = CliRunner().invoke(cli, [str(a) for a in [*arguments, "--precision", "float32"]])
+        assert "say_no" in listed and result.exit_code == 0, result.output
+        assert (tmp_path / "out" / "step-2" / WEIGHTS).is_file() and "no " in result.output
+    finally:
+        ARMS.remove("say_no")
