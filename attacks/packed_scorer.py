@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attacks.likelihood import target_nll
 from core.batching import BatchSize
-from core.head import Head
+from core.head import Head, head_of
 from core.models import LoadedModel
 from core.packed import Group, PackedDecoder
 from core.precision import is_reduced
@@ -74,7 +74,7 @@ class PackedScorer:
         ``probe`` (tokens,) is a whole prompt that the head is tried on.
         """
         self._current, self._likely = self.before[:0], None
-        self._head = Head(self.loaded, probe)
+        self._head = head_of(self.loaded, probe)
         if not self._head.usable:
             return "its logits are not an elementwise function of a linear head's"
         if not keeps_keys_and_values_only(self.loaded):

@@ -14,14 +14,28 @@ from torch import Tensor, nn
 
 from core.models import LoadedModel
 
+KEPT = "_attack_plane_head"
+"""Where a model keeps its head once it was found."""
+
+
+def head_of(loaded: LoadedModel, probe_ids: Tensor) -> Head:
+    """The head of a model, looked for once: what is done to its output belongs to the model's code,
+    so training does not change it."""
+    kept: Head | None = vars(loaded).get(KEPT)
+    layer = loaded.model.get_output_embeddings()
+    if kept is None or kept.layer is not layer or kept.weight is not layer.weight:
+        kept = vars(loaded)[KEPT] = Head(loaded, probe_ids)
+    return kept
+
 
 class Head:
     """``usable`` is False where the map could not be found; ``logits`` must not be used then."""
 
     def __init__(self, loaded: LoadedModel, probe_ids: Tensor) -> None:
-        layer = loaded.model.get_output_embeddings()
+        self.layer = layer = loaded.model.get_output_embeddings()
         self.scale, self.cap = 1.0, None
         self.usable = type(layer) is nn.Linear
+        self.weight = getattr(layer, "weight", None)
         if self.usable:
             self._weight, self._bias = layer.weight, layer.bias
             self.usable = self._fit(loaded, probe_ids)

@@ -327,10 +327,10 @@ def test_out_of_memory_halves_the_batch_and_changes_no_loss(qwen, monkeypatch):
     expected = objective.losses(drawn)
     inner = PackedDecoder._run
 
-    def scarce(self, embeddings, groups, keep):
+    def scarce(self, embeddings, groups, *options):
         if sum(group.count for group in groups) > 1:
             raise torch.OutOfMemoryError("pretended")
-        return inner(self, embeddings, groups, keep)
+        return inner(self, embeddings, groups, *options)
 
     monkeypatch.setattr(PackedDecoder, "_run", scarce)
     objective.batch.value = 8

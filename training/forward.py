@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.head import Head
+from core.head import Head, head_of
 from core.models import LoadedModel, evaluating
 from core.packed import Group, PackedDecoder
 from core.prefix import keeps_keys_and_values_only, shared_length
@@ -118,7 +118,7 @@ class Forward:
         if not keeps_keys_and_values_only(self.loaded):
             return "it keeps more than keys and values"
         with evaluating(self.loaded):
-            self._head = Head(self.loaded, torch.tensor(probe[0].ids))
+            self._head = head_of(self.loaded, torch.tensor(probe[0].ids))
             if not self._head.usable:
                 self._head = None
                 return "its logits are not an elementwise function of a linear head's"

@@ -6,13 +6,14 @@ to update, so that attacks go on where they were; now and then some begin anew w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from attacks.candidates import allowed_tokens
-from attacks.gcg_search import GCGConfig, run_gcg
+from attacks.gcg_search import GCGConfig, GCGState, run_gcg
 from attacks.likelihood import Slot
 from attacks.objective import TargetLoss
 from attacks.slot import SuffixSlot, default_slot
@@ -129,14 +130,24 @@ class Pool:
         slot = Slot(place.before_ids, tuple(case.suffix), place.after_ids, place.target_ids)
         objective = TargetLoss(self.loaded, slot, path=self._path)
         here = AnySuffix(slot.initial_ids)
+        seed = stream_seed(self.seed, "r2d2", str(update), str(number))
+        # the loss before the first step is not needed: infinite, whatever comes next is better
+        start = GCGState(
+            case.suffix,
+            torch.Generator().manual_seed(seed).get_state().tolist(),
+            objective.batch.value,
+            best_ids=case.suffix,
+            losses=[math.inf],
+        )
         state = run_gcg(
             objective,
             _Filtered(here.initial_ids, place) if self.filtered else here,
             config,
             self._allowed,
-            seed=stream_seed(self.seed, "r2d2", str(update), str(number)),
+            seed=seed,
+            state=start,
         )
-        case.suffix, case.loss = state.suffix_ids, state.losses[-1]
+        case.suffix, case.loss = state.suffix_ids, _known(state.losses[-1])
 
     def begin_anew(self, update: int, count: int) -> None:
         """Give ``count`` random cases new suffixes, requests and targets."""
@@ -164,3 +175,8 @@ class _Filtered:
 
     def faithful(self, suffixes: Sequence[Sequence[int]]) -> list[bool]:
         return self.slot.faithful(suffixes)
+
+
+def _known(loss: float) -> float | None:
+    """None where no candidate was scored."""
+    return loss if math.isfinite(loss) else None
