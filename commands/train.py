@@ -128,7 +128,8 @@ def run_arm(name: str, common: Row, settings: Row) -> None:
         click.echo(str(file))
     for path in trained.checkpoints:
         click.echo(f"{model}+{path}")
-    click.echo(f"next: {program()} evaluate --model {model} --model '{model}+{out}/...'")
+    last = f"{model}+{trained.checkpoints[-1]}"
+    click.echo(f"next: {program()} evaluate --run runs/evaluation --model {model} --model '{last}'")
 
 
 command = train

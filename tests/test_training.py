@@ -250,6 +250,15 @@ def test_a_checkpoint_that_is_gone_is_trained_anew(tmp_path, tiny_folders, reque
     assert (first / WEIGHTS).read_bytes() == content
 
 
+def test_a_folder_of_the_users_is_not_deleted(tmp_path, tiny_folders, requests_file):
+    theirs = tmp_path / "out" / "step-3" / "notes.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    with pytest.raises(AttackPlaneError, match="nothing was deleted"):
+        trained("sft", tiny_folders["qwen2"], tmp_path / "out", requests_file)
+    assert theirs.read_text() == "mine"
+
+
 def test_another_arm_or_other_settings_in_the_same_folder_are_refused(
     tmp_path, tiny_folders, requests_file
 ):
@@ -365,16 +374,18 @@ def test_ablations_of_harc_leave_terms_out(
 def test_harcs_controls_are_other_directions_and_random_ones_stay(
     tmp_path, tiny_folders, requests_file
 ):
-    found = {}
+    found, layers = {}, {}
     for kind in ("harc", "permuted", "random"):
         run = opened("harc", tiny_folders["qwen2"], tmp_path / kind, requests_file, directions=kind)
         method = run.method.losses.__self__
         found[kind] = method.base.harm[2]
         assert float(found[kind].norm()) == pytest.approx(1, abs=1e-4)
+        layers[kind] = method.layers
         run.update(0), run.update(1)
         assert torch.equal(method.now.harm, method.base.harm) == (kind == "random")
     assert abs(float(found["harc"] @ found["permuted"])) < 0.99
     assert abs(float(found["harc"] @ found["random"])) < 0.9
+    assert layers["harc"] == layers["permuted"] == layers["random"]
 
 
 def test_one_position_of_harc_reads_that_position_alone(tmp_path, tiny_folders, requests_file):

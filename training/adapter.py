@@ -132,7 +132,17 @@ class Adapted:
         set_peft_model_state_dict(self.tuned, weights)
 
     def save(self, path: Path, card: Row) -> None:
-        """Write an adapter folder so that it appears only when whole."""
+        """Write an adapter folder so that it appears only when whole.
+
+        Raises:
+            AttackPlaneError: a folder stands there that no training wrote.
+        """
+        if path.exists() and not (path / CARD).is_file():
+            raise AttackPlaneError(
+                "a folder of that name is there, and no training wrote it",
+                where=path,
+                remedy="choose another --out; nothing was deleted",
+            )
         part = path.with_name(path.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         self.tuned.save_pretrained(part)

@@ -18,10 +18,9 @@ Steps:
 3. Every so many micro-batches estimate the directions anew on the tuned model, and blend:
    v <- n(0.7 v_base + 0.3 v_now).
 
-Directions point towards harmful and towards refused. Without any effect of their own they are
-constants: no gradient flows into them. ``directions`` chooses controls in their place: ``permuted``
-(the same estimate, the labels of the classes dealt anew) and ``random`` (unit vectors, never
-estimated anew).
+Directions point towards harmful and towards refused. They are constants: no gradient flows into
+them. ``directions`` chooses controls in their place, at the same layers: ``permuted`` (the same
+estimate, the labels of the classes dealt anew) and ``random`` (unit vectors, never estimated anew).
 """
 
 from __future__ import annotations
@@ -110,18 +109,24 @@ class _HARC:
         if pseudo and config.pseudo_harmful:
             self.batches.append(Batches(pseudo, config.pseudo_harmful, seed + 2))
         n_layers = bench.adapted.loaded.n_layers
+        every = range(n_layers + 1)
         with bench.adapted.off():
-            self.base = self.estimate(range(n_layers + 1))
-        self.layers = self.chosen_layers(n_layers)
+            real = self.estimate(every, DIRECTIONS[0])
+            self.base = real if config.directions == DIRECTIONS[0] else self.estimate(every)
+        self.layers = self.chosen_layers(real, n_layers)  # a control is read at the same layers
         self.now = self.base
         self.method = Method(self.losses, self.after_update, self.state, self.restore)
 
     # --- directions -------------------------------------------------------------------------------
-    def estimate(self, layers: Sequence[int]) -> Four:
-        """The four directions on the model as it is; zeros at layers that are not asked for."""
+    def estimate(self, layers: Sequence[int], kind: str | None = None) -> Four:
+        """The four directions on the model as it is; zeros at layers that are not asked for.
+
+        ``kind`` is one of ``DIRECTIONS``; None takes the config's.
+        """
+        kind = kind or self.config.directions
         generator = torch.Generator().manual_seed(stream_seed(self.config.seed, "harc"))
         d, n = self.bench.adapted.loaded.d_model, self.bench.adapted.loaded.n_layers + 1
-        if self.config.directions == "random":
+        if kind == "random":
             return Four(*unit(torch.randn(4, n, d, generator=generator)))
         count = self.config.samples
         refusals, continuations, ordinary = (
@@ -135,7 +140,7 @@ class _HARC:
             (continuations[2], ordinary[2]),
             (refusals[2], ordinary[2]),
         ]
-        if self.config.directions == "permuted":
+        if kind == "permuted":
             pairs = [dealt_anew(*pair, self.config.seed) for pair in pairs]
         found = torch.zeros(4, n, d)
         for k, (positive, negative) in enumerate(pairs):
@@ -157,8 +162,8 @@ class _HARC:
             parts[2].append(torch.stack(replies, 1).float().cpu())
         return [torch.cat(part) for part in parts]
 
-    def chosen_layers(self, n_layers: int) -> list[int]:
-        scores = eq6(*vars(self.base).values())
+    def chosen_layers(self, directions: Four, n_layers: int) -> list[int]:
+        scores = eq6(*vars(directions).values())
         inner = list(inner_layers(n_layers))
         best = scores[inner].topk(min(self.config.layers, len(inner))).indices
         return sorted(inner[int(i)] for i in best)
