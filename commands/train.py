@@ -76,9 +76,8 @@ def _options() -> list[Decorator]:
         ),
         click.option(
             "--replies",
-            type=click.Path(path_type=Path),
-            help="CSV or JSON lines file of request and reply, in place of the set's ordinary "
-            "requests and the base's own replies.",
+            help="CSV or JSON lines file of request and reply, or ultrachat (hub), in place of the "
+            "set's ordinary requests and the base's own replies.",
         ),
         click.option(
             "--preset",

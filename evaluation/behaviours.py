@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from core.errors import AttackPlaneError
 from core.records import LABELS, SPLITS, Behaviour, nearest
@@ -179,8 +180,12 @@ def read_file(path: Path, default_label: str, *, benchmark: str | None = None) -
     )
 
 
-def read_hub(name: str) -> list[Behaviour]:
-    """Behaviours of a public set, through the package ``datasets`` (extra ``hub-sets``)."""
+def open_hub_set(name: str, path: str, config: str | None, split: str) -> Any:
+    """A split of a set of the hub, row by row.
+
+    Raises:
+        AttackPlaneError: the package ``datasets`` is missing, or the set cannot be loaded.
+    """
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -188,16 +193,21 @@ def read_hub(name: str) -> list[Behaviour]:
             f"the hub set {name!r} needs the package datasets",
             remedy="pip install 'attack-plane[hub-sets]'",
         ) from error
-    known = HUB_SETS[name]
     try:
-        table = load_dataset(known.path, known.config, split=known.split)
+        return load_dataset(path, config, split=split)
     except Exception as error:  # datasets raises errors of many libraries
         raise AttackPlaneError(
             "cannot load the hub set",
-            where=f"{name} ({known.path})",
+            where=f"{name} ({path})",
             got=str(error).strip().splitlines()[0],
             remedy="check the network and, for a gated set, your access token; or give a file",
         ) from error
+
+
+def read_hub(name: str) -> list[Behaviour]:
+    """Behaviours of a public set, through the package ``datasets`` (extra ``hub-sets``)."""
+    known = HUB_SETS[name]
+    table = open_hub_set(name, known.path, known.config, known.split)
     numbered = [(index, dict(row)) for index, row in enumerate(table, start=1)]
     # Alpaca's instructions may speak of an input that stands beside them
     numbered = [

@@ -19,13 +19,14 @@ def train_arm(
     config: Any,
     behaviours: str = DEMONSTRATION,
     *,
-    replies: Path | None = None,
+    replies: str | None = None,
     save_every: int = 10,
 ) -> TrainResult:
     """Train one arm on the training split of a behaviour set; checkpoints are ``out/step-N``.
 
     Args:
-        replies: a file of requests and replies in place of the set's ordinary requests.
+        replies: a file of requests and replies, or ``ultrachat``, in place of the set's ordinary
+            requests.
     """
     arm = ARMS.get(name)
     requests = requests_of(behaviours, arm.needs, replies, where=f"train {name}")

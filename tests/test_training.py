@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -471,7 +472,7 @@ def test_a_set_without_what_the_arm_needs_is_refused(tmp_path):
 def test_replies_of_a_file_take_the_place_of_the_bases_own(tmp_path, tiny_folders, requests_file):
     path = tmp_path / "chats.jsonl"
     path.write_text('{"request": "Brew a tea", "reply": "Warm the pot."}\n')
-    requests = requests_of(str(requests_file), (HARMLESS, PSEUDO_HARMFUL), path)
+    requests = requests_of(str(requests_file), (HARMLESS, PSEUDO_HARMFUL), str(path))
     assert [b.request for b in requests.harmless] == ["Brew a tea"] and not requests.pseudo_harmful
     model = load(str(tiny_folders["qwen2"]), "cpu")
     with RunFolder(tmp_path / "run") as folder:
@@ -480,7 +481,22 @@ def test_replies_of_a_file_take_the_place_of_the_bases_own(tmp_path, tiny_folder
     assert "Warm the pot." in model.tokenizer.decode(list(example.ids))
     path.write_text('{"request": "Brew a tea"}\n')
     with pytest.raises(AttackPlaneError, match="row 1"):
-        requests_of(str(requests_file), (HARMLESS,), path)
+        requests_of(str(requests_file), (HARMLESS,), str(path))
+
+
+def test_conversations_of_the_hub_give_their_first_turns(monkeypatch, requests_file):
+    turns = [{"content": " Brew a tea "}, {"content": "Warm the pot."}, {"content": "And then?"}]
+    table = [{"messages": turns}, {"messages": [turns[0], {"content": "Again."}]}]
+    asked = []
+
+    def load_dataset(*names, split):
+        asked.append((*names, split))
+        return table
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    requests = requests_of(str(requests_file), (HARMLESS,), "ultrachat")
+    assert requests.replies == {"Brew a tea": "Warm the pot."}
+    assert asked == [("HuggingFaceH4/ultrachat_200k", None, "train_sft")]
 
 
 def test_continuations_begin_with_the_target_and_are_printed_nowhere(

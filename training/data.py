@@ -25,7 +25,7 @@ from core.prompt import Conversation, Renderer
 from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL, Behaviour, content_hash
 from core.rows import Row
 from core.store import RunFolder
-from evaluation.behaviours import load_behaviours
+from evaluation.behaviours import load_behaviours, open_hub_set
 from evaluation.judges.reply_rules import is_refusal
 from evaluation.refusals import refusal_replies
 from training.examples import Example, make_example
@@ -33,6 +33,8 @@ from training.examples import Example, make_example
 log = logging.getLogger(__name__)
 
 REPLIES = "replies.jsonl"
+HUB_REPLIES = {"ultrachat": ("HuggingFaceH4/ultrachat_200k", None, "train_sft")}
+"""Hub sets of conversations: path, config and split."""
 JUDGED_TOKENS = 32
 """Of a reply, enough to see whether it refuses."""
 OPENING = "Sure, here is"
@@ -59,7 +61,8 @@ class Requests:
         row: Row = {}
         for label in (HARMFUL, HARMLESS, PSEUDO_HARMFUL):
             if label in needs:
-                row[label] = [[b.request, b.target_string] for b in getattr(self, label)]
+                own = [[b.request, b.target_string] for b in getattr(self, label)]
+                row[label] = {"count": len(own), "hash": content_hash(own)}
         if self.replies:
             row["replies"] = content_hash(sorted(self.replies.items()))
         return row
@@ -71,21 +74,24 @@ class Requests:
 
 
 def requests_of(
-    behaviours: str, needs: Sequence[str], replies: Path | None = None, *, where: str = "train"
+    behaviours: str, needs: Sequence[str], replies: str | None = None, *, where: str = "train"
 ) -> Requests:
     """The training split of a behaviour set, or of a file (all of it where it has no splits).
 
     Args:
         needs: the labels that the arm trains on; the set must have harmful and ordinary ones where
             they are needed.
-        replies: a CSV or JSON lines file with ``request`` and ``reply``. Its requests take the
-            place of the set's harmless and pseudo-harmful ones.
+        replies: a CSV or JSON lines file with ``request`` and ``reply``, or one of
+            ``HUB_REPLIES``. Its requests take the place of the set's harmless and pseudo-harmful
+            ones.
     """
     rows = load_behaviours(behaviours)
     validation = tuple(b for b in rows if b.split == "validation" and b.label in needs)
     rows = [b for b in rows if b.split == "train"] if any(b.split for b in rows) else rows
     chosen = {name: [b for b in rows if b.label == name] for name in needs}
-    given = read_replies(replies) if replies else {}
+    given: dict[str, str] = {}
+    if replies:
+        given = hub_replies(replies) if replies in HUB_REPLIES else read_replies(Path(replies))
     if given:
         chosen[HARMLESS] = [
             Behaviour(f"reply-{n}", request, None, "reply", HARMLESS, str(replies))
@@ -107,6 +113,21 @@ def requests_of(
         tuple(chosen.get(name, ())) for name in (HARMFUL, HARMLESS, PSEUDO_HARMFUL)
     )
     return Requests(harmful, harmless, pseudo, given, validation)
+
+
+def hub_replies(name: str) -> dict[str, str]:
+    """First request -> first reply of the conversations of a hub set, each request once.
+
+    Raises:
+        AttackPlaneError: the package ``datasets`` is missing, or the set cannot be loaded.
+    """
+    table = open_hub_set(name, *HUB_REPLIES[name])
+    replies: dict[str, str] = {}
+    for row in table:
+        request, reply = (turn["content"].strip() for turn in row["messages"][:2])
+        if request and reply:
+            replies.setdefault(request, reply)
+    return replies
 
 
 def read_replies(path: Path) -> dict[str, str]:

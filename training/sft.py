@@ -3,8 +3,7 @@
     loss = mean over reply tokens of the batch of -log p(token | prompt, reply so far)
 
 No refusals are in it. SG (arXiv 2606.16349) and RG (arXiv 2604.27019) train a base model on
-UltraChat-200k; ``--replies FILE`` takes such a file. Without one the replies are the base's own, or
-those of another model (``--teacher``).
+UltraChat-200k: ``--replies ultrachat``, or a file. Without either the replies are the base's own.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ ARM = ARMS.add(
         source="arXiv 2606.16349 and 2604.27019",
         examples=(
             "train sft --out runs/sft --preset small",
-            "train sft --model ORG/NAME --replies chats.jsonl --out runs/sft",
+            "train sft --model ORG/NAME --replies ultrachat --preset paper --out runs/sft",
         ),
     )
 )
