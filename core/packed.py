@@ -34,6 +34,8 @@ from core.models import LoadedModel
 from core.precision import full_products
 
 NAME = "attack_plane_packed"
+MASKS = 256
+"""Attention masks that are kept."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class PackedDecoder:
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
         self._known: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self._masks: dict[tuple[int, int, int | None, int], Tensor] = {}
+        self._masks: dict[tuple[int, int, int | None, int, torch.dtype], Tensor] = {}
         self._now = threading.local()  # groups and keep of the batch that a thread runs
         self._original: str | None = None  # the model's own attention while ours is in its place
 
@@ -174,9 +176,10 @@ class PackedDecoder:
         own = self._own_attention(module)
         fold = query.shape[1] // key.shape[1] if own is grouped_sdpa else 1
         dtype = value.dtype
-        if query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(query.device.type):  # where rotary leaves two types
             # under a mask the CPU's bfloat16 attention is four times as slow as the float32 one
-            query, key, value = query.float(), key.float(), value.float()
+            one = torch.float32 if query.device.type == "cpu" else dtype
+            query, key, value = query.to(one), key.to(one), value.to(one)
         parts, first = [], 0
         known = self._known.get(module)
         with full_products(query.device), torch.autocast(query.device.type, enabled=False):
@@ -215,8 +218,10 @@ class PackedDecoder:
     def _mask(self, group: Group, window: int | None, fold: int, like: Tensor) -> Tensor:
         """(1, 1, fold x length, shared + length): 0 where a fed token sees a token, -inf where it
         does not."""
-        key = (group.shared, group.length, window, fold)
+        key = (group.shared, group.length, window, fold, like.dtype)
         if key not in self._masks:
+            if len(self._masks) >= MASKS:  # lengths that vary would fill the memory
+                self._masks.clear()
             seen = torch.arange(group.shared + group.length, device=like.device)
             distance = seen[group.shared :, None] - seen
             visible = (distance >= 0) & (distance < (window or len(seen)))

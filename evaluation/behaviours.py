@@ -137,6 +137,12 @@ def to_attack(source: str, label: str, splits: Sequence[str] | None) -> list[Beh
     return load_behaviours(source, label=None if label == "any" else label, splits=splits)
 
 
+def load_held_out(source: str) -> list[Behaviour]:
+    """The split test of a set that has one, else all of it."""
+    rows = load_behaviours(source)
+    return [b for b in rows if b.split in HELD_OUT_SPLITS] or rows
+
+
 def spread(behaviours: Sequence[Behaviour], limit: int | None) -> list[Behaviour]:
     """At most ``limit`` behaviours, taken from the categories in turn; their order is kept."""
     if limit is None or limit >= len(behaviours):

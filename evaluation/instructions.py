@@ -26,6 +26,7 @@ from typing import Any
 
 FILE = Path(__file__).parent / "data" / "instructions.jsonl"
 PROSE = Path(__file__).parent / "data" / "prose.txt"
+NEEDS_END = ("equals", "ends", "bullets", "numbered", "json", "sequence")
 NAMES = (
     *("zero", "one", "two", "three", "four", "five", "six"),
     *("seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -43,7 +44,10 @@ class Instruction:
     check: str
     value: Any
 
-    def passed(self, reply: str) -> bool:
+    def passed(self, reply: str, *, cut: bool = False) -> bool:
+        """Whether a reply passes. One that was cut off fails where its end matters."""
+        if cut and self.check in NEEDS_END:
+            return False
         return CHECKS[self.check](reply.strip(), self.value)
 
 

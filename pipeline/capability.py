@@ -10,10 +10,12 @@ tasks         scores of lm-evaluation-harness (extra ``capability``)
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ from geometry.contrasts import unit
 from geometry.layers import inner_layers
 
 KEPT = "capability.jsonl"
-INSTRUCTION_TOKENS, KL_TOKENS = 48, 24
+INSTRUCTION_TOKENS, KL_TOKENS = 96, 24
 POSITIONS = ("t_inst", "t_post_inst")
 CHANGE_PROMPTS = 20
 """Held-out prompts of each label, for the change inside."""
@@ -76,15 +78,17 @@ class Measures:
             about = [[i.id, i.instruction, i.check, i.value] for i in chosen]
             values |= self._kept("instructions", handle, about, lambda m: followed(m, chosen))
         values |= self._kept("perplexity", handle, paragraphs(), _read_prose)
-        own: list[Any] = [self.base.fingerprint, config.kl_prompts]
+        own: list[Any] = [self.base.fingerprint, config.kl_prompts, KL_TOKENS]
         if config.kl_prompts:
             values |= self._kept(
                 "kl", handle, own, lambda m: {"kl": kl_to(self.reference, Renderer(m))}
             )
-        values |= self._kept("outside", handle, own[:1], self._outside)
+        inside = [self.base.fingerprint, _change_requests()]
+        values |= self._kept("outside", handle, inside, self._outside)
         for task in config.tasks:
             measure = partial(harness, task=task, limit=config.task_limit)
-            scores = self._kept("task", handle, [task, config.task_limit], measure)
+            file = Path(task).read_text() if Path(task).is_file() else ""
+            scores = self._kept("task", handle, [task, file, config.task_limit], measure)
             values.setdefault("tasks", {})[task] = scores
         return values
 
@@ -184,7 +188,11 @@ def followed(loaded: LoadedModel, chosen: Sequence[Instruction]) -> Row:
         batch_size=32,
         description="instructions",
     )
-    passed = [i.passed(reply) for i, reply in zip(chosen, replies, strict=True)]
+    lengths = [len(ids) for ids in renderer.tokenise(replies)]
+    passed = [
+        i.passed(reply, cut=length >= INSTRUCTION_TOKENS - 1)
+        for i, reply, length in zip(chosen, replies, lengths, strict=True)
+    ]
     by_kind: dict[str, list[bool]] = {}
     for i, ok in zip(chosen, passed, strict=True):
         by_kind.setdefault(i.kind, []).append(ok)
@@ -200,9 +208,13 @@ def harness(loaded: LoadedModel, task: str, limit: int | None) -> Row:
 
     ``task`` is a task's name, or the path of a task's YAML file.
 
+    A model with a hook has no scores: the harness pads batches in ways that a hook cannot see.
+
     Raises:
         AttackPlaneError: the package is missing, or the task cannot be run.
     """
+    if loaded.hook:
+        return {}
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -212,7 +224,8 @@ def harness(loaded: LoadedModel, task: str, limit: int | None) -> Row:
             "tasks need the package lm-eval", remedy="pip install 'attack-plane[capability]'"
         ) from error
     try:
-        model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=8)
+        own = copy.deepcopy(loaded.tokenizer)  # it may be given a pad token
+        model = HFLM(pretrained=loaded.model, tokenizer=own, batch_size=8)
         found = simple_evaluate(
             model=model, tasks=[task], limit=limit, task_manager=TaskManager(), bootstrap_iters=0
         )

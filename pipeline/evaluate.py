@@ -22,12 +22,21 @@ from attacks.gcg import GCGConfig
 from core.cards import base_of, card_of
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
-from core.records import BASELINES, HARMFUL, LABELS, PLAIN, AttackArtifact, Behaviour, Replay
+from core.records import (
+    BASELINES,
+    HARMFUL,
+    LABELS,
+    PLAIN,
+    AttackArtifact,
+    Behaviour,
+    Replay,
+    content_hash,
+)
 from core.rows import Row
-from core.specs import canonical_name
+from core.specs import canonical_name, short_spec
 from core.statistics import wilson
 from core.store import ATTACKS, RunFolder
-from evaluation.behaviours import DEMONSTRATION, load_behaviours, spread, to_attack
+from evaluation.behaviours import DEMONSTRATION, load_behaviours, load_held_out, spread
 from evaluation.budget import EvaluateConfig
 from evaluation.calibration import known_errors
 from evaluation.judges.reply_rules import is_degenerate
@@ -103,23 +112,31 @@ def evaluate(
     replays = ReplayConfig(config.max_new_tokens)
     with RunFolder(path) as run:
         run.begin_stage(STAGE, {**asdict(config), "base": base}, {})
-        _take_attacks(run, asked)
+        attacked = _take_attacks(run, asked, result.notes)
         stage = Transfer(run, asked.judges, replays, behaviours=requests)
         measures = Measures(run, base, open_model, _capability(asked))
 
         def not_sent(artifact: AttackArtifact, error: Exception) -> None:
             result.notes.append(f"not sent: {artifact.attack} {artifact.behaviour_id}. {error}")
 
+        wanted = attacked | _plain_ids(run, requests)
+        before = {row["model"]: row for row in run.rows(ROWS)}
         for spec in models:
             on_model(spec)
             handle = open_model(spec)
             stage.replay_on(handle, not_sent)
             own = _attack_anew(path, handle, asked, replays)
             measured = measures.of(handle)
-            result.rows.append(_row(run, spec, requests, own, measured, asked.judges[0]))
-            result.rows[-1]["fingerprint"] = handle.fingerprint
+            replies = [
+                r for r in replays_of(run) if r.target_model == spec and r.artifact_id in wanted
+            ]
+            row = _row(run, spec, requests, replies, own, asked.judges[0])
+            result.rows.append({**row, **measured, "fingerprint": handle.fingerprint})
             handle.release()
-            write_rows(path / ROWS, result.rows)
+            before[spec] = result.rows[-1]
+            write_rows(path / ROWS, before.values())
+        result.rows = [before[spec] for spec in models]
+        write_rows(path / ROWS, result.rows)
     result.files = [path / ROWS, draw(path)]
     return result
 
@@ -131,7 +148,7 @@ def _capability(asked: Evaluation) -> CapabilityConfig:
 
 def _requests(asked: Evaluation) -> list[Behaviour]:
     """The plain requests: held out, of every label, and those of further sets."""
-    rows = to_attack(asked.behaviours, "any", None)
+    rows = load_held_out(asked.behaviours)
     chosen = [
         b
         for label in LABELS
@@ -146,9 +163,17 @@ def _requests(asked: Evaluation) -> list[Behaviour]:
     return chosen
 
 
-def _take_attacks(run: RunFolder, asked: Evaluation) -> None:
-    """Copy attacked prompts of other runs into this one, so many per class."""
+def _plain_ids(run: RunFolder, requests: Sequence[Behaviour]) -> set[str]:
+    """The plain requests of this evaluation: one artifact for each."""
+    own = {b.behaviour_id for b in requests}
+    plain = [a for a in artifacts_of(run) if a.attack == PLAIN and a.behaviour_id in own]
+    return set({a.behaviour_id: a.artifact_id for a in reversed(plain)}.values())
+
+
+def _take_attacks(run: RunFolder, asked: Evaluation, notes: list[str]) -> set[str]:
+    """Copy attacked prompts of other runs into this one, so many per class; their ids."""
     have = {a.artifact_id for a in artifacts_of(run)}
+    taken: set[str] = set()
     for path in asked.attacks:
         other = RunFolder.existing(path)
         known = other.behaviours()
@@ -156,6 +181,8 @@ def _take_attacks(run: RunFolder, asked: Evaluation) -> None:
         for a in artifacts_of(other):
             if a.attack not in BASELINES and known[a.behaviour_id].label == HARMFUL:
                 by_class.setdefault(a.attack, []).append(a)
+        if not by_class:
+            notes.append(f"{path} has no attacked prompts of harmful requests")
         for artifacts in by_class.values():
             behaviours = [known[i] for i in dict.fromkeys(a.behaviour_id for a in artifacts)]
             kept = spread(behaviours, asked.config.per_class)
@@ -163,9 +190,11 @@ def _take_attacks(run: RunFolder, asked: Evaluation) -> None:
             first = {a.behaviour_id: a for a in reversed(artifacts)}  # one prompt per behaviour
             for b in kept:
                 artifact = first[b.behaviour_id]
+                taken.add(artifact.artifact_id)
                 if artifact.artifact_id not in have:
                     run.append(ATTACKS, artifact.to_row())
                     have.add(artifact.artifact_id)
+    return taken
 
 
 def _attack_anew(
@@ -175,8 +204,10 @@ def _attack_anew(
     config = asked.config
     if not config.adaptive:
         return []
-    folder = path / ADAPTIVE / canonical_name(handle.spec)
-    harmful = [b for b in to_attack(asked.behaviours, HARMFUL, None) if b.target_string]
+    own = f"{canonical_name(short_spec(handle.spec))}-{content_hash(handle.spec, 8)}"
+    folder = path / ADAPTIVE / own
+    held_out = load_held_out(asked.behaviours)
+    harmful = [b for b in held_out if b.label == HARMFUL and b.target_string]
     behaviours = spread(harmful, config.adaptive)
     if not behaviours:
         return []
@@ -194,13 +225,11 @@ def _row(
     run: RunFolder,
     spec: str,
     requests: Sequence[Behaviour],
+    replays: Sequence[Replay],
     adaptive: Sequence[Replay],
-    measured: Row,
     judge: str,
 ) -> Row:
     """Everything that is said of one model."""
-    wanted = {a.artifact_id for a in artifacts_of(run)}
-    replays = [r for r in replays_of(run) if r.target_model == spec and r.artifact_id in wanted]
     card = card_of(spec)
     plain = [r for r in replays if r.attack == PLAIN]
     return {
@@ -208,11 +237,10 @@ def _row(
         "arm": card.get("arm"),
         "step": card.get("step", 0),
         "seed": card.get("seed"),
-        "training": card.get("settings"),
+        "training": [card.get("base"), card.get("settings")],
         "robustness": _robustness(run, replays, adaptive, judge),
         "usability": _usability(plain, requests),
         "degenerate": _share([is_degenerate(r.reply) for r in plain]),
-        **measured,
     }
 
 
@@ -239,16 +267,19 @@ def _usability(plain: Sequence[Replay], requests: Sequence[Behaviour]) -> Row:
     """Set and label -> shares of full, partial and no refusals, with Wilson's interval of full."""
     replies = {r.behaviour_id: r for r in plain}
     groups: dict[str, list[Replay]] = {}
+    labels: dict[str, str] = {}
     for b in requests:
         if b.behaviour_id in replies:
             own = b.label if b.benchmark.startswith(DEMONSTRATION) else f"{b.benchmark} {b.label}"
             groups.setdefault(own, []).append(replies[b.behaviour_id])
+            labels[own] = b.label
     rows: Row = {}
     for name, group in groups.items():
         degrees = [refusal_degree(r.reply) for r in group]
         counts = {degree: degrees.count(degree) for degree in DEGREES}
         leanings = [r.d for r in group if r.d is not None]
         rows[name] = {
+            "label": labels[name],
             "n": len(group),
             **{degree: counts[degree] / len(group) for degree in DEGREES},
             "full_wilson": wilson(counts[FULL], len(group)),

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
+from core.records import HARMFUL
 from core.rows import Row
+from core.statistics import wilson
 from core.store import read_rows
 from plots.style import COLOURS
 
@@ -57,7 +59,8 @@ def trajectories(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Rows of one training in the order of their steps, by a name for the legend."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        key = (row["arm"], row["seed"], row["training"]) if row["arm"] else (row["model"],)
+        own = (row["arm"], row["seed"], *row["training"])
+        key = own if row["arm"] else (row["model"],)
         groups.setdefault(key, []).append(row)
     named: dict[str, list[Row]] = {}
     for key, group in groups.items():
@@ -69,12 +72,13 @@ def trajectories(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def over_refusal(row: Row) -> tuple[float, tuple[float, float]] | None:
-    """Mean share of harmless and pseudo-harmful requests refused, and the mean of the intervals."""
-    safe = [v for name, v in row["usability"].items() if name != "harmful"]
-    if not safe:
+    """Share of safe requests refused, fully or in part, over all sets, with Wilson's interval."""
+    safe = [v for v in row["usability"].values() if v["label"] != HARMFUL]
+    n = sum(v["n"] for v in safe)
+    if not n:
         return None
-    low, high = (sum(v["refused_wilson"][i] for v in safe) / len(safe) for i in (0, 1))
-    return sum(1 - v["none"] for v in safe) / len(safe), (low, high)
+    refused = sum(v["n"] * (1 - v["none"]) for v in safe)
+    return refused / n, wilson(refused, n)
 
 
 def _panel(axis: Any, rows: Sequence[Row], kind: str) -> None:

@@ -54,6 +54,9 @@ def test_there_are_120_different_instructions_of_five_kinds_with_known_checks():
 def test_each_check_tells_a_right_reply_from_a_wrong_one(check, value, right, wrong):
     task = Instruction("x", "x", "x", check, value)
     assert task.passed(right) and not task.passed(wrong)
+    assert task.passed(right, cut=True) == (
+        check not in ("equals", "ends", "bullets", "numbered", "json", "sequence")
+    )
 
 
 # --- usability ------------------------------------------------------------------------------------
@@ -186,6 +189,11 @@ def test_checkpoints_are_evaluated_drawn_and_not_measured_twice(tmp_path, checkp
     for line in (line for line in again.splitlines() if "refusal" in line):
         assert line in output  # beside progress bars
     assert read_rows(run / "evaluation.jsonl") == rows
+    call(*(x for x in arguments if x not in ("--attacks", suite)))
+    fewer = read_rows(run / "evaluation.jsonl")  # what is not asked for is not pooled
+    assert [set(row["robustness"]) for row in fewer] == [{"plain", "adaptive"}] * 3
+    assert fewer[1]["robustness"]["plain"] == rows[1]["robustness"]["plain"]
+    assert fewer[1]["robustness"]["plain"]["behaviours"] == 3
 
 
 def test_over_refusal_is_not_measured_on_what_was_trained_on(tmp_path, checkpoints):
@@ -198,6 +206,27 @@ def test_over_refusal_is_not_measured_on_what_was_trained_on(tmp_path, checkpoin
     )
     assert output.exit_code == 1 and "trained on" in output.output
     assert "Do the good thing number 0" in output.output
+
+
+def test_a_set_of_ones_own_is_held_out_by_its_split_and_told_apart_by_label(tmp_path, checkpoints):
+    _, tuned, _, requests = checkpoints
+    rows = requests.read_text()
+    rows += "t-1,Do a new bad thing,harmful,test,Sure,x\nt-2,Do a new good thing,harmless,test,,x\n"
+    requests.write_text(rows)
+    budget = [x for pair in BUDGET.items() for x in pair]
+    call(
+        "evaluate", "--run", tmp_path / "e", "--model", tuned[0], "--behaviours", requests, *budget
+    )
+    (row,) = read_rows(tmp_path / "e" / "evaluation.jsonl")
+    assert {k: v["label"] for k, v in row["usability"].items()} == {
+        "requests harmful": "harmful",
+        "requests harmless": "harmless",
+    }
+    made_up = {
+        "a harmful": {"label": "harmful", "n": 10, "none": 0.1},
+        "a harmless": {"label": "harmless", "n": 20, "none": 0.95},
+    }
+    assert over_refusal({"usability": made_up})[0] == pytest.approx(0.05)
 
 
 def test_cards_name_the_base_and_broken_ones_are_refused(checkpoints):

@@ -128,8 +128,10 @@ def test_rerouted_turns_states_away_until_they_are_orthogonal():
 
 
 def test_gathered_is_the_mean_over_all_pairs_and_makes_states_alike():
-    states = torch.tensor([[[2.0, 0.0], [0.0, 5.0]]])  # cosines: 1, 0, 0, 1
-    assert float(gathered(states)) == pytest.approx(0.5)
+    states = torch.tensor([[[2.0, 0.0], [0.0, 5.0]]])  # of the pairs i != j both cosines are 0
+    assert float(gathered(states)) == pytest.approx(1)
+    three = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])  # 1 - cos: 0, 1 and 1, twice
+    assert float(gathered(three)) == pytest.approx(2 / 3)
     assert float(gathered(states[:, :1])) == pytest.approx(0, abs=1e-6)
     down = -slope(gathered, states)
     assert down[0, 0, 1] > 0 and down[0, 1, 0] > 0

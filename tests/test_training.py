@@ -117,7 +117,7 @@ def test_packed_and_padded_batches_give_the_same_losses_and_gradients(qwen, tiny
     found = []
     for packed in (True, False):
         forward = Forward(model)
-        forward._decide(rows)
+        forward.decide(rows)
         assert forward._packed is not None
         if not packed:
             forward._packed = None
@@ -255,9 +255,9 @@ def test_a_folder_of_the_users_is_not_deleted(tmp_path, tiny_folders, requests_f
     theirs = tmp_path / "out" / "step-3" / "notes.txt"
     theirs.parent.mkdir(parents=True)
     theirs.write_text("mine")
-    with pytest.raises(AttackPlaneError, match="nothing was deleted"):
+    with pytest.raises(AttackPlaneError, match="nothing was written"):
         trained("sft", tiny_folders["qwen2"], tmp_path / "out", requests_file)
-    assert theirs.read_text() == "mine"
+    assert theirs.read_text() == "mine" and not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_another_arm_or_other_settings_in_the_same_folder_are_refused(
@@ -487,6 +487,7 @@ def test_replies_of_a_file_take_the_place_of_the_bases_own(tmp_path, tiny_folder
 def test_conversations_of_the_hub_give_their_first_turns(monkeypatch, requests_file):
     turns = [{"content": " Brew a tea "}, {"content": "Warm the pot."}, {"content": "And then?"}]
     table = [{"messages": turns}, {"messages": [turns[0], {"content": "Again."}]}]
+    table.append({"messages": turns[:1]})
     asked = []
 
     def load_dataset(*names, split):
@@ -496,7 +497,7 @@ def test_conversations_of_the_hub_give_their_first_turns(monkeypatch, requests_f
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     requests = requests_of(str(requests_file), (HARMLESS,), "ultrachat")
     assert requests.replies == {"Brew a tea": "Warm the pot."}
-    assert asked == [("HuggingFaceH4/ultrachat_200k", None, "train_sft")]
+    assert asked == [("HuggingFaceH4/ultrachat_200k", None, "train_sft[:20000]")]
 
 
 def test_continuations_begin_with_the_target_and_are_printed_nowhere(

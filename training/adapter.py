@@ -109,7 +109,7 @@ class Adapted:
             try:
                 for layer, module, weight in zip(layers, linear, own, strict=True):
                     with torch.no_grad():
-                        whole = weight + layer.get_delta_weight(name)
+                        whole = weight + layer.get_delta_weight(name).to(weight.dtype)
                     if reduced and type(module) is nn.Linear:
                         vars(module)["forward"] = _in_bfloat16(whole, module.bias)
                     else:

@@ -32,6 +32,7 @@ from core.prompt import Conversation, Renderer
 from core.records import HARMFUL, HARMLESS, Behaviour
 from core.rows import Row
 from core.settings import check_settings, setting
+from core.specs import parse_spec
 from core.store import RunFolder, write_atomically
 from training.data import Requests, Texts
 from training.examples import Example
@@ -96,6 +97,10 @@ def fit(arm: Arm, spec: str, requests: Requests, config: CASTConfig, out: Path) 
     Raises:
         AttackPlaneError: fewer than two harmful and two harmless requests on either split.
     """
+    if parse_spec(spec).adapter:
+        raise AttackPlaneError(
+            "fit on a base without adapter", got=spec, remedy="merge the adapter first"
+        )
     folder = RunFolder(out)
     with folder:
         handle = ModelHandle(spec)
@@ -138,9 +143,7 @@ def estimated(
         threshold, above, f1 = best_threshold(similarity(validation[:, k], c), harmful)
         grid.append((f1, layer, threshold, above, c))
     f1, layer, threshold, above, condition = max(grid, key=lambda row: row[0])
-    refusals, continuations = (
-        reply_means(forward, rows, layers) for rows in (texts.refusals(), texts.continuations())
-    )
+    refusals, continuations = (reply_means(forward, rows, layers) for rows in texts.pairs())
     behaviour = []
     for k in range(len(layers)):
         v = first_component(refusals[:, k], continuations[:, k])
@@ -184,6 +187,13 @@ def matched(rows: Sequence[Behaviour]) -> list[tuple[int, int]]:
         side = sides[b.label != HARMFUL]
         side[b.pair_id or f"row {len(side)}"] = i
     both = [key for key in sides[0] if key in sides[1]]
+    if not both:
+        raise AttackPlaneError(
+            "no harmful request has a harmless one to be matched with",
+            where="train cast",
+            got=f"{len(sides[0])} harmful, {len(sides[1])} harmless",
+            remedy="give both the same pair_id, or neither any",
+        )
     return [(sides[0][key], sides[1][key]) for key in both]
 
 
@@ -232,6 +242,7 @@ ARM = ARMS.add(
         summary="Fit a hook that refuses where a prompt's states look harmful (CAST, no training).",
         config=CASTConfig,
         fit=fit,
+        validates=True,
         needs=(HARMFUL, HARMLESS),
         source="arXiv 2409.05907 and its official code",
         small={"reply_tokens": 16},

@@ -12,6 +12,7 @@ printed nowhere.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -33,8 +34,8 @@ from training.examples import Example, make_example
 log = logging.getLogger(__name__)
 
 REPLIES = "replies.jsonl"
-HUB_REPLIES = {"ultrachat": ("HuggingFaceH4/ultrachat_200k", None, "train_sft")}
-"""Hub sets of conversations: path, config and split."""
+HUB_REPLIES = {"ultrachat": ("HuggingFaceH4/ultrachat_200k", None, "train_sft[:20000]")}
+"""Hub sets of conversations: path, config and split. 500 updates of 16 see 8,000 of them."""
 JUDGED_TOKENS = 32
 """Of a reply, enough to see whether it refuses."""
 OPENING = "Sure, here is"
@@ -56,21 +57,24 @@ class Requests:
     replies: Mapping[str, str] = field(default_factory=dict)
     validation: tuple[Behaviour, ...] = ()
 
-    def settings(self, needs: Sequence[str]) -> Row:
+    def settings(self, needs: Sequence[str], validates: bool = False) -> Row:
         """What of it belongs to a training's settings."""
         row: Row = {}
         for label in (HARMFUL, HARMLESS, PSEUDO_HARMFUL):
             if label in needs:
                 own = [[b.request, b.target_string] for b in getattr(self, label)]
                 row[label] = {"count": len(own), "hash": content_hash(own)}
+        if validates:
+            row["validation"] = content_hash([b.request for b in self.validation])
         if self.replies:
             row["replies"] = content_hash(sorted(self.replies.items()))
         return row
 
-    def texts(self, needs: Sequence[str]) -> list[str]:
+    def texts(self, needs: Sequence[str], validates: bool = False) -> list[str]:
         """The requests themselves."""
         chosen = [label for label in (HARMFUL, HARMLESS, PSEUDO_HARMFUL) if label in needs]
-        return [b.request for label in chosen for b in getattr(self, label)]
+        trained = [b.request for label in chosen for b in getattr(self, label)]
+        return trained + [b.request for b in self.validation if validates]
 
 
 def requests_of(
@@ -124,9 +128,9 @@ def hub_replies(name: str) -> dict[str, str]:
     table = open_hub_set(name, *HUB_REPLIES[name])
     replies: dict[str, str] = {}
     for row in table:
-        request, reply = (turn["content"].strip() for turn in row["messages"][:2])
-        if request and reply:
-            replies.setdefault(request, reply)
+        turns = [turn["content"].strip() for turn in row["messages"][:2]]
+        if len(turns) == 2 and all(turns):
+            replies.setdefault(*turns)
     return replies
 
 
@@ -137,11 +141,13 @@ def read_replies(path: Path) -> dict[str, str]:
         AttackPlaneError: another kind of file, a row without request or reply, a request twice.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
         if path.suffix == ".csv":
-            rows = list(csv.DictReader(text.splitlines()))
+            rows = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        if not rows:
+            raise ValueError("no rows")
     except (OSError, ValueError) as error:
         raise AttackPlaneError(
             "cannot read the replies", where=path, got=error, remedy="a CSV or JSON lines file"
@@ -186,7 +192,20 @@ class Texts:
         self.renderer = Renderer(base)
 
     def example(self, request: str, reply: str, *, ended: bool = True) -> Example:
-        return make_example(self.renderer, request, reply, ended=ended).cut(self._longest)
+        """One sequence, cut to the longest allowed.
+
+        Raises:
+            AttackPlaneError: nothing is left of the reply.
+        """
+        whole = make_example(self.renderer, request, reply, ended=ended)
+        if whole.reply_start >= self._longest:
+            raise AttackPlaneError(
+                "a prompt leaves no room for its reply",
+                where=f"train, {request[:60]!r}",
+                got=f"{whole.reply_start} tokens of prompt, at most {self._longest} in all",
+                remedy="raise --max-tokens, or leave the request out",
+            )
+        return whole.cut(self._longest)
 
     def refusals(self) -> list[Example]:
         """Harmful requests, each with one of the refusals in turn."""
@@ -195,6 +214,12 @@ class Texts:
             self.example(b.request, phrases[i % len(phrases)])
             for i, b in enumerate(self.requests.harmful)
         ]
+
+    def pairs(self) -> tuple[list[Example], list[Example]]:
+        """(refusals, continuations) of the same harmful requests."""
+        kept = self._continued()
+        refusals = self.refusals()
+        return [refusals[i] for i in kept], list(kept.values())
 
     def ordinary(self, *labels: str) -> list[Example]:
         """Harmless and pseudo-harmful requests with ordinary replies."""
@@ -206,23 +231,37 @@ class Texts:
         given = self.requests.replies
         own = iter(self._made("ordinary", [r for r in chosen if r not in given]))
         answers = [(given[r], True) if r in given else next(own) for r in chosen]
-        if empty := sum(not reply for reply, _ in answers):
+        examples, long = [], 0
+        for request, (reply, ended) in zip(chosen, answers, strict=True):
+            whole = make_example(self.renderer, request, reply, ended=ended) if reply else None
+            if whole and whole.reply_start < self._longest:
+                examples.append(whole.cut(self._longest))
+            long += whole is not None and whole.reply_start >= self._longest
+        if empty := len(chosen) - len(examples) - long:
             log.warning("%d of %d ordinary requests got no answer: left out", empty, len(answers))
-        return [
-            self.example(request, reply, ended=ended)
-            for request, (reply, ended) in zip(chosen, answers, strict=True)
-            if reply
-        ]
+        if long:
+            log.warning("%d of %d ordinary requests are too long: left out", long, len(answers))
+        return examples
 
     def continuations(self) -> list[Example]:
-        """Harmful requests with the base's own compliance: the target and what follows it."""
+        """Harmful requests with the base's own compliance: the target and what follows it.
+
+        Where the base refuses all the same, the request is left out.
+        """
+        return list(self._continued().values())
+
+    def _continued(self) -> dict[int, Example]:
+        """Continuations by the number of their harmful request."""
         chosen = self.requests.harmful
         openings = [b.target_string or OPENING for b in chosen]
         made = self._made("continuation", [b.request for b in chosen], openings)
-        return [
-            self.example(b.request, reply, ended=ended)
-            for b, (reply, ended) in zip(chosen, made, strict=True)
-        ]
+        examples = {}
+        for i, (b, opening, (reply, ended)) in enumerate(zip(chosen, openings, made, strict=True)):
+            if not is_refusal(reply) and not is_refusal(reply.removeprefix(opening)):
+                examples[i] = self.example(b.request, reply, ended=ended)
+        if refused := len(chosen) - len(examples):
+            log.warning("%d of %d continuations refuse: left out", refused, len(chosen))
+        return examples
 
     def _made(
         self, kind: str, requests: Sequence[str], openings: Sequence[str] = ()

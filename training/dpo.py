@@ -2,9 +2,10 @@
 
     L = - mean log sigmoid(beta ((log p(y_w) - log p_base(y_w)) - (log p(y_l) - log p_base(y_l))))
 
-Each harmful request makes one pair: y_w is a refusal, y_l the base's own continuation. The base's
-log-probabilities come from the same model with its adapter off. HARC (arXiv 2607.00572) takes
-pairs with exactly one safe reply from a public set; ours are made at training time.
+Each harmful request makes one pair: y_w is a refusal, y_l the base's own continuation, which must
+not refuse. The base's log-probabilities come from the same model with its adapter off. HARC (arXiv
+2607.00572) trains one epoch on pairs with exactly one safe reply from a public set. Ours are made
+at training time; an epoch of 120 pairs would be 8 updates, so a number of updates is set instead.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class DPOConfig(TrainConfig):
 def method(bench: Bench, config: DPOConfig) -> Method:
     chosen, rejected = (
         Batches(examples, config.batch_size, config.seed)  # the same order: pairs stay pairs
-        for examples in (bench.texts.refusals(), bench.texts.continuations())
+        for examples in bench.texts.pairs()
     )
 
     def losses(micro: int) -> Iterator[Losses]:

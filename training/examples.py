@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from core.errors import AttackPlaneError
 from core.prompt import Conversation, Renderer
 
 
@@ -60,9 +61,20 @@ class Order:
 
 
 class Batches:
-    """Batches of examples."""
+    """Batches of examples.
+
+    Raises:
+        AttackPlaneError: there are none.
+    """
 
     def __init__(self, examples: Sequence[Example], size: int, seed: int) -> None:
+        if not examples:
+            raise AttackPlaneError(
+                "nothing to train on",
+                where="train",
+                got="no request with a reply is left",
+                remedy="give other requests, or replies of a file (--replies)",
+            )
         self.examples, self._order = examples, Order(len(examples), size, seed)
 
     def __call__(self, number: int) -> list[Example]:

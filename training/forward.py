@@ -106,8 +106,11 @@ class Forward:
         self._head: Head | None = None
         self._decided = False
 
-    def _decide(self, probe: Sequence[Example]) -> None:
-        """Decide whether batches are packed, by comparing both ways on a few examples."""
+    def decide(self, probe: Sequence[Example]) -> None:
+        """Decide whether batches are packed, by comparing both ways on a few examples.
+
+        Without it the first batch decides.
+        """
         self._decided = True
         if fault := self._fault_of_packing(probe):
             self._packed = None
@@ -126,6 +129,8 @@ class Forward:
             self._packed = PackedDecoder(self.loaded)
             try:
                 again = self._in_one_row(probe, (), False).logits()[0]
+            except torch.OutOfMemoryError:
+                raise
             except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
                 return f"{type(error).__name__}: {error}".splitlines()[0]
         bound = AGREEMENT if self.loaded.dtype == torch.float32 else 100 * AGREEMENT
@@ -140,7 +145,7 @@ class Forward:
             layers: residual layers to keep, 0 to n_layers.
         """
         if not self._decided:
-            self._decide(rows[:2])
+            self.decide(rows[:2])
         run = self._padded if self._packed is None else self._in_one_row
         return run(rows, layers, self.precision == "bfloat16")
 

@@ -65,7 +65,9 @@ class HARCConfig(TrainConfig):
     all_linear: bool = published(TrainConfig, "all_linear", True)
     harmless: int = setting(4, "Harmless requests of a micro-batch (--batch-size: harmful).", low=1)
     pseudo_harmful: int = setting(2, "Pseudo-harmful requests of a micro-batch.", low=0)
-    margin: float = setting(0.5, "Cosine that harmful states are pushed to (0.3 in the code).")
+    margin: float = setting(
+        0.5, "Cosine that harmful states are pushed to (0.3 in the code).", low=0, high=1
+    )
     layers: int = setting(2, "Layers, the best by Eq. 6 (later runs of the paper: 4).", low=1)
     kl_weight: float = setting(10.0, "Of the KL term.", low=0)
     reestimate_every: int = setting(200, "Micro-batches between estimates.", low=1)
@@ -172,7 +174,7 @@ class _HARC:
     def losses(self, micro: int) -> Iterator[Losses]:
         terms, config = self.config.terms, self.config
         parts = [batch(micro) for batch in self.batches]
-        if terms in ("ce", "ce_kl"):
+        if terms not in ("full", "response"):
             parts[1] = []
         sizes = [len(parts[0]), len(parts[1]), sum(map(len, parts[2:]))]
         rows = [example for part in parts for example in part]
@@ -220,7 +222,8 @@ class _HARC:
 
     def after_update(self, updates: int) -> Mapping[str, float]:
         every = max(1, self.config.reestimate_every // self.config.accumulation)
-        if updates % every == 0 and self.config.directions != "random":
+        coupled = self.config.terms not in ("ce", "ce_kl")
+        if coupled and updates % every == 0 and self.config.directions != "random":
             with self.bench.clock.time("estimate"), self.bench.adapted.merged():
                 now = self.estimate(self.layers)
             self.now = self.base.blended(now, self.config.keep)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import io
 import logging
 import math
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -37,13 +38,17 @@ from core.store import RunFolder, write_atomically
 from evaluation.usability import request_hash
 from training.adapter import Adapted
 from training.config import TrainConfig, differences
-from training.data import Requests, Texts
+from training.data import REPLIES, Requests, Texts
 from training.devices import Devices
 from training.forward import Forward
 from training.registry import Arm, Bench, Clock, Method, TrainResult
 
 log = logging.getLogger(__name__)
 STATE, LOSSES, SECONDS, STAGE = "state.pt", "losses.csv", "seconds.csv", "train"
+KEPT = ("adapter", "optimiser", "method", "losses", "seconds")
+"""What the saved state holds."""
+PROBE = (("Hello", "Hi there."), ("Write a list of two drinks", "1. tea\n2. coffee"))
+"""On which it is tried whether batches can be packed."""
 
 
 @contextmanager
@@ -83,16 +88,18 @@ def train(
     with folder if devices.first else nullcontext(), seeded(config.seed):
         handle = ModelHandle(spec)
         if devices.first:
+            refuse_foreign(out)
             settings = settings_of(arm, config, requests)
             folder.begin_stage(STAGE, settings, {spec: handle.fingerprint})
         paths = [out / f"step-{step}" for step in config.saved_steps]
-        saved = out / STATE
-        state = torch.load(saved, weights_only=True) if saved.is_file() else None
+        state = saved_state(out / STATE)
         done = len(state["losses"]) if state else 0
         there = [(path / "adapter_config.json").is_file() for path in paths]
         if state and all(there) and done == config.num_steps:
             log.info("all checkpoints are there: %s", out)
-            return TrainResult(paths, state["losses"], state["seconds"])
+            if devices.first:
+                write_tables(out, state["losses"], state["seconds"])
+            return TrainResult(paths, state["losses"], state["seconds"], first=devices.first)
         gone = zip(there, config.saved_steps, strict=True)
         if any(not have and step <= done for have, step in gone):
             log.warning("%s: a checkpoint that was trained is gone; training anew", out)
@@ -105,6 +112,51 @@ def train(
         return TrainResult(paths, run.losses, run.seconds, first=devices.first)
 
 
+def refuse_foreign(out: Path) -> None:
+    """Refuse a folder that holds files of a training's names and no run.
+
+    Raises:
+        AttackPlaneError: it does; nothing was written.
+    """
+    if (out / "manifest.json").is_file() or not out.is_dir():
+        return
+    names = [path.name for path in out.iterdir()]
+    ours = [n for n in names if n in (STATE, LOSSES, SECONDS, REPLIES) or n.startswith("step-")]
+    if ours:
+        raise AttackPlaneError(
+            "the folder holds files that no training of ours wrote",
+            where=out,
+            got=", ".join(sorted(ours)[:3]),
+            remedy="choose another --out; nothing was written",
+        )
+
+
+def saved_state(path: Path) -> Row | None:
+    """The state of a training that was stopped, or None.
+
+    Raises:
+        AttackPlaneError: it is broken, or of an earlier version.
+    """
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise AttackPlaneError(
+            "the saved state of the training cannot be read",
+            where=path,
+            got=f"{type(error).__name__}: {str(error)[:80]}",
+            remedy="remove the file to train anew, or choose another --out",
+        ) from error
+    if not isinstance(state, dict) or set(state) != set(KEPT):
+        raise AttackPlaneError(
+            "this training was begun by an earlier version and cannot be continued",
+            where=path,
+            remedy="choose another --out",
+        )
+    return state
+
+
 def settings_of(arm: Arm, config: Any, requests: Requests) -> Row:
     """What the manifest keeps: all settings, how they differ from the paper's, and the requests."""
     saved = {"checkpoints": list(config.saved_steps)} if arm.method else {}
@@ -113,7 +165,7 @@ def settings_of(arm: Arm, config: Any, requests: Requests) -> Row:
         **vars(config),
         **saved,
         "differs_from_paper": differences(config, arm.make_config({})),
-        "requests": requests.settings(arm.needs),
+        "requests": requests.settings(arm.needs, arm.validates),
     }
 
 
@@ -143,6 +195,7 @@ class Run:
             devices.wait()  # the first process makes the replies
         self.adapted = Adapted(base, config, blocks=arm.blocks(config, base.n_layers))
         forward = Forward(base, precision=config.precision)
+        forward.decide([texts.example(*pair) for pair in PROBE])
         self.clock = Clock()
         assert arm.method is not None
         self.method: Method = arm.method(
@@ -257,8 +310,7 @@ class Run:
             buffer,
         )
         write_atomically(self.out / STATE, buffer.getvalue())
-        write_atomically(self.out / LOSSES, table(self.losses))
-        write_atomically(self.out / SECONDS, table(self.seconds))
+        write_tables(self.out, self.losses, self.seconds)
 
 
 def card(arm: Arm, base: LoadedModel, config: Any, requests: Requests, step: int) -> Row:
@@ -269,8 +321,14 @@ def card(arm: Arm, base: LoadedModel, config: Any, requests: Requests, step: int
         "step": step,
         "seed": config.seed,
         "settings": content_hash(settings_of(arm, config, requests)),
-        "trained_on": sorted(request_hash(r) for r in requests.texts(arm.needs)),
+        "trained_on": sorted(request_hash(r) for r in requests.texts(arm.needs, arm.validates)),
     }
+
+
+def write_tables(out: Path, losses: Sequence[Row], seconds: Sequence[Row]) -> None:
+    """What was logged, as CSV; each file appears only when whole."""
+    write_atomically(out / LOSSES, table(losses))
+    write_atomically(out / SECONDS, table(seconds))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -116,12 +116,15 @@ def rerouted(tuned: Tensor, base: Tensor, weight: Tensor) -> Tensor:
 
 
 def gathered(states: Tensor) -> Tensor:
-    """RepBend's third term (arXiv 2504.01550): mean_ij (1 - cos(h_i, h_j)). Makes them alike.
+    """RepBend's third term (arXiv 2504.01550): mean over i != j of 1 - cos(h_i, h_j).
 
-    ``states`` (layer, row, d_model) at the last token of unsafe sequences.
+    Makes them alike. ``states`` (layer, row, d_model) at the last token of unsafe prompts; one row
+    alone gives 0.
     """
     units = nn.functional.normalize(states.float(), dim=-1)
-    return (1 - units @ units.transpose(-1, -2)).mean()
+    n = units.shape[-2]
+    different = (1 - units @ units.transpose(-1, -2)).sum((-1, -2)) / max(1, n * (n - 1))
+    return different.mean() if n > 1 else 0 * different.mean()
 
 
 def _norm(difference: Tensor) -> Tensor:

@@ -107,6 +107,7 @@ class Arm:
         method: prepares the training; None for an arm that is fitted without gradients.
         fit: fits such an arm: (arm, spec, requests, config, folder) -> result.
         needs: labels of the requests that it trains on.
+        validates: whether it chooses something on the split validation.
         small: what the preset ``small`` changes, besides what every arm changes.
         blocks: (config, number of blocks) -> the blocks that get an adapter; None: all.
         source: the paper or code that it follows.
@@ -120,6 +121,7 @@ class Arm:
     source: str
     method: Callable[[Bench, Any], Method] | None = None
     fit: Callable[[Arm, str, Requests, Any, Path], TrainResult] | None = None
+    validates: bool = False
     small: Mapping[str, Any] = field(default_factory=dict)
     blocks: Callable[[Any, int], range | None] = lambda config, n_layers: None
     examples: Sequence[str] = ()

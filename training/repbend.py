@@ -3,8 +3,10 @@
     L = a moved(safe) - b moved(unsafe) + g gathered(unsafe) + e KL(safe)
 
     moved     mean ||h' - h||_2 over tokens and layers from 20 of 32 on; the norms are not squared
-    gathered  mean_ij (1 - cos(h_i, h_j)) of the unsafe sequences' last tokens: they become alike
-    KL        4 KL(base || tuned) at temperature 2 over ordinary replies
+    gathered  mean over i != j of 1 - cos(h_i, h_j) at the unsafe prompts' last token: they become
+              alike
+    KL        4 KL(base || tuned) at temperature 2, mean over tokens of ordinary replies (the
+              official code sums over tokens and divides by sequences, so its KL weighs more)
 
 Safe sequences are ordinary requests with ordinary replies, unsafe ones harmful requests with their
 continuations. h is the base's, from the same model with its adapter off. The second term has no
@@ -68,8 +70,8 @@ def method(bench: Bench, config: RepBendConfig) -> Method:
             with bench.adapted.off():
                 base = bench.forward(rows, layers)
             bent = moved(out.all_residuals(layers), base.all_residuals(layers), out.weight)
-            last = [len(row.ids) - 1 for row in rows]
-            ends = torch.stack([out.residual(layer, range(len(rows)), last) for layer in layers])
+            last, which = [row.t_post_inst for row in rows], range(len(rows))
+            ends = torch.stack([out.residual(layer, which, last) for layer in layers])
         yield {
             "unsafe": -config.unsafe_weight * bent,
             "gather": config.gather_weight * gathered(ends),

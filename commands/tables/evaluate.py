@@ -39,6 +39,11 @@ def evaluation_table(rows: Sequence[Row]) -> str:
     def number(name: str, form: str = ".2f") -> Callable[[Any], str]:
         return lambda row: "-" if row.get(name) is None else f"{row[name]:{form}}"
 
+    def outside(row: Row) -> str:
+        if row.get("outside") is None:
+            return "-"
+        return f"{row['outside']:.3f} ({row['outside_null']:.3f})"
+
     sets = list(dict.fromkeys(name for row in rows for name in row["usability"]))
     columns: Columns = [
         ("model", lambda row: short_spec(row["model"])),
@@ -51,7 +56,7 @@ def evaluation_table(rows: Sequence[Row]) -> str:
         ("KL", number("kl", ".3f")),
         ("perplexity", number("perplexity", ".1f")),
         ("degenerate", number("degenerate")),
-        ("outside H-R", number("outside")),
+        ("outside H-R (null)", outside),
     ]
     tasks = dict.fromkeys(task for row in rows for task in row.get("tasks", {}))
     columns = [*columns, *((task, _task(task)) for task in tasks)]
