@@ -601,3 +601,163 @@ def test_an_arm_in_one_file_has_a_command_and_checkpoints(tmp_path, tiny_folders
         assert (tmp_path / "out" / "step-2" / WEIGHTS).is_file() and "no " in result.output
     finally:
         ARMS.remove("say_no")
+
+
+@pytest.mark.parametrize("name", ["r2d2", "harc", "cb"])
+def test_a_half_precision_base_trains_too(name, tmp_path, tiny_folders, requests_file):
+    spec = f"{tiny_folders['qwen2']}?dtype=bfloat16"
+    run = opened(name, spec, tmp_path / "out", requests_file)
+    for step in range(3):  # with a re-estimate of HARC and a renewal of R2D2's pool
+        assert math.isfinite(run.update(step)["loss"])
+
+
+def test_harc_blends_what_it_estimates_now_with_the_base(tmp_path, tiny_folders, requests_file):
+    run = opened("harc", tiny_folders["qwen2"], tmp_path, requests_file, keep=0.6, **QUIET)
+    method = run.method.losses.__self__
+    base, layer = method.base, method.layers[0]
+    run.update(0)
+    assert torch.equal(method.now.refusal, base.refusal)
+    run.update(1)  # every second micro-batch
+    run.adapted.tuned.eval()
+    with run.adapted.merged():
+        now = method.estimate(method.layers)
+    blend = 0.6 * base.refusal[layer] + 0.4 * now.refusal[layer]
+    assert torch.allclose(method.now.refusal[layer], blend / blend.norm(), atol=1e-5)
+    assert not torch.allclose(now.refusal[layer], base.refusal[layer], atol=1e-4)
+
+
+def test_a_micro_batch_of_harc_has_the_numbers_of_its_settings(
+    tmp_path, tiny_folders, requests_file, monkeypatch
+):
+    run = opened(
+        "harc",
+        tiny_folders["qwen2"],
+        tmp_path,
+        requests_file,
+        batch_size=3,
+        harmless=2,
+        pseudo_harmful=1,
+    )
+    method, sizes = run.method.losses.__self__, []
+    monkeypatch.setattr(
+        method, "_prompt", lambda out, rows, harmful: sizes.append((len(rows), harmful)) or 0 * one
+    )
+    monkeypatch.setattr(
+        method, "_response", lambda out, rows, n: sizes.append((len(rows), n)) or 0 * one
+    )
+    one = torch.ones((), requires_grad=True)
+    run.update(0)
+    assert sizes == [(6, 3), (6, 3)]
+
+
+def test_r2d2_draws_attacks_and_then_learns_from_the_new_suffixes(
+    tmp_path, tiny_folders, requests_file, monkeypatch
+):
+    """The published order, and that the attack sees the tuned weights as they are in the loop."""
+    run = opened("r2d2", tiny_folders["qwen2"], tmp_path, requests_file, **QUIET)
+    method = run.method.losses.__self__
+    weight = run.adapted.loaded.blocks[0].mlp.down_proj
+    base, told = weight.base_layer.weight.clone(), []
+    attack, forward = method.pool.attack, run.method.losses.__self__.bench.forward
+
+    def attacked(number, update, config):
+        seen = weight.base_layer.weight
+        told.append(("attack", number, update, not torch.equal(seen, base)))
+        attack(number, update, config)
+
+    def learnt(self, rows, layers=()):
+        drawn = [method.pool.cases[n] for n in method.pool.drawn(len(run.losses), 2)]
+        for case, row in zip(drawn, rows, strict=False):
+            place = len(method.pool.slot(case).before_ids)
+            assert list(row.ids[place : place + len(case.suffix)]) == case.suffix
+        told.append(("learn", len(rows)))
+        return call(self, rows, layers)
+
+    call = type(forward).__call__
+    monkeypatch.setattr(method.pool, "attack", attacked)
+    monkeypatch.setattr(type(forward), "__call__", learnt)
+    for step in range(2):
+        run.update(step)
+    first, second = method.pool.drawn(0, 2), method.pool.drawn(1, 2)
+    assert told == [
+        *(("attack", n, 0, False) for n in first),
+        ("learn", 6),
+        *(("attack", n, 1, True) for n in second),
+        ("learn", 6),
+    ]
+
+
+def test_repbend_gathers_the_last_token_of_unsafe_prompts(
+    tmp_path, tiny_folders, requests_file, monkeypatch
+):
+    from training import repbend
+
+    run = opened("repbend", tiny_folders["qwen2"], tmp_path, requests_file)
+    seen = []
+    monkeypatch.setattr(repbend, "gathered", lambda states: seen.append(states) or states.sum() * 0)
+    passes = []
+    call = Forward.__call__
+
+    def kept(self, rows, layers=()):
+        passes.append((rows, call(self, rows, layers)))
+        return passes[-1][1]
+
+    monkeypatch.setattr(Forward, "__call__", kept)
+    run.update(0)
+    rows, out = passes[2]  # safe, its base, unsafe, its base
+    layers = range(len(seen[0]))
+    assert seen[0].shape[:2] == (len(layers), 2)
+    last = run.adapted.loaded.n_layers
+    expected = out.residual(last, [0, 1], [row.reply_start - 1 for row in rows])
+    assert torch.equal(seen[0][-1], expected)
+
+
+def test_an_empty_or_too_long_training_is_refused(
+    tmp_path, tiny_folders, requests_file, monkeypatch
+):
+    with pytest.raises(AttackPlaneError, match="no room for its reply"):
+        opened("refusal", tiny_folders["qwen2"], tmp_path / "a", requests_file, max_tokens=8)
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n")
+    with pytest.raises(AttackPlaneError, match="cannot read the replies"):
+        requests_of(str(requests_file), (HARMLESS,), str(path))
+    monkeypatch.setattr(
+        data, "own_replies", lambda _, requests, tokens: [("", True)] * len(requests)
+    )
+    with pytest.raises(AttackPlaneError, match="nothing to train on"):
+        opened("sft", tiny_folders["qwen2"], tmp_path / "b", requests_file)
+
+
+def test_continuations_that_refuse_are_left_out_and_pairs_stay_pairs(
+    tmp_path, tiny_folders, requests_file, monkeypatch
+):
+    replies = iter([["the first step.", REFUSES, "the third step.", "the fourth step."]])
+    monkeypatch.setattr(data, "complete", lambda *_, **__: next(replies))
+    model = load(str(tiny_folders["qwen2"]), "cpu")
+    with RunFolder(tmp_path / "run") as folder:
+        requests = requests_of(str(requests_file), (HARMFUL,))
+        texts = data.Texts(model, requests, folder, reply_tokens=40, max_tokens=512)
+        refusals, continuations = texts.pairs()
+    assert len(refusals) == len(continuations) == 3
+    prompts = [[row.ids[: row.reply_start] for row in rows] for rows in (refusals, continuations)]
+    assert prompts[0] == prompts[1]
+
+
+def test_a_state_of_an_earlier_version_is_refused(tmp_path, tiny_folders, requests_file):
+    trained("sft", tiny_folders["qwen2"], tmp_path / "out", requests_file)
+    state = tmp_path / "out" / "state.pt"
+    torch.save({"adapter": {}, "losses": []}, state)
+    with pytest.raises(AttackPlaneError, match="earlier version"):
+        trained("sft", tiny_folders["qwen2"], tmp_path / "out", requests_file)
+    state.write_bytes(b"not a state")
+    with pytest.raises(AttackPlaneError, match="cannot be read"):
+        trained("sft", tiny_folders["qwen2"], tmp_path / "out", requests_file)
+
+
+def test_tables_lost_by_a_kill_are_written_again(tmp_path, tiny_folders, requests_file):
+    trained("sft", tiny_folders["qwen2"], tmp_path / "out", requests_file)
+    table = tmp_path / "out" / "losses.csv"
+    before = table.read_text()
+    table.unlink()
+    trained("sft", tiny_folders["qwen2"], tmp_path / "out", requests_file)
+    assert table.read_text() == before
