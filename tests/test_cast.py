@@ -158,7 +158,7 @@ def test_cast_is_fitted_attacked_and_replayed_like_any_target(tmp_path, tiny_fol
     config = ARMS.get("cast").make_config({"reply_tokens": 4}, preset="small")
     result = train_arm("cast", str(model), tmp_path / "out", config, str(path))
     spec = f"{model}+{result.checkpoints[0]}"
-    assert "not weights" in result.note
+    assert "not weights" in result.note and all(path.is_file() for path in result.files)
     cast = load_cast(result.checkpoints[0])
     assert cast.layers == (1,) and cast.condition_layer == 1 and cast.prompt_end
     card = json.loads((result.checkpoints[0] / "attack_plane.json").read_text())

@@ -10,8 +10,8 @@
 4. The result is a folder (``core/cast.py``) that specs take like an adapter.
 
 One thing differs from the code: it adds unit vectors times a fixed number, which means little on
-another model. Here a vector's length is ``strength`` times the mean distance of refusals and
-continuations along it.
+another model. Here the vectors of all layers together move a state by ``strength`` times the mean
+distance of refusals and continuations.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ from core.rows import Row
 from core.settings import check_settings, setting
 from core.specs import parse_spec
 from core.store import RunFolder, write_atomically
+from plots.condition_png import draw
 from training.data import Requests, Texts
 from training.examples import Example
 from training.forward import Forward
-from training.loop import STAGE, card, settings_of
+from training.loop import STAGE, card, settings_of, table
 from training.registry import ARMS, Arm, TrainResult
 
-FOLDER = "cast"
+FOLDER, GRID, SCORES = "cast", "condition.csv", "condition_scores.csv"
 DEPTHS = (10 / 32, 15 / 32)
 """First and last layer that the behaviour is added at, as shares of the depth."""
 BATCH = 16
@@ -51,7 +52,7 @@ class CASTConfig:
     """Of the estimate; the layers are the paper's, scaled with depth."""
 
     strength: float = setting(
-        1.0, "Length of the behaviour vector, in distances of refusals and continuations.", low=0
+        1.0, "Of all layers together, in distances of refusals and continuations.", low=0
     )
     max_tokens: int = setting(512, "Tokens of a sequence; longer ones are cut.", low=8)
     reply_tokens: int = setting(48, "New tokens of replies that are made for the estimate.", low=1)
@@ -114,19 +115,22 @@ def fit(arm: Arm, spec: str, requests: Requests, config: CASTConfig, out: Path) 
             reply_tokens=config.reply_tokens,
             max_tokens=config.max_tokens,
         )
-        cast, told = estimated(base, texts, requests, config)
+        cast, told, grid, scores = estimated(base, texts, requests, config)
         path = out / FOLDER
+        write_atomically(out / GRID, table(grid))
+        write_atomically(out / SCORES, table(scores))
         cast.save(path)
         write_atomically(
             path / CARD, json.dumps(card(arm, base, config, requests, 1), indent=2) + "\n"
         )
-    return TrainResult([path], [told], [], note=f"{path} is a hook. {HOOK}.")
+    files = [out / GRID, out / SCORES, draw(out)]
+    return TrainResult([path], [told], [], files, f"{path} is a hook. {HOOK}.")
 
 
 def estimated(
     base: LoadedModel, texts: Texts, requests: Requests, config: CASTConfig
-) -> tuple[Cast, dict[str, float]]:
-    """The hook, and what its choice rests on."""
+) -> tuple[Cast, dict[str, float], list[Row], list[Row]]:
+    """The hook, what was chosen, the best threshold of every layer, and the validation scores."""
     n = base.n_layers
     first, last = (max(1, round(depth * n)) for depth in DEPTHS)
     layers, candidates = list(range(first, last + 1)), list(range(1, first + 1))
@@ -140,15 +144,15 @@ def estimated(
     for k, layer in enumerate(candidates):
         pairs = matched(fitted)
         c = first_component(*(train[[pair[side] for pair in pairs], k] for side in (0, 1)))
-        threshold, above, f1 = best_threshold(similarity(validation[:, k], c), harmful)
-        grid.append((f1, layer, threshold, above, c))
-    f1, layer, threshold, above, condition = max(grid, key=lambda row: row[0])
+        scores = similarity(validation[:, k], c)
+        grid.append((*best_threshold(scores, harmful), layer, c, scores))
+    threshold, above, f1, layer, condition, scores = max(grid, key=lambda row: row[2])
     refusals, continuations = (reply_means(forward, rows, layers) for rows in texts.pairs())
     behaviour = []
     for k in range(len(layers)):
         v = first_component(refusals[:, k], continuations[:, k])
         distance = float(((refusals[:, k] - continuations[:, k]) @ v).mean())
-        behaviour.append(config.strength * distance * v)
+        behaviour.append(config.strength / len(layers) * distance * v)
     cast = Cast(
         condition=condition,
         condition_layer=layer,
@@ -159,7 +163,9 @@ def estimated(
         prompt_end=prompt_end(texts.renderer, [b.request for b in fitted]),
     )
     told = {"step": 1.0, "layer": float(layer), "threshold": threshold, "f1": f1}
-    return cast, told
+    by_layer = [{"layer": g[3], "threshold": g[0], "above": int(g[1]), "f1": g[2]} for g in grid]
+    pairs_of = zip(harmful.tolist(), scores.tolist(), strict=True)
+    return cast, told, by_layer, [{"harmful": int(h), "similarity": s} for h, s in pairs_of]
 
 
 def split(requests: Requests) -> tuple[list[Behaviour], list[Behaviour]]:
