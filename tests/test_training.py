@@ -33,6 +33,7 @@ from training.devices import Devices
 from training.examples import Order, make_example
 from training.forward import Forward
 from training.loop import Run, seeded
+from training.lengths import units
 from training.losses import reply_loss
 from training.registry import ARMS
 
@@ -334,6 +335,22 @@ def test_circuit_breakers_turn_harmful_states_and_hold_the_others(
     assert first["reroute"] > 9.5 and last["reroute"] / 5 < 0.6  # the mean cosine
     last_layer = max(int(name.split(".layers.")[1].split(".")[0]) for name in run.adapted.weights())
     assert last_layer == 1  # of three blocks the adapter reaches up to residual layer 2
+
+
+def test_relative_distances_count_tenths_of_the_bases_own_lengths(
+    tmp_path, tiny_folders, requests_file
+):
+    run = opened("cb", tiny_folders["qwen2"], tmp_path, requests_file)
+    texts = run.requests.harmless
+    rows = [make_example(Renderer(run.adapted.loaded), b.request, "Yes.") for b in texts]
+    bench = types.SimpleNamespace(adapted=run.adapted, forward=Forward(run.adapted.loaded))
+    layers = [1, 3]
+    found = units(bench, rows, layers, relative=True)
+    with run.adapted.off():
+        states = Forward(run.adapted.loaded)(rows, layers).all_residuals(layers)
+    lengths = states.norm(dim=-1).median(-1).values / 10
+    assert torch.allclose(found[:, 0, 0], lengths) and found.shape == (2, 1, 1)
+    assert torch.equal(units(bench, rows, layers, relative=False), torch.ones(2, 1, 1))
 
 
 def test_repbend_moves_unsafe_states_further_than_safe_ones(tmp_path, tiny_folders, requests_file):

@@ -23,6 +23,7 @@ from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL
 from core.settings import setting
 from training.config import TrainConfig, published
 from training.examples import Batches
+from training.lengths import units
 from training.losses import moved, rerouted
 from training.registry import ARMS, Arm, Bench, Losses, Method
 
@@ -41,6 +42,9 @@ class CBConfig(TrainConfig):
     lora_dropout: float = published(TrainConfig, "lora_dropout", 0.05)
     all_linear: bool = published(TrainConfig, "all_linear", True)
     strength: float = setting(10.0, "a, of both terms (5 for Mistral).", low=0)
+    relative: bool = setting(
+        False, "Measure distances by the base's own lengths (training/lengths.py)."
+    )
 
 
 def chosen_layers(n_layers: int) -> list[int]:
@@ -57,8 +61,10 @@ def coefficients(strength: float, step: int, num_steps: int) -> tuple[float, flo
 def method(bench: Bench, config: CBConfig) -> Method:
     loaded = bench.adapted.loaded
     harmful = Batches(bench.texts.continuations(), config.batch_size, config.seed)
-    retained = Batches(bench.texts.ordinary(), config.batch_size, config.seed)
+    ordinary = bench.texts.ordinary()
+    retained = Batches(ordinary, config.batch_size, config.seed)
     layers, every = chosen_layers(loaded.n_layers), list(range(loaded.n_layers + 1))
+    unit = units(bench, ordinary, every, relative=config.relative)
 
     def states(rows: Batches, micro: int, which: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         examples = rows(micro)
@@ -72,7 +78,8 @@ def method(bench: Bench, config: CBConfig) -> Method:
             config.strength, micro // config.accumulation, config.num_steps
         )
         with bench.clock.time("forward"):
-            kept = retain * moved(*states(retained, micro, every))
+            tuned, base, weight = states(retained, micro, every)
+            kept = retain * moved(tuned / unit, base / unit, weight)
         yield {"retain": kept}
         with bench.clock.time("forward"):
             turned = reroute * rerouted(*states(harmful, micro, layers))
@@ -90,7 +97,7 @@ ARM = ARMS.add(
         needs=(HARMFUL, HARMLESS, PSEUDO_HARMFUL),
         source="arXiv 2406.04313 and its official code",
         blocks=lambda config, n_layers: range(max(chosen_layers(n_layers))),
-        small={"batch_size": 4, "learning_rate": 5e-4},
+        small={"batch_size": 4, "learning_rate": 2e-3, "relative": True},
         examples=("train cb --out runs/cb --preset small",),
     )
 )

@@ -19,11 +19,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL
 from core.settings import setting
 from training.config import TrainConfig, published
 from training.examples import Batches
+from training.forward import Pass
+from training.lengths import units
 from training.losses import gathered, kl_loss, moved
 from training.registry import ARMS, Arm, Bench, Losses, Method
 
@@ -45,13 +48,22 @@ class RepBendConfig(TrainConfig):
     unsafe_weight: float = setting(0.5, "b, of how far unsafe states move, which is raised.", low=0)
     gather_weight: float = setting(0.1, "g, of how unlike unsafe states are.", low=0)
     kl_weight: float = setting(0.3, "e, of the KL term.", low=0)
+    relative: bool = setting(
+        False, "Measure distances by the base's own lengths (training/lengths.py)."
+    )
 
 
 def method(bench: Bench, config: RepBendConfig) -> Method:
     loaded = bench.adapted.loaded
     unsafe = Batches(bench.texts.continuations(), config.batch_size, config.seed)
-    safe = Batches(bench.texts.ordinary(), config.batch_size, config.seed)
+    ordinary = bench.texts.ordinary()
+    safe = Batches(ordinary, config.batch_size, config.seed)
     layers = list(range(max(1, round(DEPTH * loaded.n_layers)), loaded.n_layers + 1))
+    unit = units(bench, ordinary, layers, relative=config.relative)
+
+    def distance(out: Pass, base: Pass) -> Tensor:
+        states = (o.all_residuals(layers) / unit for o in (out, base))
+        return moved(*states, out.weight)
 
     def losses(micro: int) -> Iterator[Losses]:
         rows = safe(micro)
@@ -61,7 +73,7 @@ def method(bench: Bench, config: RepBendConfig) -> Method:
             with bench.adapted.off():
                 base = bench.forward(rows, layers)
                 before = base.logits()[0]
-            held = moved(out.all_residuals(layers), base.all_residuals(layers), out.weight)
+            held = distance(out, base)
             kl = kl_loss(before, logits, labels, TEMPERATURE)
         yield {"safe": config.safe_weight * held, "kl": config.kl_weight * kl}
         rows = unsafe(micro)
@@ -69,7 +81,7 @@ def method(bench: Bench, config: RepBendConfig) -> Method:
             out = bench.forward(rows, layers)
             with bench.adapted.off():
                 base = bench.forward(rows, layers)
-            bent = moved(out.all_residuals(layers), base.all_residuals(layers), out.weight)
+            bent = distance(out, base)
             last, which = [row.t_post_inst for row in rows], range(len(rows))
             ends = torch.stack([out.residual(layer, which, last) for layer in layers])
         yield {
@@ -88,7 +100,7 @@ ARM = ARMS.add(
         method=method,
         needs=(HARMFUL, HARMLESS, PSEUDO_HARMFUL),
         source="arXiv 2504.01550 and its official code",
-        small={"batch_size": 4, "learning_rate": 1e-4},
+        small={"batch_size": 4, "learning_rate": 1e-4, "relative": True},
         examples=("train repbend --out runs/repbend --preset small",),
     )
 )

@@ -1,0 +1,32 @@
+"""In what units distances of states are measured: as they are, or by the model's own lengths.
+
+CB and RepBend weigh distances of residual states against terms that have no unit (cosines, KL). The
+published weights were found on models whose states are of the order of 10 long. SmolLM2's are
+hundreds long, and there a distance drowns everything else. With ``relative`` a distance counts in
+tenths of the base's median length at its layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from training.examples import Example
+from training.registry import Bench
+
+TENTHS = 10.0
+PROBED = 16
+"""Examples that lengths are taken from."""
+
+
+def units(
+    bench: Bench, examples: Sequence[Example], layers: Sequence[int], *, relative: bool
+) -> Tensor:
+    """(layer, 1, 1) lengths that count as one: ones, or a tenth of the base's median length."""
+    if not relative:
+        return torch.ones(len(layers), 1, 1, device=bench.adapted.loaded.device)
+    with bench.adapted.off():
+        states = bench.forward(examples[:PROBED], layers).all_residuals(layers)
+    return states.float().norm(dim=-1).median(-1).values[:, None, None] / TENTHS
