@@ -32,8 +32,8 @@ from training.data import requests_of
 from training.devices import Devices
 from training.examples import Order, make_example
 from training.forward import Forward
-from training.loop import Run, seeded
 from training.lengths import units
+from training.loop import Run, seeded
 from training.losses import reply_loss
 from training.registry import ARMS
 
@@ -327,7 +327,7 @@ def test_the_loss_of_supervised_arms_falls(name, tmp_path, tiny_folders, request
 def test_circuit_breakers_turn_harmful_states_and_hold_the_others(
     tmp_path, tiny_folders, requests_file
 ):
-    faster = {"learning_rate": 2e-2, "lora_rank": 16, **QUIET}
+    faster = {"learning_rate": 2e-2, "lora_rank": 16, "relative": False, **QUIET}
     run, first, last = moved_by(
         "cb", tmp_path, tiny_folders["qwen2"], requests_file, updates=60, **faster
     )

@@ -62,8 +62,8 @@ def method(bench: Bench, config: RepBendConfig) -> Method:
     unit = units(bench, ordinary, layers, relative=config.relative)
 
     def distance(out: Pass, base: Pass) -> Tensor:
-        states = (o.all_residuals(layers) / unit for o in (out, base))
-        return moved(*states, out.weight)
+        tuned, before = (o.all_residuals(layers) / unit for o in (out, base))
+        return moved(tuned, before, out.weight)
 
     def losses(micro: int) -> Iterator[Losses]:
         rows = safe(micro)
