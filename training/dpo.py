@@ -68,7 +68,12 @@ ARM = ARMS.add(
         method=method,
         needs=(HARMFUL,),
         source="arXiv 2305.18290; settings as in arXiv 2607.00572",
-        small={"batch_size": 4, "learning_rate": 2e-4},
+        small={
+            "num_steps": 100,
+            "checkpoints": (12, 25, 50, 100),
+            "batch_size": 4,
+            "learning_rate": 5e-5,
+        },
         examples=("train dpo --out runs/dpo --preset small",),
     )
 )
