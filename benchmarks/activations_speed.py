@@ -27,7 +27,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.measure import device_name, forget_peak, matrix_peak, median, peak_mib, timed
+from benchmarks.measure import device_name, matrix_peak, median, timed
+from core.memory import forget_peak, peak_mib
 from core.models import LoadedModel, load
 from core.prefix import shared_length
 from core.prompt import Conversation, Prompt, Renderer

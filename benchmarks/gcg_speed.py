@@ -38,13 +38,12 @@ from attacks.slot import SuffixSlot, default_slot
 from benchmarks.measure import (
     RANDOM,
     device_name,
-    forget_peak,
     matrix_peak,
     median,
-    peak_mib,
     random_model,
     timed,
 )
+from core.memory import forget_peak, peak_mib
 from core.models import LoadedModel, load
 from core.prompt import Renderer
 from core.rows import Row

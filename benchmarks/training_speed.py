@@ -18,6 +18,7 @@ import torch
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
+from core.memory import PEAK
 from core.models import ModelHandle
 from core.store import RunFolder
 from core.text import aligned
@@ -54,6 +55,7 @@ def main(arms: tuple[str, ...], model: str, updates: int, replies: Path | None) 
             rows = run.seconds[1:]
             parts = {k: sum(r.get(k, 0.0) for r in rows) / len(rows) for k in rows[-1]}
             parts.pop("step")
+            parts.pop(PEAK)
             click.echo(
                 aligned([[name, *parts], ["seconds", *(f"{v:.2f}" for v in parts.values())]])
             )

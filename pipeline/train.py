@@ -8,8 +8,9 @@ from typing import Any
 from evaluation.behaviours import DEMONSTRATION
 from plots.training_png import draw
 from training.data import requests_of
-from training.loop import LOSSES, SECONDS, train
+from training.loop import train
 from training.registry import ARMS, TrainResult
+from training.saved import LOSSES, SECONDS
 
 
 def train_arm(

@@ -45,7 +45,8 @@ def draw(folder: Path) -> Path:
         colour = COLOURS[1] if name in own else COLOURS[7]
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         axis.plot(steps, values, color=colour, linewidth=0.6, alpha=0.45)
-        axis.plot(steps[window - 1 :], smooth, color=colour, linewidth=1.8)
+        middle = (window - 1) // 2
+        axis.plot(steps[middle : middle + len(smooth)], smooth, color=colour, linewidth=1.8)
         for step in saved:
             axis.axvline(step, color="#999999", linewidth=0.5, linestyle="--")
         axis.set_title(name.replace("_", " "), fontsize=9)

@@ -38,8 +38,9 @@ from plots.condition_png import draw
 from training.data import Requests, Texts
 from training.examples import Example
 from training.forward import Forward
-from training.loop import STAGE, card, settings_of, table
+from training.loop import STAGE, card, settings_of
 from training.registry import ARMS, Arm, TrainResult
+from training.saved import table
 
 FOLDER, GRID, SCORES = "cast", "condition.csv", "condition_scores.csv"
 DEPTHS = (10 / 32, 15 / 32)

@@ -17,11 +17,9 @@ A checkpoint is a LoRA folder, usable as a target by the spec ``BASE+FOLDER``.
 
 from __future__ import annotations
 
-import io
 import logging
 import math
-import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,24 +27,24 @@ from typing import Any
 import torch
 
 from core.errors import AttackPlaneError
+from core.memory import PEAK, peak_mib
 from core.models import LoadedModel, ModelHandle
 from core.progress import bar as progress_bar
 from core.records import content_hash
 from core.rows import Row
 from core.specs import parse_spec
-from core.store import RunFolder, write_atomically
+from core.store import RunFolder
 from evaluation.usability import request_hash
 from training.adapter import Adapted
 from training.config import TrainConfig, differences
-from training.data import REPLIES, Requests, Texts
+from training.data import Requests, Texts
 from training.devices import Devices
 from training.forward import Forward
 from training.registry import Arm, Bench, Clock, Method, TrainResult
+from training.saved import STATE, refuse_foreign, save_state, saved_state, write_tables
 
 log = logging.getLogger(__name__)
-STATE, LOSSES, SECONDS, STAGE = "state.pt", "losses.csv", "seconds.csv", "train"
-KEPT = ("adapter", "optimiser", "method", "losses", "seconds")
-"""What the saved state holds."""
+STAGE = "train"
 PROBE = (("Hello", "Hi there."), ("Write a list of two drinks", "1. tea\n2. coffee"))
 """On which it is tried whether batches can be packed."""
 
@@ -110,51 +108,6 @@ def train(
         run.go_on(save_every)
         devices.wait()
         return TrainResult(paths, run.losses, run.seconds, first=devices.first)
-
-
-def refuse_foreign(out: Path) -> None:
-    """Refuse a folder that holds files of a training's names and no run.
-
-    Raises:
-        AttackPlaneError: it does; nothing was written.
-    """
-    if (out / "manifest.json").is_file() or not out.is_dir():
-        return
-    names = [path.name for path in out.iterdir()]
-    ours = [n for n in names if n in (STATE, LOSSES, SECONDS, REPLIES) or n.startswith("step-")]
-    if ours:
-        raise AttackPlaneError(
-            "the folder holds files that no training of ours wrote",
-            where=out,
-            got=", ".join(sorted(ours)[:3]),
-            remedy="choose another --out; nothing was written",
-        )
-
-
-def saved_state(path: Path) -> Row | None:
-    """The state of a training that was stopped, or None.
-
-    Raises:
-        AttackPlaneError: it is broken, or of an earlier version.
-    """
-    if not path.is_file():
-        return None
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise AttackPlaneError(
-            "the saved state of the training cannot be read",
-            where=path,
-            got=f"{type(error).__name__}: {str(error)[:80]}",
-            remedy="remove the file to train anew, or choose another --out",
-        ) from error
-    if not isinstance(state, dict) or set(state) != set(KEPT):
-        raise AttackPlaneError(
-            "this training was begun by an earlier version and cannot be continued",
-            where=path,
-            remedy="choose another --out",
-        )
-    return state
 
 
 def settings_of(arm: Arm, config: Any, requests: Requests) -> Row:
@@ -262,7 +215,8 @@ class Run:
         row = {"step": step + 1, **parts, "loss": loss, **extra}
         row |= {"gradient_norm": norm, "learning_rate": rate}
         self.losses.append(row)
-        self.seconds.append({"step": step + 1, **clock.seconds})
+        peak = peak_mib(self.adapted.loaded.device)
+        self.seconds.append({"step": step + 1, **clock.seconds, PEAK: round(peak or 0.0)})
         return row
 
     def _learnt(self, micro: int) -> Iterator[tuple[str, float]]:
@@ -297,9 +251,9 @@ class Run:
         return card(self.arm, self.adapted.loaded, self.config, self.requests, step)
 
     def save(self) -> None:
-        """The whole state, and what was logged as tables; each appears only when whole."""
-        buffer = io.BytesIO()
-        torch.save(
+        """All that the next update depends on, and what was logged."""
+        save_state(
+            self.out,
             {
                 "adapter": self.adapted.weights(),
                 "optimiser": self.optimiser.state_dict(),
@@ -307,10 +261,7 @@ class Run:
                 "losses": self.losses,
                 "seconds": self.seconds,
             },
-            buffer,
         )
-        write_atomically(self.out / STATE, buffer.getvalue())
-        write_tables(self.out, self.losses, self.seconds)
 
 
 def card(arm: Arm, base: LoadedModel, config: Any, requests: Requests, step: int) -> Row:
@@ -323,24 +274,6 @@ def card(arm: Arm, base: LoadedModel, config: Any, requests: Requests, step: int
         "settings": content_hash(settings_of(arm, config, requests)),
         "trained_on": sorted(request_hash(r) for r in requests.texts(arm.needs, arm.validates)),
     }
-
-
-def write_tables(out: Path, losses: Sequence[Row], seconds: Sequence[Row]) -> None:
-    """What was logged, as CSV; each file appears only when whole."""
-    write_atomically(out / LOSSES, table(losses))
-    write_atomically(out / SECONDS, table(seconds))
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as CSV, with six significant digits."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [",".join(columns)]
-    lines += [",".join(_cell(row.get(key)) for key in columns) for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else str(value) if isinstance(value, int) else f"{value:.6g}"
 
 
 def _told(row: dict[str, float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from core.memory import PEAK
 from core.text import aligned
 from training.registry import TrainResult
 
@@ -20,8 +21,14 @@ def training_table(result: TrainResult, steps: Sequence[int]) -> str:
         lines.append([str(step), *("-" if v is None else f"{v:.3f}" for v in values)])
     if not result.seconds:
         return aligned(lines)
-    parts = {k for row in result.seconds for k in row} - {"step"}
+    parts = {k for row in result.seconds for k in row} - {"step", PEAK}
     means = {p: sum(r.get(p, 0.0) for r in result.seconds) / len(result.seconds) for p in parts}
     ordered = sorted(parts - {"total"}, key=lambda p: -means[p])
     told = ", ".join(f"{p} {means[p]:.2f}" for p in ordered)
-    return aligned(lines) + f"\nseconds of an update: {means['total']:.2f} ({told})"
+    peak = max(row.get(PEAK, 0) for row in result.seconds)
+    return "\n".join(
+        [
+            aligned(lines),
+            f"seconds of an update: {means['total']:.2f} ({told}); peak memory {peak:.0f} MiB",
+        ]
+    )
