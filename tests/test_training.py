@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -778,3 +779,41 @@ def test_tables_lost_by_a_kill_are_written_again(tmp_path, tiny_folders, request
     table.unlink()
     trained("sft", tiny_folders["qwen2"], tmp_path / "out", requests_file)
     assert table.read_text() == before
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_again_and_again_ends_in_the_same_bits(
+    tmp_path, tiny_folders, requests_file
+):
+    """SIGKILL at eight moments, of the process that trains R2D2; then it may finish."""
+    root = Path(__file__).parent.parent
+    arguments = ["cli.py", "train", "r2d2", "--model", tiny_folders["llama"]]
+    arguments += ["--behaviours", requests_file, "--steps", 24, "--batch-size", 2, "--pool", 4]
+    arguments += ["--attack-steps", 2, "--width", 8, "--reply-tokens", 4, "--checkpoint", 7]
+    arguments += ["--precision", "float32", "--dropout", 0.1, "--preset", "small"]
+
+    def command(out):
+        return [sys.executable, *map(str, [*arguments, "--out", tmp_path / out])]
+
+    begun = time.monotonic()
+    subprocess.run(command("whole"), cwd=root, check=True, capture_output=True)
+    whole = time.monotonic() - begun
+    killed = 0
+    for moment in range(8):
+        process = subprocess.Popen(
+            command("killed"), cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(whole * (0.55 + 0.06 * moment))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+    subprocess.run(command("killed"), cwd=root, check=True, capture_output=True)
+    assert killed >= 3
+    for step in (7, 24):
+        for name in (WEIGHTS, "attack_plane.json"):
+            one, other = (tmp_path / out / f"step-{step}" / name for out in ("whole", "killed"))
+            assert one.read_bytes() == other.read_bytes()
+    tables = [(tmp_path / out / "losses.csv").read_text() for out in ("whole", "killed")]
+    assert tables[0] == tables[1]
