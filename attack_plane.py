@@ -8,9 +8,9 @@
     directions = ap.directions(model, harmful, harmless)
     ap.plot_plane(ap.project([result], directions))   # a matplotlib figure
 
-Nothing here needs a run folder, and nothing is printed or drawn on the terminal: progress is told
-to a function, where one is given. What a user can mend is raised as ``AttackPlaneError``. Importing
-this module loads no torch.
+But for ``train_arm``, nothing here needs a folder, and nothing is printed or drawn on the terminal:
+progress is told to a function, where one is given. What a user can mend is raised as
+``AttackPlaneError``. Importing this module loads no torch.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ LAZY = {
     "evaluation.judges": ("JUDGES", "Exchange", "Judge", "JudgeKind"),
     "geometry.steering": ("ablate", "steer"),
     "pipeline.in_memory": ("ModelDirections",),
+    "pipeline.train": ("train_arm",),
+    "training.registry": ("ARMS",),
     "study.claims.registry": ("CLAIMS", "ClaimTest"),
 }
 """Names that are imported when they are first asked for, by module."""

@@ -355,3 +355,14 @@ def test_a_room_that_another_package_hides_is_named(tmp_path, name):
     )
     assert done.returncode and "'core' is hidden by another one" in done.stderr
     assert str(tmp_path / "core") in done.stderr
+
+
+def test_an_arm_is_trained_from_python(tmp_path, tiny_folders):
+    from tests.arms import COMMON, behaviours_file
+
+    settings = {**COMMON, "num_steps": 2}
+    config = ap.ARMS.get("dpo").make_config(settings, preset="small")
+    model, requests = str(tiny_folders["qwen2"]), str(behaviours_file(tmp_path))
+    trained = ap.train_arm("dpo", model, tmp_path / "out", config, requests)
+    assert len(trained.losses) == 2
+    assert ap.load(f"{model}+{trained.checkpoints[-1]}").spec.endswith("step-2")
