@@ -69,6 +69,7 @@ class HARCConfig(TrainConfig):
         0.5, "Cosine that harmful states are pushed to (0.3 in the code).", low=0, high=1
     )
     layers: int = setting(2, "Layers, the best by Eq. 6 (later runs of the paper: 4).", low=1)
+    coupling_weight: float = setting(1.0, "Of L_prompt and L_response.", low=0)
     kl_weight: float = setting(10.0, "Of the KL term.", low=0)
     reestimate_every: int = setting(200, "Micro-batches between estimates.", low=1)
     keep: float = setting(0.7, "Weight of the base's direction in the blend.", low=0, high=1)
@@ -183,9 +184,11 @@ class _HARC:
             out = self.bench.forward(rows, self.layers if terms not in ("ce", "ce_kl") else ())
             losses = {"ce": reply_loss(*out.logits(refused))}
             if terms in ("full", "prompt"):
-                losses["prompt"] = self._prompt(out, [*refused, *ordinary], len(refused))
+                coupled = self._prompt(out, [*refused, *ordinary], len(refused))
+                losses["prompt"] = config.coupling_weight * coupled
             if terms in ("full", "response"):
-                losses["response"] = self._response(out, [*continued, *ordinary], len(continued))
+                coupled = self._response(out, [*continued, *ordinary], len(continued))
+                losses["response"] = config.coupling_weight * coupled
             if terms != "ce" and config.kl_weight:
                 logits, labels = out.logits(ordinary)
                 with self.bench.adapted.off():
@@ -267,7 +270,8 @@ ARM = ARMS.add(
             "harmless": 3,
             "pseudo_harmful": 1,
             "accumulation": 1,
-            "learning_rate": 5e-4,
+            "learning_rate": 1e-3,
+            "coupling_weight": 20.0,
             "reestimate_every": 50,
         },
         examples=(
