@@ -26,7 +26,7 @@ from evaluation.judges import Judge, make_judge
 T = TypeVar("T")
 
 
-def stream_seed(seed: int, *names: str) -> int:
+def stream_seed(seed: int, *names: str | int) -> int:
     """A seed for one named random stream."""
     return int(content_hash([seed, *names], 15), 16)
 

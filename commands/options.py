@@ -141,13 +141,13 @@ def chosen(
     return spread(known, most), len(known)
 
 
-def chosen_preset(preset: str) -> str:
-    """``auto`` is ``quick`` on a CPU and ``paper`` elsewhere, and says so."""
+def chosen_preset(preset: str, on_cpu: str = "quick") -> str:
+    """``auto`` is ``on_cpu`` on a CPU and ``paper`` elsewhere, and says so."""
     from core.weights import default_device
 
     if preset == "auto":
         device = default_device().type
-        preset = "quick" if device == "cpu" else "paper"
+        preset = on_cpu if device == "cpu" else "paper"
         click.echo(f"preset {preset} for {device} (--preset chooses another)")
     return preset
 

@@ -104,16 +104,12 @@ def _text(value: Any) -> str:
 
 def run_arm(name: str, common: Row, settings: Row) -> None:
     """Train, and print what came of it."""
-    from commands.options import echo_notes, program
+    from commands.options import chosen_preset, echo_notes, program
     from commands.tables.training import training_table
-    from core.weights import default_device
     from pipeline.train import train_arm
     from training.registry import ARMS
 
-    preset = common["preset"]
-    if preset == "auto":
-        preset = "small" if default_device().type == "cpu" else "paper"
-        click.echo(f"preset {preset} for {default_device().type} (--preset chooses another)")
+    preset = chosen_preset(common["preset"], on_cpu="small")
     config = ARMS.get(name).make_config(settings, preset=preset)
     model, out = common["model"], common["out"]
     updates = f"{config.num_steps} updates" if hasattr(config, "num_steps") else "a fit"

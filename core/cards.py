@@ -8,6 +8,7 @@ from pathlib import Path
 from core.errors import AttackPlaneError
 from core.rows import Row
 from core.specs import parse_spec
+from core.store import write_atomically
 
 CARD = "attack_plane.json"
 
@@ -33,6 +34,11 @@ def card_of(spec: str) -> Row:
             remedy="train the checkpoint anew, or remove the file",
         ) from error
     return card
+
+
+def write_card(folder: Path, card: Row) -> None:
+    """Write the card of a checkpoint."""
+    write_atomically(folder / CARD, json.dumps(card, indent=2) + "\n")
 
 
 def base_of(spec: str) -> str:

@@ -19,6 +19,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from core.errors import AttackPlaneError
+from core.hooks import before_block
 
 SETTINGS, VECTORS = "cast.json", "cast.safetensors"
 HOOK = "CAST: a hook at inference time, not weights"
@@ -115,7 +117,7 @@ def attach(model: Any, cast: Cast, blocks: nn.ModuleList, spec: str) -> None:
     model.base_model.register_forward_pre_hook(hooks.begin, with_kwargs=True)
     for layer, block in enumerate(blocks):
         if layer == cast.condition_layer or layer in cast.layers:
-            block.register_forward_pre_hook(hooks.at(layer), with_kwargs=True)
+            before_block(block, partial(hooks.enter, layer))
     model.attack_plane_hook = HOOK
 
 
@@ -131,9 +133,8 @@ class _Hooks:
 
     def begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Before the decoder: is this a first pass, and which tokens are the prompt's?"""
-        ids = args[0] if args else kwargs.get("input_ids")
-        embeds = kwargs.get("inputs_embeds")
-        fed: Tensor = embeds if ids is None else ids  # type: ignore[assignment]
+        given = kwargs.get("input_ids") is not None
+        fed = args[0] if args else kwargs["input_ids" if given else "inputs_embeds"]
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             self.prompt = None
@@ -164,29 +165,21 @@ class _Hooks:
         last = places.shape[1] - 1 - places.flip(1).long().argmax(1)
         return torch.where(places.any(1), last + k, ends)
 
-    def at(self, layer: int) -> Any:
-        """The hook before one block."""
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if layer == self.cast.condition_layer:
-                self._decide(hidden)
-            if layer not in self.cast.layers:
-                return None
-            if len(self.met) != len(hidden):
-                raise AttackPlaneError(
-                    "a pass with a cache goes on with other rows than it began with",
-                    where=HOOK,
-                    got=f"{len(hidden)} rows, {len(self.met)} before",
-                    remedy="feed whole prompts to a model with a CAST hook",
-                )
-            added = self.cast.behaviour[self.cast.layers.index(layer)].to(hidden)
-            hidden = hidden + self.met[:, None, None].to(hidden) * added
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
-
-        return hook
+    def enter(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """Before one block: (row, fed, d_model) -> the same with the vector, or None."""
+        if layer == self.cast.condition_layer:
+            self._decide(hidden)
+        if layer not in self.cast.layers:
+            return None
+        if len(self.met) != len(hidden):
+            raise AttackPlaneError(
+                "a pass with a cache goes on with other rows than it began with",
+                where=HOOK,
+                got=f"{len(hidden)} rows, {len(self.met)} before",
+                remedy="feed whole prompts to a model with a CAST hook",
+            )
+        added = self.cast.behaviour[self.cast.layers.index(layer)].to(hidden)
+        return hidden + self.met[:, None, None].to(hidden) * added
 
     @torch.no_grad()
     def _decide(self, hidden: Tensor) -> None:

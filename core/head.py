@@ -8,6 +8,7 @@ family's name.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ def head_of(loaded: LoadedModel, probe_ids: Tensor) -> Head:
     so training does not change it."""
     kept: Head | None = vars(loaded).get(KEPT)
     layer = loaded.model.get_output_embeddings()
-    if kept is None or kept.layer is not layer or kept.weight is not layer.weight:
+    if kept is None or kept.layer is not layer or kept._weight is not layer.weight:
         kept = vars(loaded)[KEPT] = Head(loaded, probe_ids)
     return kept
 
@@ -35,9 +36,9 @@ class Head:
         self.layer = layer = loaded.model.get_output_embeddings()
         self.scale, self.cap = 1.0, None
         self.usable = type(layer) is nn.Linear
-        self.weight = getattr(layer, "weight", None)
+        self._weight: Any = getattr(layer, "weight", None)
+        self._bias: Any = getattr(layer, "bias", None)
         if self.usable:
-            self._weight, self._bias = layer.weight, layer.bias
             self.usable = self._fit(loaded, probe_ids)
 
     @torch.no_grad()

@@ -167,8 +167,23 @@ def read_file(path: Path, default_label: str, *, benchmark: str | None = None) -
             got=path.suffix or "no ending",
             remedy=f"use one of {', '.join(readers)}",
         )
+    return to_behaviours(
+        reader(decoded(path), path),
+        where=path,
+        benchmark=benchmark or path.stem,
+        label=default_label,
+        unit="row" if reader is read_json else "line",
+    )
+
+
+def decoded(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        AttackPlaneError: it is not UTF-8; the line is named.
+    """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise AttackPlaneError(
@@ -177,13 +192,6 @@ def read_file(path: Path, default_label: str, *, benchmark: str | None = None) -
             got=f"byte 0x{error.object[error.start]:02x}",
             remedy="save it as UTF-8",
         ) from error
-    return to_behaviours(
-        reader(text, path),
-        where=path,
-        benchmark=benchmark or path.stem,
-        label=default_label,
-        unit="row" if reader is read_json else "line",
-    )
 
 
 def open_hub_set(name: str, path: str, config: str | None, split: str) -> Any:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from core.continuations import after_own_prompt
 from core.models import LoadedModel
 from core.prompt import Renderer
 
@@ -68,21 +69,19 @@ def kl_to(base: Reference, renderer: Renderer) -> float | None:
     return total / start
 
 
-@torch.no_grad()
 def perplexity(renderer: Renderer, texts: Sequence[str]) -> tuple[float, float]:
     """(perplexity per token, bits per character) of plain texts, without a chat template.
 
     Bits per character can be compared between tokenizers, perplexities cannot.
     """
-    loaded = renderer.loaded
-    start = loaded.tokenizer.bos_token_id
-    nll, tokens = 0.0, 0
-    for ids in renderer.tokenise(texts):
-        fed = ids if start is None or ids[0] == start else [start, *ids]
-        counted = len(fed) - 1
-        logits = loaded.last_logits(len(fed), input_ids=torch.tensor([fed], device=loaded.device))
-        target = torch.tensor(fed[1:], device=logits.device)
-        nll += float(torch.nn.functional.cross_entropy(logits[0, :-1], target, reduction="sum"))
-        tokens += counted
-    characters = sum(map(len, texts))
-    return math.exp(nll / tokens), nll / math.log(2) / characters
+    start = renderer.tokenizer.bos_token_id
+    fed = [
+        ids if start is None or ids[0] == start else [start, *ids]
+        for ids in renderer.tokenise(texts)
+    ]
+    # the first token of each cannot be predicted
+    firsts, rests = [ids[:1] for ids in fed], [ids[1:] for ids in fed]
+    lengths = torch.tensor([len(rest) for rest in rests])
+    means = after_own_prompt(renderer.loaded, firsts, rests)
+    nll = -float((means.double() * lengths).sum())
+    return math.exp(nll / int(lengths.sum())), nll / math.log(2) / sum(map(len, texts))

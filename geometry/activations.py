@@ -29,6 +29,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -37,13 +38,13 @@ from torch import Tensor
 
 from core.batching import BatchSize
 from core.errors import AttackPlaneError
+from core.hooks import before_block
 from core.models import LoadedModel
 from core.packed import Group, PackedDecoder
 from core.prefix import SharedPrefix, keeps_keys_and_values_only, shared_length
 from core.progress import bar as progress_bar
 from core.prompt import Prompt
 from core.records import Activations
-from core.rows import Row
 
 log = logging.getLogger(__name__)
 
@@ -88,18 +89,11 @@ def read_residuals(loaded: LoadedModel, keep: Callable[[int, Tensor], None]) -> 
     ``residual`` is (batch, fed, d_model). The hooks go when it closes, errors included.
     """
 
-    def before(layer: int) -> Any:
-        def hook(_: Any, args: tuple[Any, ...], kwargs: Row) -> None:
-            keep(layer, args[0] if args else kwargs["hidden_states"])
-
-        return hook
-
     def after(_: Any, __: Any, output: Any) -> None:
         keep(loaded.n_layers, output[0] if isinstance(output, tuple) else output)
 
     handles = [
-        block.register_forward_pre_hook(before(layer), with_kwargs=True)
-        for layer, block in enumerate(loaded.blocks)
+        before_block(block, partial(keep, layer)) for layer, block in enumerate(loaded.blocks)
     ]
     handles.append(loaded.blocks[-1].register_forward_hook(after))
     try:

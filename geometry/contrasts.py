@@ -184,6 +184,17 @@ def permuted_sides(
     return sides
 
 
+def between(positive: Tensor, negative: Tensor, name: str = "contrast") -> Contrast:
+    """The contrast of two stacks of residuals, (item, layer, d_model) each.
+
+    Item k of one and item k of the other are of one unit.
+    """
+    n, m = len(positive), len(negative)
+    units = tuple(str(k) for k in (*range(n), *range(m)))
+    both = torch.cat([positive, negative])
+    return Contrast(name, both, torch.arange(n), torch.arange(n, n + m), units)
+
+
 def permuted(contrasts: Sequence[Contrast], draws: int, generator: torch.Generator) -> list[Tensor]:
     """Directions with the labels dealt anew, (draw, layer, d_model) each."""
     return [

@@ -30,16 +30,17 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from core.errors import AttackPlaneError
+from core.hooks import before_block
 from core.models import LoadedModel
 from core.prompt import Prompt
 from core.records import nearest
-from core.rows import Row
 from geometry.activations import span_of
 from geometry.contrasts import unit
 
@@ -282,14 +283,6 @@ def edited(loaded: LoadedModel, edits: Edits) -> Iterator[None]:
     """While open, forward passes of the model are edited. The hooks always go when it closes."""
     handles = []
 
-    def before(layer: int) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Row) -> Any:
-            if args:
-                return (edits(layer, args[0]), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": edits(layer, kwargs["hidden_states"])}
-
-        return hook
-
     def after(_: nn.Module, __: Any, output: Any) -> Any:
         if isinstance(output, tuple):
             return edits(loaded.n_layers, output[0]), *output[1:]
@@ -302,9 +295,7 @@ def edited(loaded: LoadedModel, edits: Edits) -> Iterator[None]:
                     "no such layer", where=loaded.spec, got=layer, remedy=f"0 to {loaded.n_layers}"
                 )
             if layer < loaded.n_layers:
-                handles.append(
-                    loaded.blocks[layer].register_forward_pre_hook(before(layer), with_kwargs=True)
-                )
+                handles.append(before_block(loaded.blocks[layer], partial(edits, layer)))
             else:
                 handles.append(loaded.blocks[-1].register_forward_hook(after))
         yield

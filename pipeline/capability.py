@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,20 @@ from torch import Tensor
 from core.conversation import Conversation
 from core.errors import AttackPlaneError
 from core.generate import complete
-from core.models import LoadedModel, ModelHandle, OpenModel
+from core.kept import Kept
+from core.models import LoadedModel, ModelHandle
 from core.prompt import Renderer
-from core.records import HARMFUL, HARMLESS, content_hash
+from core.records import HARMFUL, HARMLESS
 from core.rows import Row
 from core.statistics import wilson
 from core.store import RunFolder
 from evaluation.behaviours import CONTRAST_SPLITS, HELD_OUT_SPLITS, load_behaviours, spread
+from evaluation.budget import EvaluateConfig
 from evaluation.instructions import Instruction, instructions, paragraphs
 from evaluation.likeness import Reference, kl_to, perplexity, reference
 from geometry.activations import collect
 from geometry.change import null_outside, share_outside
-from geometry.contrasts import unit
+from geometry.contrasts import between
 from geometry.layers import inner_layers
 
 KEPT = "capability.jsonl"
@@ -45,29 +46,24 @@ CHANGE_PROMPTS = 20
 """Held-out prompts of each label, for the change inside."""
 
 
-@dataclass(frozen=True)
-class CapabilityConfig:
-    """``instructions`` and ``kl_prompts``: how many; ``tasks``: of lm-evaluation-harness."""
-
-    instructions: int
-    kl_prompts: int
-    tasks: tuple[str, ...] = ()
-    task_limit: int | None = None
-
-
 class Measures:
     """The measurements of one evaluation.
 
     Args:
-        base: the spec that KL and change are measured from.
+        base: what KL and change are measured from.
+        tasks: of lm-evaluation-harness; ``task_limit``: examples of each.
     """
 
     def __init__(
-        self, run: RunFolder, base: str, open_model: OpenModel, config: CapabilityConfig
+        self,
+        run: RunFolder,
+        base: ModelHandle,
+        config: EvaluateConfig,
+        tasks: Sequence[str] = (),
+        task_limit: int | None = None,
     ) -> None:
-        self.run, self.config = run, config
-        self.base = open_model(base)
-        self.kept = {row["key"]: row["values"] for row in run.rows(KEPT)}
+        self.base, self.config, self.tasks, self.task_limit = base, config, tasks, task_limit
+        self.kept = Kept(run, KEPT)
 
     def of(self, handle: ModelHandle) -> Row:
         """All measurements of one model, from the run where it has them."""
@@ -83,24 +79,19 @@ class Measures:
             values |= self._kept(
                 "kl", handle, own, lambda m: {"kl": kl_to(self.reference, Renderer(m))}
             )
-        inside = [self.base.fingerprint, _change_requests()]
+        inside = [self.base.fingerprint, self._changed_on]
         values |= self._kept("outside", handle, inside, self._outside)
-        for task in config.tasks:
-            measure = partial(harness, task=task, limit=config.task_limit)
+        for task in self.tasks:
+            measure = partial(harness, task=task, limit=self.task_limit)
             file = Path(task).read_text() if Path(task).is_file() else ""
-            scores = self._kept("task", handle, [task, file, config.task_limit], measure)
+            scores = self._kept("task", handle, [task, file, self.task_limit], measure)
             values.setdefault("tasks", {})[task] = scores
         return values
 
     def _kept(
         self, what: str, handle: ModelHandle, about: Any, measure: Callable[[LoadedModel], Row]
     ) -> Row:
-        key = content_hash([what, handle.fingerprint, about])
-        if key not in self.kept:
-            self.kept[key] = measure(handle.loaded)
-            row = {"key": key, "what": what, "model": handle.spec, "values": self.kept[key]}
-            self.run.append(KEPT, row)
-        return dict(self.kept[key])
+        return dict(self.kept.get(what, handle, about, lambda: measure(handle.loaded)))
 
     # --- against the base -------------------------------------------------------------------------
     @cached_property
@@ -125,12 +116,24 @@ class Measures:
             )
             for label in (HARMFUL, HARMLESS)
         ]
-        difference = sides[0].double().mean(0) - sides[1].double().mean(0)
-        return unit(difference[:, 0]).float(), unit(difference[:, 1]).float()
+        harmful, harmless = sides
+        harm, refusal = (
+            between(harmful[:, :, k], harmless[:, :, k]).direction for k in range(len(POSITIONS))
+        )
+        return harm, refusal
 
     @cached_property
     def _unchanged(self) -> Tensor:
-        return states(self.base.loaded, _change_requests())
+        return states(self.base.loaded, self._changed_on)
+
+    @cached_property
+    def _changed_on(self) -> list[str]:
+        """Held-out requests on which the change inside is measured."""
+        return [
+            b.request
+            for label in (HARMFUL, HARMLESS)
+            for b in spread(load_behaviours(label=label, splits=HELD_OUT_SPLITS), CHANGE_PROMPTS)
+        ]
 
     def _outside(self, loaded: LoadedModel) -> Row:
         if (loaded.n_layers, loaded.d_model) != (
@@ -138,7 +141,7 @@ class Measures:
             self.base.loaded.d_model,
         ):
             return {"outside": None, "outside_null": None, "change": None}
-        change = states(loaded, _change_requests()) - self._unchanged
+        change = states(loaded, self._changed_on) - self._unchanged
         layers = list(inner_layers(loaded.n_layers))
         shares = [share_outside(change[:, :, k], *self._plane)[layers] for k in (0, 1)]
         mean = float(torch.stack(shares).nanmean())
@@ -155,15 +158,6 @@ def states(loaded: LoadedModel, requests: Sequence[str]) -> Tensor:
     renderer = Renderer(loaded)
     prompts = [renderer.render(Conversation.build(request)) for request in requests]
     return collect(loaded, prompts, list(requests), positions=POSITIONS).resid
-
-
-def _change_requests() -> list[str]:
-    """Held-out requests on which the change inside is measured."""
-    return [
-        b.request
-        for label in (HARMFUL, HARMLESS)
-        for b in spread(load_behaviours(label=label, splits=HELD_OUT_SPLITS), CHANGE_PROMPTS)
-    ]
 
 
 def _read_prose(loaded: LoadedModel) -> Row:

@@ -42,14 +42,14 @@ from evaluation.calibration import known_errors
 from evaluation.judges.reply_rules import is_degenerate
 from evaluation.usability import DEGREES, FULL, NONE, refusal_degree, refuse_overlap
 from pipeline.campaign import Plan, campaign
-from pipeline.capability import CapabilityConfig, Measures
+from pipeline.capability import Measures
 from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows
 from pipeline.transfer import Transfer, transfer
-from plots.tradeoff_png import draw
+from plots.tradeoff_png import ROWS, draw
 from transfer.matrix import matrix
 from transfer.replay import ReplayConfig
 
-STAGE, ROWS, ADAPTIVE = "evaluate", "evaluation.jsonl", "adaptive"
+STAGE, ADAPTIVE = "evaluate", "adaptive"
 ADAPTIVE_TOPK = 64
 FIXED = "fixed"
 """All fixed-source attacks together."""
@@ -103,7 +103,8 @@ def evaluate(
     """
     check_specs(models)
     base = base or base_of(models[0])
-    requests = _requests(asked)
+    held_out = load_held_out(asked.behaviours)
+    requests = _requests(asked, held_out)
     for spec in models:
         ordinary = [b.request for b in requests if b.label != HARMFUL]
         refuse_overlap(ordinary, card_of(spec).get("trained_on", ()), f"evaluate {spec}")
@@ -114,7 +115,7 @@ def evaluate(
         run.begin_stage(STAGE, {**asdict(config), "base": base}, {})
         attacked = _take_attacks(run, asked, result.notes)
         stage = Transfer(run, asked.judges, replays, behaviours=requests)
-        measures = Measures(run, base, open_model, _capability(asked))
+        measures = Measures(run, open_model(base), config, asked.tasks, asked.task_limit)
 
         def not_sent(artifact: AttackArtifact, error: Exception) -> None:
             result.notes.append(f"not sent: {artifact.attack} {artifact.behaviour_id}. {error}")
@@ -125,7 +126,7 @@ def evaluate(
             on_model(spec)
             handle = open_model(spec)
             stage.replay_on(handle, not_sent)
-            own = _attack_anew(path, handle, asked, replays)
+            own = _attack_anew(path, handle, asked, held_out, replays)
             measured = measures.of(handle)
             replies = [
                 r for r in replays_of(run) if r.target_model == spec and r.artifact_id in wanted
@@ -135,24 +136,17 @@ def evaluate(
             handle.release()
             before[spec] = result.rows[-1]
             write_rows(path / ROWS, before.values())
-        result.rows = [before[spec] for spec in models]
         write_rows(path / ROWS, result.rows)
     result.files = [path / ROWS, draw(path)]
     return result
 
 
-def _capability(asked: Evaluation) -> CapabilityConfig:
-    config = asked.config
-    return CapabilityConfig(config.instructions, config.kl_prompts, asked.tasks, asked.task_limit)
-
-
-def _requests(asked: Evaluation) -> list[Behaviour]:
+def _requests(asked: Evaluation, held_out: Sequence[Behaviour]) -> list[Behaviour]:
     """The plain requests: held out, of every label, and those of further sets."""
-    rows = load_held_out(asked.behaviours)
     chosen = [
         b
         for label in LABELS
-        for b in spread([b for b in rows if b.label == label], asked.config.plain)
+        for b in spread([b for b in held_out if b.label == label], asked.config.plain)
     ]
     for source in asked.usability:
         chosen += [b for b in load_behaviours(source) if b.label != HARMFUL]
@@ -198,7 +192,11 @@ def _take_attacks(run: RunFolder, asked: Evaluation, notes: list[str]) -> set[st
 
 
 def _attack_anew(
-    path: Path, handle: ModelHandle, asked: Evaluation, replays: ReplayConfig
+    path: Path,
+    handle: ModelHandle,
+    asked: Evaluation,
+    held_out: Sequence[Behaviour],
+    replays: ReplayConfig,
 ) -> list[Replay]:
     """Replies of the model to GCG prompts that were made on it."""
     config = asked.config
@@ -206,7 +204,6 @@ def _attack_anew(
         return []
     own = f"{canonical_name(short_spec(handle.spec))}-{content_hash(handle.spec, 8)}"
     folder = path / ADAPTIVE / own
-    held_out = load_held_out(asked.behaviours)
     harmful = [b for b in held_out if b.label == HARMFUL and b.target_string]
     behaviours = spread(harmful, config.adaptive)
     if not behaviours:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.behaviours import DEMONSTRATION
-from plots.training_png import draw
+from plots.training_png import LOSSES, draw
 from training.data import requests_of
 from training.loop import train
 from training.registry import ARMS, TrainResult
-from training.saved import LOSSES, SECONDS
+from training.saved import SECONDS
 
 
 def train_arm(

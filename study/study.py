@@ -16,9 +16,10 @@ import torch
 
 from core.errors import AttackPlaneError
 from core.generate import first_turn
+from core.kept import Kept
 from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Prompt, Renderer
-from core.records import AttackArtifact, Behaviour, Directions, content_hash
+from core.records import AttackArtifact, Behaviour, Directions
 from core.rows import Row
 from core.store import RunFolder
 from evaluation.behaviours import (
@@ -100,7 +101,7 @@ class Study:
         self.reading = ContrastReading(run, model, config.directions, positions=POSITIONS)
         self.behaviours, self.harmful = self.reading.behaviours, self.reading.harmful
         self._carriers: dict[str, list[Carrier]] = {}
-        self._known = {row["key"]: row["value"] for row in run.rows(MEASURED)}
+        self._kept = Kept(run, MEASURED)
 
     @property
     def loaded(self) -> LoadedModel:
@@ -113,12 +114,7 @@ class Study:
     # --- what is kept -----------------------------------------------------------------------------
     def kept(self, what: str, depends: Any, make: Callable[[], Any]) -> Any:
         """``make()`` as JSON, from the run where the same was made before."""
-        key = content_hash([what, self.model.fingerprint, depends])
-        if key not in self._known:
-            self._known[key] = make()
-            row = {"key": key, "what": what, "model": self.spec, "value": self._known[key]}
-            self.run.append(MEASURED, row)
-        return self._known[key]
+        return self._kept.get(what, self.model, depends, make)
 
     @property
     def set_identity(self) -> list[Any]:

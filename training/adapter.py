@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.cards import CARD
+from core.cards import CARD, write_card
 from core.errors import AttackPlaneError
 from core.models import LoadedModel, evaluating
 from core.rows import Row
-from core.store import write_atomically
 from training.config import TrainConfig
 
 
@@ -150,7 +149,7 @@ class Adapted:
         # a set's order is the process's
         config["target_modules"] = sorted(config["target_modules"])
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        write_atomically(part / CARD, json.dumps(card, indent=2) + "\n")
+        write_card(part, card)
         shutil.rmtree(path, ignore_errors=True)
         part.rename(path)
 

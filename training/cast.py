@@ -16,7 +16,6 @@ distance of refusals and continuations.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from core.cards import CARD
+from core.cards import write_card
 from core.cast import HOOK, Cast, similarity
 from core.errors import AttackPlaneError
 from core.models import LoadedModel, ModelHandle
@@ -32,20 +31,18 @@ from core.prompt import Conversation, Renderer
 from core.records import HARMFUL, HARMLESS, Behaviour
 from core.rows import Row
 from core.settings import check_settings, setting
-from core.specs import parse_spec
 from core.store import RunFolder, write_atomically
-from plots.condition_png import draw
+from plots.condition_png import GRID, SCORES, draw
 from training.data import Requests, Texts
 from training.examples import Example
 from training.forward import Forward
-from training.loop import STAGE, card, settings_of
+from training.loop import STAGE, card, refuse_adapter, settings_of
 from training.registry import ARMS, Arm, TrainResult
 from training.saved import table
 
-FOLDER, GRID, SCORES = "cast", "condition.csv", "condition_scores.csv"
+FOLDER = "cast"
 DEPTHS = (10 / 32, 15 / 32)
 """First and last layer that the behaviour is added at, as shares of the depth."""
-BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -99,10 +96,7 @@ def fit(arm: Arm, spec: str, requests: Requests, config: CASTConfig, out: Path) 
     Raises:
         AttackPlaneError: fewer than two harmful and two harmless requests on either split.
     """
-    if parse_spec(spec).adapter:
-        raise AttackPlaneError(
-            "fit on a base without adapter", got=spec, remedy="merge the adapter first"
-        )
+    refuse_adapter(spec)
     folder = RunFolder(out)
     with folder:
         handle = ModelHandle(spec)
@@ -121,9 +115,7 @@ def fit(arm: Arm, spec: str, requests: Requests, config: CASTConfig, out: Path) 
         write_atomically(out / GRID, table(grid))
         write_atomically(out / SCORES, table(scores))
         cast.save(path)
-        write_atomically(
-            path / CARD, json.dumps(card(arm, base, config, requests, 1), indent=2) + "\n"
-        )
+        write_card(path, card(arm, base, config, requests, 1))
     files = [out / GRID, out / SCORES, draw(out)]
     return TrainResult([path], [told], [], files, f"{path} is a hook. {HOOK}.")
 
@@ -204,31 +196,17 @@ def matched(rows: Sequence[Behaviour]) -> list[tuple[int, int]]:
     return [(sides[0][key], sides[1][key]) for key in both]
 
 
-@torch.no_grad()
 def prompt_means(
     forward: Forward, texts: Texts, rows: Sequence[Behaviour], layers: Sequence[int]
 ) -> Tensor:
     """(prompt, layer, d_model): means over all tokens of the prompts."""
     examples = [texts.example(b.request, "I") for b in rows]
-    return _means(forward, examples, [range(e.reply_start) for e in examples], layers)
+    return forward.means(examples, layers, [[range(e.reply_start) for e in examples]])[0]
 
 
-@torch.no_grad()
 def reply_means(forward: Forward, examples: Sequence[Example], layers: Sequence[int]) -> Tensor:
     """(reply, layer, d_model): means over all tokens of the replies."""
-    return _means(forward, examples, [range(e.reply_start, len(e.ids)) for e in examples], layers)
-
-
-def _means(
-    forward: Forward, examples: Sequence[Example], spans: Sequence[range], layers: Sequence[int]
-) -> Tensor:
-    parts = []
-    for start in range(0, len(examples), BATCH):
-        some = examples[start : start + BATCH]
-        out, which = forward(some, layers), range(len(some))
-        means = [out.means(layer, which, spans[start : start + BATCH]) for layer in layers]
-        parts.append(torch.stack(means, 1).float().cpu())
-    return torch.cat(parts)
+    return forward.means(examples, layers, [[e.reply for e in examples]])[0]
 
 
 def prompt_end(renderer: Renderer, requests: Sequence[str]) -> tuple[int, ...]:

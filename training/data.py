@@ -11,9 +11,6 @@ printed nowhere.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,10 +20,18 @@ from core.errors import AttackPlaneError
 from core.generate import complete
 from core.models import LoadedModel
 from core.prompt import Conversation, Renderer
-from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL, Behaviour, content_hash
+from core.records import (
+    HARMFUL,
+    HARMLESS,
+    LABELS,
+    PSEUDO_HARMFUL,
+    Behaviour,
+    content_hash,
+)
 from core.rows import Row
 from core.store import RunFolder
-from evaluation.behaviours import load_behaviours, open_hub_set
+from evaluation.behaviour_rows import read_csv, read_jsonl
+from evaluation.behaviours import decoded, load_behaviours, open_hub_set
 from evaluation.judges.reply_rules import is_refusal
 from evaluation.refusals import refusal_replies
 from training.examples import Example, make_example
@@ -60,7 +65,7 @@ class Requests:
     def settings(self, needs: Sequence[str], validates: bool = False) -> Row:
         """What of it belongs to a training's settings."""
         row: Row = {}
-        for label in (HARMFUL, HARMLESS, PSEUDO_HARMFUL):
+        for label in LABELS:
             if label in needs:
                 own = [[b.request, b.target_string] for b in getattr(self, label)]
                 row[label] = {"count": len(own), "hash": content_hash(own)}
@@ -72,7 +77,7 @@ class Requests:
 
     def texts(self, needs: Sequence[str], validates: bool = False) -> list[str]:
         """The requests themselves."""
-        chosen = [label for label in (HARMFUL, HARMLESS, PSEUDO_HARMFUL) if label in needs]
+        chosen = [label for label in LABELS if label in needs]
         trained = [b.request for label in chosen for b in getattr(self, label)]
         return trained + [b.request for b in self.validation if validates]
 
@@ -113,9 +118,7 @@ def requests_of(
             got=counts,
             remedy="give a set with those labels and, if it has splits, a split train",
         )
-    harmful, harmless, pseudo = (
-        tuple(chosen.get(name, ())) for name in (HARMFUL, HARMLESS, PSEUDO_HARMFUL)
-    )
+    harmful, harmless, pseudo = (tuple(chosen.get(name, ())) for name in LABELS)
     return Requests(harmful, harmless, pseudo, given, validation)
 
 
@@ -140,23 +143,18 @@ def read_replies(path: Path) -> dict[str, str]:
     Raises:
         AttackPlaneError: another kind of file, a row without request or reply, a request twice.
     """
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        if path.suffix == ".csv":
-            rows = list(csv.DictReader(io.StringIO(text, newline="")))
-        else:
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        if not rows:
-            raise ValueError("no rows")
-    except (OSError, ValueError) as error:
+    reader = read_csv if path.suffix == ".csv" else read_jsonl
+    rows = reader(decoded(path), path) if path.is_file() else []
+    if not rows:
         raise AttackPlaneError(
-            "cannot read the replies", where=path, got=error, remedy="a CSV or JSON lines file"
-        ) from error
-    replies: dict[str, str] = {}
-    for number, row in enumerate(rows, start=1):
-        request, reply = (
-            row.get(k) if isinstance(row, dict) else None for k in ("request", "reply")
+            "cannot read the replies",
+            where=path,
+            got="no rows" if path.is_file() else "no such file",
+            remedy="a CSV or JSON lines file",
         )
+    replies: dict[str, str] = {}
+    for number, (_, row) in enumerate(rows, start=1):
+        request, reply = row.get("request"), row.get("reply")
         wrong = not all(isinstance(t, str) and t.strip() for t in (request, reply))
         if wrong or request in replies:
             raise AttackPlaneError(
@@ -231,17 +229,17 @@ class Texts:
         given = self.requests.replies
         own = iter(self._made("ordinary", [r for r in chosen if r not in given]))
         answers = [(given[r], True) if r in given else next(own) for r in chosen]
-        examples, long = [], 0
-        for request, (reply, ended) in zip(chosen, answers, strict=True):
-            whole = make_example(self.renderer, request, reply, ended=ended) if reply else None
-            if whole and whole.reply_start < self._longest:
-                examples.append(whole.cut(self._longest))
-            long += whole is not None and whole.reply_start >= self._longest
-        if empty := len(chosen) - len(examples) - long:
-            log.warning("%d of %d ordinary requests got no answer: left out", empty, len(answers))
-        if long:
-            log.warning("%d of %d ordinary requests are too long: left out", long, len(answers))
-        return examples
+        answered = [
+            make_example(self.renderer, request, reply, ended=ended)
+            for request, (reply, ended) in zip(chosen, answers, strict=True)
+            if reply
+        ]
+        fitting = [row.cut(self._longest) for row in answered if row.reply_start < self._longest]
+        if empty := len(chosen) - len(answered):
+            log.warning("%d of %d ordinary requests got no answer: left out", empty, len(chosen))
+        if long := len(answered) - len(fitting):
+            log.warning("%d of %d ordinary requests are too long: left out", long, len(chosen))
+        return fitting
 
     def continuations(self) -> list[Example]:
         """Harmful requests with the base's own compliance: the target and what follows it.

@@ -26,6 +26,11 @@ class Example:
     def t_post_inst(self) -> int:
         return self.reply_start - 1
 
+    @property
+    def reply(self) -> range:
+        """The tokens of the reply."""
+        return range(self.reply_start, len(self.ids))
+
     def cut(self, tokens: int) -> Example:
         """Its first ``tokens`` tokens."""
         return Example(self.ids[:tokens], self.reply_start, self.t_inst)

@@ -25,6 +25,8 @@ from geometry.activations import AGREEMENT, RESPONSE_TOKENS, read_residuals
 from training.examples import Example
 
 log = logging.getLogger(__name__)
+MEANS_BATCH = 16
+"""Examples that means are read from at once."""
 
 
 class Pass:
@@ -62,7 +64,7 @@ class Pass:
             (reply tokens of all rows, vocabulary) float32, and (reply tokens,)
         """
         chosen = range(len(self.rows)) if rows is None else rows
-        tokens = [(i, t) for i in chosen for t in range(*self._reply(i))]
+        tokens = [(i, t) for i in chosen for t in self.rows[i].reply]
         labels = torch.tensor([self.rows[i].ids[t] for i, t in tokens])
         states = self._states[[self.place(i, t - 1) for i, t in tokens]]
         return self._head(states), labels.to(states.device)
@@ -70,12 +72,9 @@ class Pass:
     def owners(self, rows: Sequence[int] | None = None) -> Tensor:
         """(reply tokens,): which of the rows each token of ``logits`` is of, counted from 0."""
         chosen = range(len(self.rows)) if rows is None else rows
-        lengths = [len(range(*self._reply(i))) for i in chosen]
+        lengths = [len(self.rows[i].reply) for i in chosen]
         owners = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
         return owners.to(self._states.device)
-
-    def _reply(self, row: int) -> tuple[int, int]:
-        return self.rows[row].reply_start, len(self.rows[row].ids)
 
     def residual(self, layer: int, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
         """(row, d_model) residuals of one token of each row."""
@@ -84,7 +83,7 @@ class Pass:
 
     def response(self, layer: int, rows: Sequence[int]) -> Tensor:
         """(row, d_model) means over the first 32 tokens of the rows' replies."""
-        spans = [range(*self._reply(i))[:RESPONSE_TOKENS] for i in rows]
+        spans = [self.rows[i].reply[:RESPONSE_TOKENS] for i in rows]
         return self.means(layer, rows, spans)
 
     def means(self, layer: int, rows: Sequence[int], spans: Sequence[range]) -> Tensor:
@@ -148,6 +147,27 @@ class Forward:
             self.decide(rows[:2])
         run = self._padded if self._packed is None else self._in_one_row
         return run(rows, layers, self.precision == "bfloat16")
+
+    @torch.no_grad()
+    def means(
+        self, rows: Sequence[Example], layers: Sequence[int], spans: Sequence[Sequence[range]]
+    ) -> list[Tensor]:
+        """Mean residuals of many examples, without gradients.
+
+        Args:
+            spans: one range of tokens for each example, for each mean that is wanted.
+
+        Returns:
+            (row, layer, d_model) float32 on the CPU, for each of ``spans``.
+        """
+        parts: list[list[Tensor]] = [[] for _ in spans]
+        for start in range(0, len(rows), MEANS_BATCH):
+            some = slice(start, start + MEANS_BATCH)
+            out = self(rows[some], layers)
+            for part, each in zip(parts, spans, strict=True):
+                means = [out.means(layer, range(len(out.rows)), each[some]) for layer in layers]
+                part.append(torch.stack(means, 1).float().cpu())
+        return [torch.cat(part) for part in parts]
 
     def _in_one_row(self, rows: Sequence[Example], layers: Sequence[int], reduced: bool) -> Pass:
         assert self._packed is not None and self._head is not None

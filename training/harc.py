@@ -35,7 +35,8 @@ from attacks.workbench import stream_seed
 from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL
 from core.rows import Row
 from core.settings import setting
-from geometry.contrasts import cosine, unit
+from geometry.activations import RESPONSE_TOKENS
+from geometry.contrasts import between, cosine, unit
 from geometry.layers import eq6, inner_layers
 from training.config import TrainConfig, published
 from training.examples import Batches, Example
@@ -46,7 +47,6 @@ from training.registry import ARMS, Arm, Bench, Losses, Method
 TERMS = ("full", "prompt", "response", "ce_kl", "ce")
 POSITIONS = ("both", "t_inst", "t_post_inst")
 DIRECTIONS = ("harc", "permuted", "random")
-ESTIMATE_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -147,23 +147,17 @@ class _HARC:
             pairs = [dealt_anew(*pair, self.config.seed) for pair in pairs]
         found = torch.zeros(4, n, d)
         for k, (positive, negative) in enumerate(pairs):
-            difference = positive.double().mean(0) - negative.double().mean(0)
-            found[k, list(layers)] = unit(difference).float()
+            found[k, list(layers)] = between(positive, negative).direction
         return Four(*found)
 
-    @torch.no_grad()
     def _states(self, rows: Sequence[Example], layers: Sequence[int]) -> list[Tensor]:
         """(row, layer, d_model) at t_inst, at t_post_inst, and over the reply."""
-        parts: list[list[Tensor]] = [[], [], []]
-        for start in range(0, len(rows), ESTIMATE_BATCH):
-            some = rows[start : start + ESTIMATE_BATCH]
-            out, which = self.bench.forward(some, layers), range(len(some))
-            for k, tokens in enumerate(([r.t_inst for r in some], [r.t_post_inst for r in some])):
-                at = [out.residual(layer, which, tokens) for layer in layers]
-                parts[k].append(torch.stack(at, 1).float().cpu())
-            replies = [out.response(layer, which) for layer in layers]
-            parts[2].append(torch.stack(replies, 1).float().cpu())
-        return [torch.cat(part) for part in parts]
+        spans = [
+            [range(row.t_inst, row.t_inst + 1) for row in rows],
+            [range(row.t_post_inst, row.reply_start) for row in rows],
+            [row.reply[:RESPONSE_TOKENS] for row in rows],
+        ]
+        return self.bench.forward.means(rows, layers, spans)
 
     def chosen_layers(self, directions: Four, n_layers: int) -> list[int]:
         scores = eq6(*vars(directions).values())

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from attacks.workbench import stream_seed
 from core.errors import AttackPlaneError
 from core.memory import PEAK, peak_mib
 from core.models import LoadedModel, ModelHandle
@@ -76,10 +77,7 @@ def train(
         AttackPlaneError: the base has an adapter, the folder holds another training, the loss is
             not finite (nothing is saved then), or micro-batches cannot be shared out.
     """
-    if parse_spec(spec).adapter:
-        raise AttackPlaneError(
-            "train on a base without adapter", got=spec, remedy="merge the adapter first"
-        )
+    refuse_adapter(spec)
     devices = Devices()
     devices.check(config.accumulation)
     folder = RunFolder(out)
@@ -108,6 +106,14 @@ def train(
         run.go_on(save_every)
         devices.wait()
         return TrainResult(paths, run.losses, run.seconds, first=devices.first)
+
+
+def refuse_adapter(spec: str) -> None:
+    """Raises an error for a spec that has an adapter."""
+    if parse_spec(spec).adapter:
+        raise AttackPlaneError(
+            "train on a base without adapter", got=spec, remedy="merge the adapter first"
+        )
 
 
 def settings_of(arm: Arm, config: Any, requests: Requests) -> Row:
@@ -193,13 +199,11 @@ class Run:
         micro_batches = range(step * count, (step + 1) * count)
         with clock.time("total"):
             for micro in self.devices.share(micro_batches):
-                torch.manual_seed(int(content_hash([self.config.seed, micro], 15), 16))
+                torch.manual_seed(stream_seed(self.config.seed, micro))
                 for name, value in self._learnt(micro):
                     parts[name] = parts.get(name, 0.0) + value / count
-            for other in self.devices.everyones([(self.devices.rank, parts)]):
-                if other[0] != self.devices.rank:
-                    for name, value in other[1].items():
-                        parts[name] = parts.get(name, 0.0) + value
+            everyones = self.devices.everyones([parts])
+            parts = {name: sum(own[name] for own in everyones) for name in parts}
             parameters = self.adapted.parameters
             self.devices.add_up(parameters)
             norm = self._norm(step, parts)

@@ -13,9 +13,10 @@ import torch
 from core.errors import AttackPlaneError
 from core.rows import Row
 from core.store import write_atomically
+from plots.training_png import LOSSES
 from training.data import REPLIES
 
-STATE, LOSSES, SECONDS = "state.pt", "losses.csv", "seconds.csv"
+STATE, SECONDS = "state.pt", "seconds.csv"
 KEPT = ("adapter", "optimiser", "method", "losses", "seconds")
 """What the saved state holds."""
 

@@ -40,13 +40,17 @@ class Case:
 
 
 @dataclass(frozen=True)
-class AnySuffix:
-    """A place where every suffix counts: HarmBench trains on ids and tokenises nothing again."""
+class Place:
+    """Where a case's suffix stands, as it is now.
+
+    Without a slot every suffix counts: HarmBench trains on ids and tokenises nothing again.
+    """
 
     initial_ids: tuple[int, ...]
+    slot: SuffixSlot | None
 
     def faithful(self, suffixes: Sequence[Sequence[int]]) -> list[bool]:
-        return [True] * len(suffixes)
+        return self.slot.faithful(suffixes) if self.slot else [True] * len(suffixes)
 
 
 class Pool:
@@ -126,10 +130,9 @@ class Pool:
         The last winner becomes the case's suffix, even where its loss is higher than before.
         """
         case = self.cases[number]
-        place = self.slot(case)
-        slot = Slot(place.before_ids, tuple(case.suffix), place.after_ids, place.target_ids)
+        own, suffix = self.slot(case), tuple(case.suffix)
+        slot = Slot(own.before_ids, suffix, own.after_ids, own.target_ids)
         objective = TargetLoss(self.loaded, slot, path=self._path)
-        here = AnySuffix(slot.initial_ids)
         seed = stream_seed(self.seed, "r2d2", str(update), str(number))
         # the loss before the first step is not needed: infinite, whatever comes next is better
         start = GCGState(
@@ -141,7 +144,7 @@ class Pool:
         )
         state = run_gcg(
             objective,
-            _Filtered(here.initial_ids, place) if self.filtered else here,
+            Place(suffix, own if self.filtered else None),
             config,
             self._allowed,
             seed=seed,
@@ -164,17 +167,6 @@ class Pool:
             "pool_loss": sum(losses) / count,
             "pool_likely": sum(loss <= LIKELY for loss in losses) / count,
         }
-
-
-@dataclass(frozen=True)
-class _Filtered:
-    """A slot that goes on from another suffix than its own first one."""
-
-    initial_ids: tuple[int, ...]
-    slot: SuffixSlot
-
-    def faithful(self, suffixes: Sequence[Sequence[int]]) -> list[bool]:
-        return self.slot.faithful(suffixes)
 
 
 def _known(loss: float) -> float | None:

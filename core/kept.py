@@ -1,0 +1,27 @@
+"""Results that took long, kept in a run folder under a hash of all they depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from core.models import ModelHandle
+from core.records import content_hash
+from core.store import RunFolder
+
+
+class Kept:
+    """The results in one file of a run. Use within the run's lock."""
+
+    def __init__(self, run: RunFolder, name: str) -> None:
+        self._run, self._name = run, name
+        self._known = {row["key"]: row["value"] for row in run.rows(name)}
+
+    def get(self, what: str, model: ModelHandle, depends: Any, make: Callable[[], Any]) -> Any:
+        """``make()`` as JSON, from the run where the same was made before."""
+        key = content_hash([what, model.fingerprint, depends])
+        if key not in self._known:
+            self._known[key] = make()
+            row = {"key": key, "what": what, "model": model.spec, "value": self._known[key]}
+            self._run.append(self._name, row)
+        return self._known[key]
