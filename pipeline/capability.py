@@ -179,7 +179,6 @@ def followed(loaded: LoadedModel, chosen: Sequence[Instruction]) -> Row:
         renderer,
         prompts,
         max_new_tokens=INSTRUCTION_TOKENS,
-        batch_size=32,
         description="instructions",
     )
     lengths = [len(ids) for ids in renderer.tokenise(replies)]

@@ -124,7 +124,6 @@ class ContrastReading:
                 self.renderer,
                 [prompt.text for prompt in self.prompts],
                 max_new_tokens=self.config.reply_tokens,
-                batch_size=32,
                 description="own replies",
             )
             ids = [b.behaviour_id for b in self.behaviours]

@@ -191,7 +191,7 @@ def refused_by(
 ) -> list[bool | None]:
     """Whether the model's own greedy reply to each request refused."""
     texts = [prompt.text for prompt in prompts]
-    replies = complete(Renderer(model), texts, max_new_tokens=REPLY_TOKENS, batch_size=32)
+    replies = complete(Renderer(model), texts, max_new_tokens=REPLY_TOKENS)
     pairs = zip(requests, replies, strict=True)
     return refusals(judge, [Exchange(b.request, reply) for b, reply in pairs])
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from core.errors import AttackPlaneError
+from core.generate import BATCH
 from core.models import ModelHandle, OpenModel
 from core.progress import bar as progress_bar
 from core.records import HARMFUL, AttackArtifact, Behaviour
@@ -44,7 +45,7 @@ class Transfer:
         run: RunFolder,
         judges: Sequence[str],
         config: ReplayConfig,
-        batch_size: int = 16,
+        batch_size: int = BATCH,
         *,
         behaviours: Sequence[Behaviour] = (),
         system_prompt: str | None = None,
@@ -103,7 +104,7 @@ def transfer(
     *,
     behaviours: Sequence[Behaviour] = (),
     system_prompt: str | None = None,
-    batch_size: int = 16,
+    batch_size: int = BATCH,
     open_model: OpenModel = ModelHandle,
 ) -> TransferResult:
     """Replay every artifact of a run on every target, and write the matrix.

@@ -152,6 +152,31 @@ def test_greedy_completion_equals_a_step_by_step_argmax(tiny, monkeypatch):
         assert reply == tiny.tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
+def test_the_common_start_of_prompts_runs_once_and_the_head_gets_whole_states(qwen):
+    renderer = Renderer(qwen)
+    texts = [renderer.text(Conversation.build(r)) for r in ("Write about tea", "Say a word")]
+    ids = renderer.tokenise(texts)
+    shared = next(i for i, pair in enumerate(zip(*ids, strict=False)) if pair[0] != pair[1])
+    fed, whole = [], []
+    hooks = [
+        qwen.decoder.register_forward_pre_hook(
+            lambda _, args, kwargs: fed.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        ),
+        qwen.model.get_output_embeddings().register_forward_hook(
+            lambda _, args, out: whole.append(args[0].is_contiguous())
+        ),
+    ]
+    try:
+        complete(renderer, texts, max_new_tokens=2)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert shared > 0
+    assert fed[:2] == [(1, shared), (2, max(map(len, ids)) - shared)]
+    assert all(whole)
+    assert not qwen.model.get_output_embeddings()._forward_pre_hooks
+
+
 def test_sampled_replies_do_not_depend_on_where_a_run_was_stopped(tmp_path, qwen):
     artifacts = run_attacker(tmp_path / "source", qwen)
     config = ReplayConfig(max_new_tokens=6, temperature=1.0)

@@ -97,7 +97,12 @@ ARM = ARMS.add(
         needs=(HARMFUL, HARMLESS, PSEUDO_HARMFUL),
         source="arXiv 2406.04313 and its official code",
         blocks=lambda config, n_layers: range(max(chosen_layers(n_layers))),
-        small={"batch_size": 4, "learning_rate": 2e-3, "relative": True},
+        small={
+            "batch_size": 4,
+            "learning_rate": 2e-3,
+            "warmup_steps": 0,
+            "relative": True,
+        },
         examples=("train cb --out runs/cb --preset small",),
     )
 )

@@ -16,7 +16,7 @@ from itertools import groupby
 
 from attacks.registry import reply_tokens_by_class
 from core.errors import AttackPlaneError
-from core.generate import complete
+from core.generate import BATCH, complete
 from core.models import LoadedModel
 from core.prompt import Conversation, Renderer
 from core.records import AttackArtifact, Replay, content_hash
@@ -100,7 +100,7 @@ def replay(
     judges: Sequence[Judge],
     config: ReplayConfig,
     *,
-    batch_size: int = 16,
+    batch_size: int = BATCH,
     not_sent: NotSent | None = None,
 ) -> Iterator[list[Replay]]:
     """Replies to all prompts, batch by batch as they are made.
