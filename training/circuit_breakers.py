@@ -8,8 +8,9 @@
 
 h is the base's residual stream, from the same model with its adapter off. The adapter reaches up to
 the last chosen layer. At the start h' = h, where both gradients vanish: the first updates follow
-rounding noise, which Adam scales up, here as in the official code. Published: layers 10 and 20 of
-32, a = 10, T = 150 (so that the divisor is 300).
+rounding noise, which Adam scales up, here as in the official code. With a warm-up the first term
+catches the states before they have left (docs/lab-log.md, 2026-11-28). Published: layers 10 and 20
+of 32, a = 10, T = 150 (so that the divisor is 300).
 """
 
 from __future__ import annotations
