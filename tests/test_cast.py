@@ -160,7 +160,7 @@ def test_cast_is_fitted_attacked_and_replayed_like_any_target(tmp_path, tiny_fol
     spec = f"{model}+{result.checkpoints[0]}"
     assert "not weights" in result.note and all(path.is_file() for path in result.files)
     cast = load_cast(result.checkpoints[0])
-    assert cast.layers == (1,) and cast.condition_layer == 1 and cast.prompt_end
+    assert cast.layers == (1, 2) and cast.condition_layer == 1 and cast.prompt_end
     card = json.loads((result.checkpoints[0] / "attack_plane.json").read_text())
     assert card["arm"] == "cast" and len(card["trained_on"]) == 12  # validation too
     options = ["--steps", "1", "--width", "4", "--limit", "1", "--behaviours", str(path)]

@@ -16,6 +16,7 @@ distance of refusals and continuations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,9 @@ from training.saved import table
 
 FOLDER = "cast"
 DEPTHS = (10 / 32, 15 / 32)
-"""First and last layer that the behaviour is added at, as shares of the depth."""
+"""First and last layer that the behaviour is added at, as shares of the depth, rounded up: the
+condition is read up to the first of them, and it reads better later (docs/lab-log.md, 2026-11-28).
+"""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def estimated(
 ) -> tuple[Cast, dict[str, float], list[Row], list[Row]]:
     """The hook, what was chosen, the best threshold of every layer, and the validation scores."""
     n = base.n_layers
-    first, last = (max(1, round(depth * n)) for depth in DEPTHS)
+    first, last = (math.ceil(depth * n) for depth in DEPTHS)
     layers, candidates = list(range(first, last + 1)), list(range(1, first + 1))
     fitted, chosen_on = split(requests)
     forward = Forward(base)

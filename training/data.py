@@ -334,6 +334,5 @@ def _greedy(
         renderer,
         texts,
         max_new_tokens=max(tokens, JUDGED_TOKENS),
-        batch_size=32,
         description=description,
     )
