@@ -1,6 +1,7 @@
 """Training: every arm moves what it is meant to move, a stopped one ends as an undisturbed one, and
 checkpoints are targets."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -500,6 +501,26 @@ def test_replies_of_a_file_take_the_place_of_the_bases_own(tmp_path, tiny_folder
     path.write_text('{"request": "Brew a tea"}\n')
     with pytest.raises(AttackPlaneError, match="row 1"):
         requests_of(str(requests_file), (HARMLESS,), str(path))
+
+
+def test_ordinary_requests_are_held_with_the_opening_of_harmful_replies_too(
+    tmp_path, tiny_folders, requests_file, monkeypatch
+):
+    """Else an arm takes the opening for the mark of harm. Given replies need no other."""
+    monkeypatch.setattr(data, "complete", lambda _, texts, **__: ["a pot."] * len(texts))
+    model = load(str(tiny_folders["qwen2"]), "cpu")
+    requests = requests_of(str(requests_file), (HARMLESS, PSEUDO_HARMFUL))
+    with RunFolder(tmp_path / "run") as folder:
+        texts = data.Texts(model, requests, folder, reply_tokens=40, max_tokens=512)
+        examples = texts.opened()
+    asked = [b.request for b in (*requests.harmless, *requests.pseudo_harmful)]
+    assert asked and len(examples) == len(asked)
+    for request, example in zip(asked, examples, strict=True):
+        text = model.tokenizer.decode(list(example.ids))
+        assert request in text and f"{data.OPENING} a pot." in text
+    given = dataclasses.replace(requests, replies=dict.fromkeys(asked, "Warm the pot."))
+    with RunFolder(tmp_path / "given") as folder:
+        assert not data.Texts(model, given, folder, reply_tokens=40, max_tokens=512).opened()
 
 
 def test_conversations_of_the_hub_give_their_first_turns(monkeypatch, requests_file):

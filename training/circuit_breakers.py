@@ -46,6 +46,7 @@ class CBConfig(TrainConfig):
     relative: bool = setting(
         False, "Measure distances by the base's own lengths (training/lengths.py)."
     )
+    opened: bool = setting(True, "Hold ordinary replies that open as harmful ones do too.")
 
 
 def chosen_layers(n_layers: int) -> list[int]:
@@ -63,6 +64,7 @@ def method(bench: Bench, config: CBConfig) -> Method:
     loaded = bench.adapted.loaded
     harmful = Batches(bench.texts.continuations(), config.batch_size, config.seed)
     ordinary = bench.texts.ordinary()
+    ordinary += bench.texts.opened() if config.opened else []
     retained = Batches(ordinary, config.batch_size, config.seed)
     layers, every = chosen_layers(loaded.n_layers), list(range(loaded.n_layers + 1))
     unit = units(bench, ordinary, every, relative=config.relative)

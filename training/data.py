@@ -241,6 +241,22 @@ class Texts:
             log.warning("%d of %d ordinary requests are too long: left out", long, len(chosen))
         return fitting
 
+    def opened(self) -> list[Example]:
+        """Ordinary requests with what the base says after the opening of harmful continuations.
+
+        Beside ``ordinary`` they keep an arm from taking that opening, which no other reply has, for
+        the mark of harm. Where the base refuses all the same, the request is left out, and so are
+        requests that came with replies.
+        """
+        asked = (*self.requests.harmless, *self.requests.pseudo_harmful)
+        chosen = [b.request for b in asked if b.request not in self.requests.replies]
+        made = self._made("opened", chosen, [OPENING] * len(chosen))
+        return [
+            self.example(request, reply, ended=ended)
+            for request, (reply, ended) in zip(chosen, made, strict=True)
+            if not is_refusal(reply) and not is_refusal(reply.removeprefix(OPENING))
+        ]
+
     def continuations(self) -> list[Example]:
         """Harmful requests with the base's own compliance: the target and what follows it.
 

@@ -51,12 +51,14 @@ class RepBendConfig(TrainConfig):
     relative: bool = setting(
         False, "Measure distances by the base's own lengths (training/lengths.py)."
     )
+    opened: bool = setting(True, "Hold ordinary replies that open as harmful ones do too.")
 
 
 def method(bench: Bench, config: RepBendConfig) -> Method:
     loaded = bench.adapted.loaded
     unsafe = Batches(bench.texts.continuations(), config.batch_size, config.seed)
     ordinary = bench.texts.ordinary()
+    ordinary += bench.texts.opened() if config.opened else []
     safe = Batches(ordinary, config.batch_size, config.seed)
     layers = list(range(max(1, round(DEPTH * loaded.n_layers)), loaded.n_layers + 1))
     unit = units(bench, ordinary, layers, relative=config.relative)
