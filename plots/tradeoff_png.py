@@ -1,9 +1,9 @@
 """The trade-off of checkpoints: success of attacks against refusals of safe requests.
 
-One panel per kind of attack: fixed-source and adaptive. Each point is a model; its size grows with
-the share of verifiable instructions that it follows. Checkpoints of one training are joined in the
-order of their steps, and the last one is filled. Lower left is better. Bars are 95 % intervals of
-the last checkpoints.
+One panel per kind of attack. Each point is a model; its size grows with the share of verifiable
+instructions that it follows. Arms have colours, trainings of one arm markers. Checkpoints of one
+training are joined in the order of their steps, and the last one is filled. Lower left is better.
+Bars are 95 % intervals of the last checkpoints.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from core.records import HARMFUL
 from core.rows import Row
 from core.statistics import wilson
 from core.store import read_rows
-from plots.style import COLOURS
+from plots.style import COLOURS, MARKERS
 
 NAME, ROWS = "tradeoff.png", "evaluation.jsonl"
 PANELS = (
@@ -81,9 +81,19 @@ def over_refusal(row: Row) -> tuple[float, tuple[float, float]] | None:
     return refused / n, wilson(refused, n)
 
 
+def _style(arm: str | None, seen: dict[str, int]) -> tuple[str, str]:
+    """(colour, marker) of the next training of this arm; ``seen`` counts trainings by arm."""
+    if not arm:
+        return "#000000", "*"
+    seen[arm] = seen.get(arm, -1) + 1
+    colour = COLOURS[list(seen).index(arm) % len(COLOURS)]
+    return colour, MARKERS[seen[arm] % (len(MARKERS) - 1)]  # the last one is the base's
+
+
 def _panel(axis: Any, rows: Sequence[Row], kind: str) -> None:
-    for n, (name, group) in enumerate(trajectories(rows).items()):
-        colour = "#000000" if not group[0]["arm"] else COLOURS[n % len(COLOURS)]
+    seen: dict[str, int] = {}
+    for name, group in trajectories(rows).items():
+        colour, marker = _style(group[0]["arm"], seen)
         places = []
         for row in group:
             x, rate = over_refusal(row), row["robustness"].get(kind)
@@ -98,7 +108,7 @@ def _panel(axis: Any, rows: Sequence[Row], kind: str) -> None:
                 s=area,
                 color=colour if last else "white",
                 edgecolors=colour,
-                marker="o" if group[0]["arm"] else "*",
+                marker=marker,
                 zorder=3 if last else 2,
                 label=name if last else None,
             )

@@ -20,7 +20,7 @@ from evaluation.usability import refusal_degree, refuse_overlap, request_hash
 from geometry.change import null_outside, share_outside
 from pipeline import capability
 from pipeline.train import train_arm
-from plots.tradeoff_png import over_refusal, trajectories
+from plots.tradeoff_png import _style, over_refusal, trajectories
 from tests.arms import behaviours_file, config_of
 
 
@@ -257,3 +257,10 @@ def test_tasks_of_the_harness_run_on_a_loaded_model(tmp_path, qwen):
     assert set(scores) == {"acc,none"} and scores["acc,none"] in (0.0, 0.5, 1.0)
     with pytest.raises(AttackPlaneError, match="cannot be run"):
         capability.harness(qwen, "no_such_task", None)
+
+
+def test_arms_have_colours_and_their_trainings_markers():
+    seen: dict[str, int] = {}
+    first, other, second = (_style(arm, seen) for arm in ("sft", "r2d2", "sft"))
+    assert first[0] == second[0] != other[0] and first[1] == other[1] != second[1]
+    assert _style(None, seen) == ("#000000", "*")
