@@ -1,6 +1,6 @@
 """The whole experiment, top to bottom, on the embedded model.
 
-1. Train a refusing LoRA with three checkpoints. 2. Attack the last one, which refuses selectively,
+1. Train a refusing LoRA with four checkpoints. 2. Attack the last one, which refuses selectively,
    with GCG, its baselines beside it. 3. Replay everything on the base and on every checkpoint, and
    plain requests of every label, so that the table shows whom each checkpoint refuses. 4. Estimate
    directions on each. 5. Project, export and draw.

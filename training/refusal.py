@@ -48,7 +48,7 @@ ARM = ARMS.add(
         method=method,
         needs=(HARMFUL, HARMLESS, PSEUDO_HARMFUL),
         source="this project; optimiser as in arXiv 2604.27019",
-        small={"num_steps": 240, "checkpoints": (30, 90, 240), "lora_dropout": 0.05},
+        small={"num_steps": 240, "checkpoints": (30, 90, 150, 240), "lora_dropout": 0.05},
         examples=("train refusal --out runs/refusal --preset small",),
     )
 )
