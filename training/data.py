@@ -221,11 +221,8 @@ class Texts:
 
     def ordinary(self, *labels: str) -> list[Example]:
         """Harmless and pseudo-harmful requests with ordinary replies."""
-        chosen = [
-            b.request
-            for label in labels or (HARMLESS, PSEUDO_HARMFUL)
-            for b in getattr(self.requests, label)
-        ]
+        asked = labels or (HARMLESS, PSEUDO_HARMFUL)
+        chosen = [b.request for label in asked for b in getattr(self.requests, label)]
         given = self.requests.replies
         own = iter(self._made("ordinary", [r for r in chosen if r not in given]))
         answers = [(given[r], True) if r in given else next(own) for r in chosen]
@@ -234,34 +231,32 @@ class Texts:
             for request, (reply, ended) in zip(chosen, answers, strict=True)
             if reply
         ]
-        fitting = [row.cut(self._longest) for row in answered if row.reply_start < self._longest]
+        fitting = self._fitting(answered)
         if empty := len(chosen) - len(answered):
             log.warning("%d of %d ordinary requests got no answer: left out", empty, len(chosen))
         if long := len(answered) - len(fitting):
             log.warning("%d of %d ordinary requests are too long: left out", long, len(chosen))
         return fitting
 
-    def opened(self) -> list[Example]:
-        """Ordinary requests with what the base says after the opening of harmful continuations.
+    def _fitting(self, rows: Sequence[Example]) -> list[Example]:
+        return [row.cut(self._longest) for row in rows if row.reply_start < self._longest]
 
-        Beside ``ordinary`` they keep an arm from taking that opening, which no other reply has, for
-        the mark of harm. Where the base refuses all the same, the request is left out, and so are
-        requests that came with replies.
-        """
+    def opened(self) -> list[Example]:
+        """Ordinary requests, and what the base says after the opening of harmful continuations.
+
+        Without them an arm takes that opening for the mark of harm. Refusals are left out."""
         asked = (*self.requests.harmless, *self.requests.pseudo_harmful)
         chosen = [b.request for b in asked if b.request not in self.requests.replies]
         made = self._made("opened", chosen, [OPENING] * len(chosen))
-        return [
-            self.example(request, reply, ended=ended)
+        rows = [
+            make_example(self.renderer, request, reply, ended=ended)
             for request, (reply, ended) in zip(chosen, made, strict=True)
             if not is_refusal(reply) and not is_refusal(reply.removeprefix(OPENING))
         ]
+        return self._fitting(rows)
 
     def continuations(self) -> list[Example]:
-        """Harmful requests with the base's own compliance: the target and what follows it.
-
-        Where the base refuses all the same, the request is left out.
-        """
+        """Harmful requests that the base complies with: the target and what it says after it."""
         return list(self._continued().values())
 
     def _continued(self) -> dict[int, Example]:
