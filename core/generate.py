@@ -17,9 +17,9 @@ from core.prompt import Renderer
 from core.rows import Row
 
 OWN_NAME = re.compile(r"^\s*Assistant:")
+NEXT_TURN = re.compile(r"^\s*(?:User|Human|Assistant):", re.M)
 BATCH = 64
 """Replies made side by side: a matrix product of few rows takes as long as one of many."""
-NEXT_TURN = re.compile(r"^\s*(?:User|Human|Assistant):", re.M)
 
 
 def complete(

@@ -251,7 +251,7 @@ class Texts:
         rows = [
             make_example(self.renderer, request, reply, ended=ended)
             for request, (reply, ended) in zip(chosen, made, strict=True)
-            if not is_refusal(reply) and not is_refusal(reply.removeprefix(OPENING))
+            if _complies(reply, OPENING)
         ]
         return self._fitting(rows)
 
@@ -266,7 +266,7 @@ class Texts:
         made = self._made("continuation", [b.request for b in chosen], openings)
         examples = {}
         for i, (b, opening, (reply, ended)) in enumerate(zip(chosen, openings, made, strict=True)):
-            if not is_refusal(reply) and not is_refusal(reply.removeprefix(opening)):
+            if _complies(reply, opening):
                 examples[i] = self.example(b.request, reply, ended=ended)
         if refused := len(chosen) - len(examples):
             log.warning("%d of %d continuations refuse: left out", refused, len(chosen))
@@ -317,6 +317,10 @@ def continued(
     ]
 
 
+def _complies(reply: str, opening: str) -> bool:
+    return not is_refusal(reply) and not is_refusal(reply.removeprefix(opening))
+
+
 def _cut(loaded: LoadedModel, replies: Sequence[str], tokens: int) -> list[tuple[str, bool]]:
     answers = []
     for reply, ids in zip(replies, Renderer(loaded).tokenise(replies), strict=True):
@@ -341,9 +345,5 @@ def _greedy(
         renderer.text(Conversation.build(request)) + opening
         for request, opening in zip(requests, openings, strict=True)
     ]
-    return complete(
-        renderer,
-        texts,
-        max_new_tokens=max(tokens, JUDGED_TOKENS),
-        description=description,
-    )
+    tokens = max(tokens, JUDGED_TOKENS)
+    return complete(renderer, texts, max_new_tokens=tokens, description=description)
