@@ -22,10 +22,10 @@ from core.memory import PEAK
 from core.models import ModelHandle
 from core.store import RunFolder
 from core.text import aligned
-from training.data import requests_of
 from training.devices import Devices
 from training.loop import Run, seeded
 from training.registry import ARMS
+from training.requests import requests_of
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "mkldnn::_linear_pointwise")
 ATTENTION = (

@@ -16,6 +16,16 @@ from core.rows import Row
 Decorator = Callable[..., Any]
 
 
+ADAPTERS = (
+    "Checkpoints are LoRA folders OUT/step-N, targets by the spec MODEL+OUT/step-N. The same "
+    "command goes on after a stop. With several devices: accelerate launch cli.py train ..."
+)
+HOOK = (
+    "What comes out is a hook and no weights: a folder in OUT, a target by the spec MODEL+FOLDER. "
+    "It is fitted in one process."
+)
+
+
 class Arms(CleanGroup):
     """Its commands are the training arms of the registry."""
 
@@ -50,10 +60,9 @@ def arm_command(name: str) -> click.Command:
     for option in reversed([*_options(), *setting_options(arm.config, changed)]):
         command = option(command)
     examples = "".join(f"  python cli.py {example}\n" for example in arm.examples)
+    made = HOOK if arm.fit else ADAPTERS
     text = (
-        f"{arm.summary}\n\nSource: {arm.source}. Checkpoints are LoRA folders OUT/step-N, targets "
-        "by the spec MODEL+OUT/step-N. The same command goes on after a stop. With several "
-        "devices: accelerate launch cli.py train ...\n\n\b\n"
+        f"{arm.summary}\n\nSource: {arm.source}. {made}\n\n\b\n"
         f"Examples:\n{examples}\n\b\nThe preset small (paper -> small):\n{_difference(arm)}"
     )
     return click.command(name, help=text)(command)

@@ -40,6 +40,12 @@ def request_hash(request: str) -> str:
     return content_hash(" ".join(request.lower().split()).rstrip("."))
 
 
+def trained_requests(requests: Iterable[str], trained_on: Iterable[str]) -> list[str]:
+    """Those of the requests whose hashes are among ``trained_on``."""
+    known = set(trained_on)
+    return [request for request in requests if request_hash(request) in known]
+
+
 def refuse_overlap(requests: Sequence[str], trained_on: Iterable[str], where: str) -> None:
     """Refuse to measure over-refusal on what a model was trained on.
 
@@ -50,9 +56,7 @@ def refuse_overlap(requests: Sequence[str], trained_on: Iterable[str], where: st
     Raises:
         AttackPlaneError: some of them are the same; the first three are named.
     """
-    known = set(trained_on)
-    same = [request for request in requests if request_hash(request) in known]
-    if same:
+    if same := trained_requests(requests, trained_on):
         shown = "; ".join(map(repr, same[:3]))
         raise AttackPlaneError(
             "over-refusal would be measured on requests that the model was trained on",

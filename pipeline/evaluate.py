@@ -40,7 +40,14 @@ from evaluation.behaviours import DEMONSTRATION, load_behaviours, load_held_out,
 from evaluation.budget import EvaluateConfig
 from evaluation.calibration import known_errors
 from evaluation.judges.reply_rules import is_degenerate
-from evaluation.usability import DEGREES, FULL, NONE, refusal_degree, refuse_overlap
+from evaluation.usability import (
+    DEGREES,
+    FULL,
+    NONE,
+    refusal_degree,
+    refuse_overlap,
+    trained_requests,
+)
 from pipeline.campaign import Plan, campaign
 from pipeline.capability import Measures
 from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows
@@ -132,6 +139,7 @@ def evaluate(
                 r for r in replays_of(run) if r.target_model == spec and r.artifact_id in wanted
             ]
             row = _row(run, spec, requests, replies, own, asked.judges[0])
+            result.notes += _seen_in_training(run, spec, [*replies, *own])
             result.rows.append({**row, **measured, "fingerprint": handle.fingerprint})
             handle.release()
             before[spec] = result.rows[-1]
@@ -217,6 +225,20 @@ def _attack_anew(
     return [r for r in replays_of(RunFolder(folder)) if r.attack == GCG.name]
 
 
+def _seen_in_training(run: RunFolder, spec: str, replays: Sequence[Replay]) -> list[str]:
+    """A note where harmful requests of these replies were trained on: their ASR flatters."""
+    behaviours = run.behaviours()
+    asked = {behaviours[r.behaviour_id] for r in replays if r.behaviour_id in behaviours}
+    harmful = [b.request for b in asked if b.label == HARMFUL]
+    seen = trained_requests(harmful, card_of(spec).get("trained_on", ()))
+    if not seen:
+        return []
+    return [
+        f"{spec} was trained on {len(seen)} of the {len(harmful)} harmful requests: its success "
+        "rates are not held out"
+    ]
+
+
 # --- rows -----------------------------------------------------------------------------------------
 def _row(
     run: RunFolder,
@@ -282,6 +304,7 @@ def _usability(plain: Sequence[Replay], requests: Sequence[Behaviour]) -> Row:
             "full_wilson": wilson(counts[FULL], len(group)),
             "refused_wilson": wilson(len(group) - counts[NONE], len(group)),
             "d": sum(leanings) / len(leanings) if leanings else None,
+            "degenerate": _share([is_degenerate(r.reply) for r in group]),
         }
     return rows
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from evaluation.behaviours import DEMONSTRATION
 from plots.training_png import LOSSES, draw
-from training.data import requests_of
+from training.devices import Devices
 from training.loop import train
 from training.registry import ARMS, TrainResult
+from training.requests import requests_of
 from training.saved import SECONDS
 
 
@@ -32,6 +33,7 @@ def train_arm(
     arm = ARMS.get(name)
     requests = requests_of(behaviours, arm.needs, replies, where=f"train {name}")
     if arm.fit:
+        Devices().refuse_several(f"train {name}")
         return arm.fit(arm, spec, requests, config, out)
     result = train(arm, spec, requests, config, out, save_every=save_every)
     if result.first:

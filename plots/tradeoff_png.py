@@ -8,13 +8,14 @@ Bars are 95 % intervals of the last checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
 from core.records import HARMFUL
 from core.rows import Row
+from core.specs import short_spec
 from core.statistics import wilson
 from core.store import read_rows
 from plots.style import COLOURS, MARKERS
@@ -63,12 +64,24 @@ def trajectories(rows: Sequence[Row]) -> dict[str, list[Row]]:
         key = own if row["arm"] else (row["model"],)
         groups.setdefault(key, []).append(row)
     named: dict[str, list[Row]] = {}
-    for key, group in groups.items():
-        name = f"{key[0]}, seed {key[1]}" if len(key) > 1 else str(key[0])
-        while name in named:
-            name += "'"
+    for group in groups.values():
+        name = _legend(group, named)
         named[name] = sorted(group, key=lambda row: row["step"])
     return named
+
+
+def _legend(group: Sequence[Row], taken: Mapping[str, Any]) -> str:
+    """A training's name: arm and seed; where that is taken, its folder too, or the whole spec."""
+    row = group[0]
+    spec = str(row["model"])
+    if not row["arm"]:
+        return short_spec(spec) if short_spec(spec) not in taken else spec
+    name = f"{row['arm']}, seed {row['seed']}"
+    folder = Path(spec.partition("+")[2].partition("?")[0]).parent.name
+    for longer in (name, f"{name} ({folder})", spec):
+        if longer not in taken:
+            return longer
+    return spec
 
 
 def over_refusal(row: Row) -> tuple[float, tuple[float, float]] | None:
@@ -115,7 +128,7 @@ def _panel(axis: Any, rows: Sequence[Row], kind: str) -> None:
             if last:
                 axis.plot(x[1], [rate["asr"]] * 2, color=colour, linewidth=0.7, alpha=0.6)
                 axis.plot([x[0]] * 2, rate["wilson"], color=colour, linewidth=0.7, alpha=0.6)
-            else:
+            elif row is group[0]:
                 axis.annotate(str(row["step"]), places[-1], fontsize=6, ha="center", va="center")
         if len(places) > 1:
             axis.plot(*zip(*places, strict=True), color=colour, linewidth=1.0, alpha=0.7, zorder=1)

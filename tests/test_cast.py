@@ -21,6 +21,7 @@ from geometry.activations import collect
 from pipeline.train import train_arm
 from tests.arms import behaviours_file
 from training.cast import CASTConfig, best_threshold, first_component, prompt_end
+from training.devices import Devices
 from training.registry import ARMS
 
 
@@ -33,6 +34,13 @@ def made(model, folder, *, threshold=-2.0, above=True, size=3.0):
     cast = Cast(condition, 1, threshold, above, size * behaviour[None], (2,), end)
     cast.save(folder)
     return cast
+
+
+def test_cast_is_fitted_in_one_process(tmp_path, tiny_folders, monkeypatch):
+    monkeypatch.setattr(Devices, "__init__", lambda self: setattr(self, "count", 2))
+    requests = behaviours_file(tmp_path)
+    with pytest.raises(AttackPlaneError, match="fitted in one process"):
+        train_arm("cast", str(tiny_folders["qwen2"]), tmp_path / "out", None, str(requests))
 
 
 @pytest.fixture

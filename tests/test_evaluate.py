@@ -1,5 +1,6 @@
 """The evaluation of checkpoints: each measure by hand, and the command end to end."""
 
+import csv
 import json
 import math
 import shutil
@@ -208,6 +209,26 @@ def test_over_refusal_is_not_measured_on_what_was_trained_on(tmp_path, checkpoin
     assert "Do the good thing number 0" in output.output
 
 
+def test_attacks_on_requests_of_the_training_are_told(tmp_path, checkpoints):
+    """A training on harmful requests alone: over-refusal is held out, success rates are not."""
+    _, tuned, _, requests = checkpoints
+    base, plus, adapter = tuned[0].partition("+")
+    shutil.copytree(adapter, tmp_path / "copy")
+    card = tmp_path / "copy" / "attack_plane.json"
+    own = json.loads(card.read_text())
+    harmful = [r["request"] for r in csv.DictReader(requests.read_text().splitlines()) if r["label"] == "harmful"]
+    own["trained_on"] = [request_hash(harmful[0])]
+    card.write_text(json.dumps(own))
+    budget = [x for pair in BUDGET.items() for x in pair]
+    output = CliRunner().invoke(
+        cli,
+        ["evaluate", "--run", str(tmp_path / "e"), "--model", f"{base}{plus}{tmp_path / 'copy'}"]
+        + ["--behaviours", str(requests), *map(str, budget)],
+    )
+    assert output.exit_code == 0, output.output
+    assert "trained on 1 of the" in output.output and "not held out" in output.output
+
+
 def test_a_set_of_ones_own_is_held_out_by_its_split_and_told_apart_by_label(tmp_path, checkpoints):
     _, tuned, _, requests = checkpoints
     rows = requests.read_text()
@@ -257,6 +278,16 @@ def test_tasks_of_the_harness_run_on_a_loaded_model(tmp_path, qwen):
     assert set(scores) == {"acc,none"} and scores["acc,none"] in (0.0, 0.5, 1.0)
     with pytest.raises(AttackPlaneError, match="cannot be run"):
         capability.harness(qwen, "no_such_task", None)
+
+
+def test_trainings_of_one_arm_and_seed_are_named_by_their_folders():
+    of = {"arm": "cb", "seed": 0, "step": 1}
+    rows = [
+        {**of, "model": f"embedded+runs/{name}/step-1", "training": ["embedded", name]}
+        for name in ("cb-a", "cb-b")
+    ]
+    rows.append({"arm": None, "seed": None, "step": 0, "model": "embedded", "training": [None, 0]})
+    assert list(trajectories(rows)) == ["cb, seed 0", "cb, seed 0 (cb-b)", "embedded"]
 
 
 def test_arms_have_colours_and_their_trainings_markers():

@@ -30,14 +30,14 @@ from tests.arms import TRAINED, behaviours_file, config_of
 from training import data
 from training.adapter import adapted_layers
 from training.config import TrainConfig, differences
-from training.data import requests_of
 from training.devices import Devices
 from training.examples import Order, make_example
 from training.forward import Forward
-from training.lengths import units
 from training.loop import Run, seeded
 from training.losses import reply_loss
 from training.registry import ARMS
+from training.requests import requests_of
+from training.states import units
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -512,7 +512,7 @@ def test_ordinary_requests_are_held_with_the_opening_of_harmful_replies_too(
     requests = requests_of(str(requests_file), (HARMLESS, PSEUDO_HARMFUL))
     with RunFolder(tmp_path / "run") as folder:
         texts = data.Texts(model, requests, folder, reply_tokens=40, max_tokens=512)
-        examples = texts.opened()
+        examples = texts.ordinary(opened=True)[len(texts.ordinary()) :]
     asked = [b.request for b in (*requests.harmless, *requests.pseudo_harmful)]
     assert asked and len(examples) == len(asked)
     for request, example in zip(asked, examples, strict=True):
@@ -520,7 +520,16 @@ def test_ordinary_requests_are_held_with_the_opening_of_harmful_replies_too(
         assert request in text and f"{data.OPENING} a pot." in text
     given = dataclasses.replace(requests, replies=dict.fromkeys(asked, "Warm the pot."))
     with RunFolder(tmp_path / "given") as folder:
-        assert not data.Texts(model, given, folder, reply_tokens=40, max_tokens=512).opened()
+        texts = data.Texts(model, given, folder, reply_tokens=40, max_tokens=512)
+        assert len(texts.ordinary(opened=True)) == len(texts.ordinary()) == len(asked)
+
+
+def test_a_reply_that_turns_to_a_refusal_after_what_is_learnt_is_no_continuation(qwen, monkeypatch):
+    """It is judged whole, and cut only then."""
+    turns = "a pot. Fill it up. I'm sorry, but I cannot help you with any of that."
+    monkeypatch.setattr(data, "complete", lambda *_, **__: [turns, "a pot. Fill it up to here."])
+    made = data.continued(qwen, ["one", "two"], ["Sure, here is"] * 2, 4)
+    assert made[0][0] == "" and made[1][0].startswith("Sure, here is a")
 
 
 def test_conversations_of_the_hub_give_their_first_turns(monkeypatch, requests_file):

@@ -34,11 +34,12 @@ from core.rows import Row
 from core.settings import check_settings, setting
 from core.store import RunFolder, write_atomically
 from plots.condition_png import GRID, SCORES, draw
-from training.data import Requests, Texts
+from training.data import Texts
 from training.examples import Example
 from training.forward import Forward
 from training.loop import STAGE, card, refuse_adapter, settings_of
 from training.registry import ARMS, Arm, TrainResult
+from training.requests import Requests
 from training.saved import table
 
 FOLDER = "cast"

@@ -22,31 +22,27 @@ from torch import Tensor
 
 from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL
 from core.settings import setting
-from training.config import TrainConfig, published
+from training.config import published
 from training.examples import Batches
-from training.lengths import units
 from training.losses import moved, rerouted
 from training.registry import ARMS, Arm, Bench, Losses, Method
+from training.states import StatesConfig, units
 
 DEPTHS = (10 / 32, 20 / 32)
 """Of the chosen layers, as shares of the depth."""
 
 
 @dataclass(frozen=True)
-class CBConfig(TrainConfig):
+class CBConfig(StatesConfig):
     """The official code's."""
 
-    num_steps: int = published(TrainConfig, "num_steps", 150)
-    learning_rate: float = published(TrainConfig, "learning_rate", 1e-4)
-    schedule: str = published(TrainConfig, "schedule", "constant")
-    lora_rank: int = published(TrainConfig, "lora_rank", 16)
-    lora_dropout: float = published(TrainConfig, "lora_dropout", 0.05)
-    all_linear: bool = published(TrainConfig, "all_linear", True)
+    num_steps: int = published(StatesConfig, "num_steps", 150)
+    learning_rate: float = published(StatesConfig, "learning_rate", 1e-4)
+    schedule: str = published(StatesConfig, "schedule", "constant")
+    lora_rank: int = published(StatesConfig, "lora_rank", 16)
+    lora_dropout: float = published(StatesConfig, "lora_dropout", 0.05)
+    all_linear: bool = published(StatesConfig, "all_linear", True)
     strength: float = setting(10.0, "a, of both terms (5 for Mistral).", low=0)
-    relative: bool = setting(
-        False, "Measure distances by the base's own lengths (training/lengths.py)."
-    )
-    opened: bool = setting(True, "Hold ordinary replies that open as harmful ones do too.")
 
 
 def chosen_layers(n_layers: int) -> list[int]:
@@ -63,8 +59,7 @@ def coefficients(strength: float, step: int, num_steps: int) -> tuple[float, flo
 def method(bench: Bench, config: CBConfig) -> Method:
     loaded = bench.adapted.loaded
     harmful = Batches(bench.texts.continuations(), config.batch_size, config.seed)
-    ordinary = bench.texts.ordinary()
-    ordinary += bench.texts.opened() if config.opened else []
+    ordinary = bench.texts.ordinary(opened=config.opened)
     retained = Batches(ordinary, config.batch_size, config.seed)
     layers, every = chosen_layers(loaded.n_layers), list(range(loaded.n_layers + 1))
     unit = units(bench, ordinary, every, relative=config.relative)
@@ -105,6 +100,7 @@ ARM = ARMS.add(
             "learning_rate": 2e-3,
             "warmup_steps": 0,
             "relative": True,
+            "opened": True,
         },
         examples=("train cb --out runs/cb --preset small",),
     )

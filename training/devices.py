@@ -38,6 +38,16 @@ class Devices:
         """Whether this process writes the files."""
         return self.rank == 0
 
+    def refuse_several(self, where: str) -> None:
+        """Refuse a launcher, for an arm that is fitted in one process."""
+        if self.count > 1:
+            raise AttackPlaneError(
+                "this arm is fitted in one process",
+                where=where,
+                got=f"{self.count} processes",
+                remedy="run the command without a launcher",
+            )
+
     def check(self, accumulation: int) -> None:
         """Refuse what cannot be shared out evenly."""
         if accumulation % self.count:

@@ -77,6 +77,7 @@ class HARCConfig(TrainConfig):
     terms: str = setting("full", "Which terms: an ablation of the paper.", choices=TERMS)
     positions: str = setting("both", "Prompt positions that are coupled.", choices=POSITIONS)
     directions: str = setting("harc", "Its directions, or a control's.", choices=DIRECTIONS)
+    opened: bool = setting(False, "Hold ordinary replies that open as harmful ones do too.")
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,12 @@ class _HARC:
     def __init__(self, bench: Bench, config: HARCConfig) -> None:
         self.bench, self.config = bench, config
         self.refusals, self.continuations = bench.texts.refusals(), bench.texts.continuations()
-        self.harmless = bench.texts.ordinary(HARMLESS)
-        pseudo = bench.texts.ordinary(PSEUDO_HARMFUL)
+        self.harmless = bench.texts.ordinary(HARMLESS, opened=config.opened)
+        pseudo = bench.texts.ordinary(PSEUDO_HARMFUL, opened=config.opened)
         size, seed = config.batch_size, config.seed
         self.batches: list[Batches] = [
             Batches(self.refusals, size, seed),
-            Batches(self.continuations, size, seed),  # the same requests: the same order
+            Batches(self.continuations, size, seed),
             Batches(self.harmless, config.harmless, seed + 1),
         ]
         if pseudo and config.pseudo_harmful:

@@ -38,10 +38,11 @@ from core.store import RunFolder
 from evaluation.usability import request_hash
 from training.adapter import Adapted
 from training.config import TrainConfig, differences
-from training.data import Requests, Texts
+from training.data import Texts
 from training.devices import Devices
 from training.forward import Forward
 from training.registry import Arm, Bench, Clock, Method, TrainResult
+from training.requests import Requests
 from training.saved import STATE, refuse_foreign, save_state, saved_state, write_tables
 
 log = logging.getLogger(__name__)

@@ -26,9 +26,10 @@ from core.registry import Registry
 from core.rows import Row
 from training.adapter import Adapted
 from training.config import SMALL, TrainConfig
-from training.data import Requests, Texts
+from training.data import Texts
 from training.devices import Devices
 from training.forward import Forward
+from training.requests import Requests
 
 PAPER, SMALL_PRESET = "paper", "small"
 Losses = Mapping[str, Tensor]

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL
 from core.settings import setting
-from training.config import TrainConfig, published
+from training.config import published
 from training.examples import Batches
 from training.forward import Pass
-from training.lengths import units
 from training.losses import gathered, kl_loss, moved
 from training.registry import ARMS, Arm, Bench, Losses, Method
+from training.states import StatesConfig, units
 
 DEPTH = 20 / 32
 """Share of the depth from which on layers count."""
@@ -36,29 +36,24 @@ TEMPERATURE = 2.0
 
 
 @dataclass(frozen=True)
-class RepBendConfig(TrainConfig):
+class RepBendConfig(StatesConfig):
     """The official code's."""
 
-    num_steps: int = published(TrainConfig, "num_steps", 450)
-    learning_rate: float = published(TrainConfig, "learning_rate", 1e-5)
-    lora_rank: int = published(TrainConfig, "lora_rank", 16)
-    lora_dropout: float = published(TrainConfig, "lora_dropout", 0.05)
-    all_linear: bool = published(TrainConfig, "all_linear", True)
+    num_steps: int = published(StatesConfig, "num_steps", 450)
+    learning_rate: float = published(StatesConfig, "learning_rate", 1e-5)
+    lora_rank: int = published(StatesConfig, "lora_rank", 16)
+    lora_dropout: float = published(StatesConfig, "lora_dropout", 0.05)
+    all_linear: bool = published(StatesConfig, "all_linear", True)
     safe_weight: float = setting(0.5, "a, of how far safe states move.", low=0)
     unsafe_weight: float = setting(0.5, "b, of how far unsafe states move, which is raised.", low=0)
     gather_weight: float = setting(0.1, "g, of how unlike unsafe states are.", low=0)
     kl_weight: float = setting(0.3, "e, of the KL term.", low=0)
-    relative: bool = setting(
-        False, "Measure distances by the base's own lengths (training/lengths.py)."
-    )
-    opened: bool = setting(True, "Hold ordinary replies that open as harmful ones do too.")
 
 
 def method(bench: Bench, config: RepBendConfig) -> Method:
     loaded = bench.adapted.loaded
     unsafe = Batches(bench.texts.continuations(), config.batch_size, config.seed)
-    ordinary = bench.texts.ordinary()
-    ordinary += bench.texts.opened() if config.opened else []
+    ordinary = bench.texts.ordinary(opened=config.opened)
     safe = Batches(ordinary, config.batch_size, config.seed)
     layers = list(range(max(1, round(DEPTH * loaded.n_layers)), loaded.n_layers + 1))
     unit = units(bench, ordinary, layers, relative=config.relative)
@@ -102,7 +97,7 @@ ARM = ARMS.add(
         method=method,
         needs=(HARMFUL, HARMLESS, PSEUDO_HARMFUL),
         source="arXiv 2504.01550 and its official code",
-        small={"batch_size": 4, "learning_rate": 1e-4, "relative": True},
+        small={"batch_size": 4, "learning_rate": 1e-4, "relative": True, "opened": True},
         examples=("train repbend --out runs/repbend --preset small",),
     )
 )

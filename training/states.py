@@ -1,4 +1,6 @@
-"""In what units distances of states are measured: as they are, or by the model's own lengths.
+"""What CB and RepBend share: they compare inner states with the base's.
+
+In what units are distances of states measured: as they are, or by the model's own lengths?
 
 CB and RepBend weigh distances of residual states against terms that have no unit (cosines, KL). The
 published weights were found on models whose states are of the order of 10 long. SmolLM2's are
@@ -9,16 +11,29 @@ tenths of the base's median length at its layer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from core.settings import setting
+from training.config import TrainConfig
 from training.examples import Example
 from training.registry import Bench
 
 TENTHS = 10.0
 PROBED = 16
 """Examples that lengths are taken from."""
+
+
+@dataclass(frozen=True)
+class StatesConfig(TrainConfig):
+    """Settings of an arm that moves the states of harmful continuations and holds ordinary ones."""
+
+    relative: bool = setting(
+        False, "Measure distances by the base's own lengths (training/states.py)."
+    )
+    opened: bool = setting(False, "Hold ordinary replies that open as harmful ones do too.")
 
 
 def units(
