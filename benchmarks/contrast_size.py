@@ -23,8 +23,9 @@ from core.specs import short_spec
 from core.text import aligned
 from evaluation.behaviours import load_behaviours
 from geometry.activations import collect
-from geometry.contrasts import cosine, spearman_brown, unit, upper
+from geometry.contrasts import cosine, unit
 from geometry.directions import EstimateConfig, best_layers, estimate
+from geometry.resampling import spearman_brown, upper
 from pipeline.contrast_reading import rendered
 
 SIZES = (16, 32, 64, 96, 128, 160, 200)

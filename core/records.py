@@ -115,6 +115,11 @@ class Behaviour(Record):
     pair_id: str | None = None
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def unit(self) -> str:
+        """What is sampled: the matched pair, or the behaviour where it has none."""
+        return self.pair_id or self.behaviour_id
+
     def __post_init__(self) -> None:
         _require(bool(self.behaviour_id), "a behaviour needs an id", self, self.behaviour_id)
         _require(bool(self.request.strip()), "a behaviour needs a request", self, self.request)

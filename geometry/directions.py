@@ -36,19 +36,14 @@ from core.records import Activations, Directions
 from geometry.contrasts import (
     SMALLEST_CLASS,
     Contrast,
-    Sampled,
     cosine,
     d_prime,
     held_out_separation,
     indices,
-    percentiles,
-    random_cosine,
-    sample,
-    sampled_cosine,
     unit,
-    upper,
 )
 from geometry.layers import inner_layers
+from geometry.resampling import Sampled, percentiles, random_cosine, sample, sampled_cosine, upper
 
 ESTIMATORS = ("harc", "zhao")
 KEPT_NULLS = 40
@@ -124,6 +119,7 @@ def estimate(
     *,
     estimator: str = "harc",
     refused: Sequence[bool | None] | None = None,
+    units: Sequence[str] | None = None,
     config: EstimateConfig = EstimateConfig(),
 ) -> Directions:
     """Estimate both directions at every layer, with the statistics of the module's text.
@@ -133,18 +129,19 @@ def estimate(
         harmful: their labels.
         refused: whether the model's own reply refused each (None: not judged). ``zhao`` needs it;
             where it is given, ``harc`` reports cos(harc, zhao) too.
+        units: the pair that each prompt belongs to; without it each prompt is its own.
     """
     sides = classes(estimator, harmful, refused)
     at_inst, at_post = activations.at("t_inst"), activations.at("t_post_inst")
-    units = tuple(activations.prompt_ids)
+    names = tuple(units or activations.prompt_ids)
     contrasts = [
-        Contrast("harmfulness", at_inst, *sides.harmfulness, units),
-        Contrast("refusal", at_post, *sides.refusal, units),
+        Contrast("harmfulness", at_inst, *sides.harmfulness, names),
+        Contrast("refusal", at_post, *sides.refusal, names),
     ]
     if estimator == "harc" and refused is not None:
         crossed = refused_and_accepted(refused)
         if min(map(len, crossed)) >= SMALLEST_CLASS:  # else there is no zhao direction
-            contrasts.append(Contrast("zhao", at_post, *crossed, units))
+            contrasts.append(Contrast("zhao", at_post, *crossed, names))
     generator = torch.Generator().manual_seed(config.seed)
     sampled = sample(contrasts, config.resamples, generator)
     h, r = contrasts[:2]

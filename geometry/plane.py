@@ -21,7 +21,8 @@ from torch import Tensor
 
 from core.errors import AttackPlaneError
 from core.records import PLAIN, Activations, Directions, PlanePoint
-from geometry.contrasts import unit, upper
+from geometry.contrasts import unit
+from geometry.resampling import upper
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,7 @@ def estimated(reading: ContrastReading, estimator: str) -> Directions:
         reading.harmful,
         estimator=estimator,
         refused=reading.refused,
+        units=[b.unit for b in reading.behaviours],
         config=EstimateConfig(config.resamples, config.seed),
     )
     made.settings["system_prompt"] = config.system_prompt
@@ -120,7 +121,7 @@ def contrast_facts(reading: ContrastReading) -> Row:
     texts = [b.request for b in reading.behaviours]
     last = [prompt.ids[prompt.t_inst] for prompt in reading.prompts]
     lengths = [len(prompt.content) for prompt in reading.prompts]
-    groups = [b.pair_id or b.behaviour_id for b in reading.behaviours]
+    groups = [b.unit for b in reading.behaviours]
     return {
         "form": form_auroc(texts, last, lengths, reading.harmful, groups),
         "refused": {

@@ -181,7 +181,14 @@ def estimated(
             refused = refused_by(model, requests, prompts, judge_of(judge))
         read = collect(model, prompts, [b.behaviour_id for b in requests])
     labels = [b.label == HARMFUL for b in requests]
-    directions = estimate(read, labels, estimator=estimator, refused=refused, config=config)
+    directions = estimate(
+        read,
+        labels,
+        estimator=estimator,
+        refused=refused,
+        units=[b.unit for b in requests],
+        config=config,
+    )
     directions.settings["system_prompt"] = system_prompt
     return directions
 

@@ -15,19 +15,16 @@ from core.rows import Row
 from core.statistics import auroc
 from core.store import RunFolder
 from geometry.carriers import candidates, scored
-from geometry.contrasts import (
-    SMALLEST_CLASS,
-    Contrast,
-    cosine,
+from geometry.contrasts import SMALLEST_CLASS, Contrast, cosine, held_out_separation
+from geometry.layers import arditi_layers, choose, eq6
+from geometry.resampling import (
     cosine_statistics,
-    held_out_separation,
     percentiles,
     permuted_sides,
     reliability,
     resampled,
     spearman_brown,
 )
-from geometry.layers import arditi_layers, choose, eq6
 from pipeline.runs import check_specs, write_rows
 from plots import layers_png
 from study.replies import responses

@@ -125,7 +125,7 @@ def responses(study: Study) -> Responses:
     items = [pair for pairs in kinds.values() for pair in pairs]
     requests = [(b.request, study.config.system_prompt) for b, _ in items]
     resid = response_residuals(study, requests, [reply for _, reply in items])
-    units = tuple(b.behaviour_id for b, _ in items)
+    units = tuple(b.unit for b, _ in items)
     ends = [len(kinds["continuation"]), len(kinds["refusal"]), len(kinds["benign"])]
     continuation, refusal, benign = torch.arange(len(items)).split(ends)
     return Responses(

@@ -237,7 +237,7 @@ class Study:
             if kind == "harm"
             else refused_and_accepted(self.refused)
         )
-        units = tuple(b.behaviour_id for b in self.behaviours)
+        units = tuple(b.unit for b in self.behaviours)
         return Contrast(
             f"{kind} at {position}", self.reading.activations.at(position), *sides, units
         )

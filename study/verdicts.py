@@ -1,34 +1,53 @@
-"""A claim is measured by checks; each is an estimate with an interval, held against a threshold.
+"""A claim is measured by checks; each is an estimate with a p-value in either direction.
 
-    yes      the whole 95 % interval lies on the claimed side of the threshold
-    no       the whole interval lies on the other side of where the claim is refuted
-    unclear  anything else: also an estimate within its null, and one that did not move at all
+    yes      the claimed side is not chance: p <= 0.05, one-sided
+    no       the other side is not chance: p against <= 0.05
+    unclear  neither
 
-The threshold is the 95th percentile of a null, or 0 for a difference from controls, or a stated
-bound. A claim is refuted where
-its effect is absent or reversed: at the null's centre, not at its 95th percentile, below which one
-merely cannot tell. A claim ``holds`` if all its checks say yes, ``fails`` if any says no, and is
-``undecided`` otherwise.
+Both directions obey the same rules: sampling (sign flips over units, or the bootstrap of a cosine),
+and, where there are controls, the rank among them. The p of a check is the larger of the two. With
+fewer than ``FEWEST`` units a cosine decides nothing.
+
+A claim ``holds`` if all its deciding checks say yes: its p is the largest of theirs. It is
+``refuted`` if any says no: its p against is the smallest of theirs, times their number. (A claim
+that one of several checks would establish takes these the other way round.) ``with_holm`` corrects
+both for the number of claims of a model. Checks that do not decide are told beside the others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from core.rows import Row
-from core.statistics import bootstrap_difference, bootstrap_mean
+from core.significance import LEVEL, draws_p, holm, sign_flip_p, units_needed
+from core.statistics import Numbers, bootstrap_mean, permutation_p
+from geometry.cross_half import CrossHalf
+
+NEAR_ORTHOGONAL = math.cos(math.radians(80))
+"""Cosines of less than this are near orthogonal, of more alike."""
+FEWEST = 12
+"""Units below which the bootstrap of a cosine decides nothing."""
+ABOVE, BELOW, WITHIN = "above", "below", "within"
 
 
 @dataclass(frozen=True)
 class Check:
     """One number against its threshold.
 
-    ``claimed`` is ``above`` or ``below`` it. ``nulls`` are what meaningless directions or labels
-    give.
+    Attributes:
+        low, high: 95 % interval.
+        claimed: ``above`` or ``below`` the threshold; or ``within``: closer to 0 than it.
+        p, p_against: one-sided p of the claimed side and of the other.
+        test: how they were found.
+        n: units.
+        nulls: what meaningless directions or labels give.
+        needed: units that would decide it at a power of 80 %, if the effect is as estimated; None
+            where it is decided, or no number would do.
+        decides: whether the verdict depends on it.
     """
 
     name: str
@@ -39,28 +58,34 @@ class Check:
     claimed: str
     unit: str
     n: int
+    p: float
+    p_against: float
+    test: str
     nulls: dict[str, float] = field(default_factory=dict)
-    refuted_at: float | None = None
-    """None: at the threshold."""
+    needed: int | None = None
+    decides: bool = True
 
     @property
     def outcome(self) -> str:
-        if not all(map(math.isfinite, (self.value, self.low, self.high, self.threshold))):
-            return "unclear"
-        low, high, bar = self.low, self.high, self.threshold
-        floor = bar if self.refuted_at is None else self.refuted_at
-        if low == high == floor:
-            return "unclear"
-        if self.claimed == "below":
-            low, high, bar, floor = -high, -low, -bar, -floor
-        return "yes" if low > bar else "no" if high <= floor else "unclear"
+        if self.p <= LEVEL:
+            return "yes"
+        return "no" if self.p_against <= LEVEL else "unclear"
+
+    def told(self) -> Check:
+        """The same, without a say in the verdict."""
+        return replace(self, decides=False)
 
 
 @dataclass(frozen=True)
 class Claim:
     """One claim on one model.
 
-    ``note`` says what the reader must know, or why the claim could not be measured.
+    Attributes:
+        note: what the reader must know, or why the claim could not be measured.
+        held_back: what the model lacks of what the claim is about. With any such reason the claim
+            is undecided, whatever its checks say.
+        any_of: whether one of the deciding checks is enough.
+        holm: p and p against, corrected for the number of claims of this model.
     """
 
     number: int
@@ -69,9 +94,9 @@ class Claim:
     checks: tuple[Check, ...]
     note: str = ""
     held_back: tuple[str, ...] = ()
-    """What the model lacks of what the claim is about. With any such reason the claim is undecided,
-    whatever its checks say."""
     settings: Row = field(default_factory=dict)
+    any_of: bool = False
+    holm: tuple[float, float] | None = None
 
     @property
     def applicable(self) -> bool:
@@ -79,18 +104,61 @@ class Claim:
         return not self.held_back
 
     @property
+    def p(self) -> float:
+        """That it holds by chance."""
+        return _combined([c.p for c in self._deciding], any_of=self.any_of)
+
+    @property
+    def p_against(self) -> float:
+        """That it is refuted by chance."""
+        return _combined([c.p_against for c in self._deciding], any_of=not self.any_of)
+
+    @property
+    def _deciding(self) -> list[Check]:
+        return [c for c in self.checks if c.decides]
+
+    @property
     def verdict(self) -> str:
-        outcomes = {c.outcome for c in self.checks}
+        """``holds``, ``refuted`` or ``undecided``."""
+        p, against = self.holm or (self.p, self.p_against)
         if not self.applicable:
             return "undecided"
-        if "no" in outcomes:
-            return "fails"
-        return "holds" if outcomes == {"yes"} else "undecided"
+        if p <= LEVEL:
+            return "holds"
+        return "refuted" if against <= LEVEL else "undecided"
 
     def to_row(self) -> Row:
-        row = asdict(self) | {"verdict": self.verdict, "applicable": self.applicable}
+        row = asdict(self) | {
+            "verdict": self.verdict,
+            "applicable": self.applicable,
+            "p": self.p,
+            "p_against": self.p_against,
+        }
         row["checks"] = [_finite(asdict(c)) | {"outcome": c.outcome} for c in self.checks]
         return row
+
+
+def _combined(p_values: Sequence[float], *, any_of: bool) -> float:
+    """p of several tests: any one of them (Bonferroni), or all of them together; 1 without any."""
+    if not p_values:
+        return 1.0
+    return min(1.0, len(p_values) * min(p_values)) if any_of else max(p_values)
+
+
+def with_holm(claims: Sequence[Claim]) -> list[Claim]:
+    """The claims, each with p-values corrected for the number of claims on its model.
+
+    Claims that are held back were not tested, and do not count.
+    """
+    corrected = list(claims)
+    for model in dict.fromkeys(c.model for c in claims):
+        own = [i for i, c in enumerate(claims) if c.model == model and c.applicable]
+        pairs = zip(
+            holm([claims[i].p for i in own]), holm([claims[i].p_against for i in own]), strict=True
+        )
+        for i, pair in zip(own, pairs, strict=True):
+            corrected[i] = replace(claims[i], holm=pair)
+    return corrected
 
 
 def _finite(row: Row) -> Row:
@@ -98,68 +166,119 @@ def _finite(row: Row) -> Row:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
-def difference_check(
-    name: str,
-    values: Sequence[float],
-    reference: Sequence[float],
-    *,
-    unit: str,
-    threshold: float,
-    claimed: str = "above",
-    nulls: dict[str, float] | None = None,
-    refuted_at: float | None = None,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Check:
-    """Mean of ``values`` less mean of ``reference``, unpaired: both are resampled."""
-    a, b = np.asarray(values, dtype=np.float64), np.asarray(reference, dtype=np.float64)
-    if not len(a) or not len(b):
-        return Check(
-            name, math.nan, math.nan, math.nan, threshold, claimed, unit, len(a), nulls or {}
-        )
-    low, high = bootstrap_difference(a, b, resamples=resamples, seed=seed) or (math.nan, math.nan)
-    value = float(a.mean() - b.mean())
-    return Check(
-        name,
-        value,
-        float(low),
-        float(high),
-        threshold,
-        claimed,
-        unit,
-        len(a),
-        nulls or {},
-        refuted_at,
-    )
-
-
+# --- checks ---------------------------------------------------------------------------------------
 def mean_check(
     name: str,
-    values: Sequence[float],
+    values: Numbers,
     *,
     unit: str,
     threshold: float = 0.0,
-    claimed: str = "above",
-    nulls: dict[str, float] | None = None,
-    resamples: int = 2000,
+    claimed: str = ABOVE,
+    controls: Numbers = (),
+    what: str = "controls",
     seed: int = 0,
 ) -> Check:
-    """The mean of per-behaviour values with its bootstrap interval.
+    """The mean of one value per unit, by sign flips; where there are controls also by its rank.
 
-    Without values it is unclear.
+    Args:
+        claimed: ``within`` is an equivalence test: above minus the threshold and below it.
+        controls: the same mean of each control; for ``within`` those far from 0 speak against it.
     """
     array = np.asarray([v for v in values if math.isfinite(v)], dtype=np.float64)
-    if not len(array):
-        return Check(name, math.nan, math.nan, math.nan, threshold, claimed, unit, 0, nulls or {})
-    low, high = bootstrap_mean(array, resamples=resamples, seed=seed) or (math.nan, math.nan)
-    return Check(
+    n = len(array)
+    if not n:
+        nan = math.nan
+        return Check(name, nan, nan, nan, threshold, claimed, unit, 0, 1.0, 1.0, "nothing measured")
+    mean, spread = float(array.mean()), float(array.std(ddof=1)) if n > 1 else math.nan
+    low, high = bootstrap_mean(array, seed=seed) or (math.nan, math.nan)
+    up, down = (sign_flip_p(s * array, threshold=s * threshold, seed=seed) for s in (1, -1))
+    if claimed == WITHIN:
+        inside = max(down, sign_flip_p(array, threshold=-threshold, seed=seed))
+        beyond = sign_flip_p(-array, threshold=threshold, seed=seed)
+        pair = inside, min(1.0, 2 * min(up, beyond))
+    else:
+        pair = (up, down) if claimed == ABOVE else (down, up)
+    test, nulls = f"sign flips over {n}", {}
+    if len(controls):
+        ranks = _ranks(mean, controls, claimed)
+        pair = max(pair[0], ranks[0]), max(pair[1], ranks[1])
+        test += f"; rank among {len(controls)} {what}"
+        nulls = _ends(controls)
+    check = Check(name, mean, low, high, threshold, claimed, unit, n, *pair, test, nulls)
+    gap = threshold - abs(mean) if claimed == WITHIN else mean - threshold
+    return _with_needed(check, gap, spread)
+
+
+def cosine_check(name: str, found: CrossHalf, *, claimed: str) -> Check:
+    """A cosine without noise: ``within`` the bound of near orthogonal ones, or ``above`` it."""
+    bound, draws = NEAR_ORTHOGONAL, found.draws
+    above, below = draws_p(draws, bound), draws_p(-draws, bound)
+    if claimed == WITHIN:
+        pair = max(draws_p(-draws, -bound), draws_p(draws, -bound)), min(1.0, 2 * min(above, below))
+    else:
+        pair = max(above, found.p_labels), draws_p(-draws, -bound)
+    if found.units < FEWEST:
+        pair = 1.0, 1.0
+    test = f"bootstrap over {found.units} units of cosines across halves"
+    if claimed != WITHIN:
+        test += "; permuted labels"
+    check = Check(
         name,
-        float(array.mean()),
-        float(low),
-        float(high),
-        threshold,
+        found.value,
+        *found.interval,
+        bound,
         claimed,
-        unit,
-        len(array),
-        nulls or {},
+        "cosine",
+        found.units,
+        *pair,
+        test,
+        {"labels_p": found.p_labels},
     )
+    known = draws[np.isfinite(draws)]
+    spread = float(known.std() * math.sqrt(found.units)) if len(known) > 1 else math.nan
+    gap = bound - abs(found.value) if claimed == WITHIN else found.value - bound
+    return _with_needed(check, gap, spread)
+
+
+def p_check(
+    name: str,
+    value: float,
+    interval: Iterable[float],
+    p: float,
+    p_against: float,
+    test: str,
+    *,
+    unit: str,
+    n: int,
+    threshold: float,
+    claimed: str = ABOVE,
+    nulls: dict[str, float] | None = None,
+) -> Check:
+    """A statistic that brings its own p-values."""
+    low, high = interval
+    return Check(
+        name, value, low, high, threshold, claimed, unit, n, p, p_against, test, nulls or {}
+    )
+
+
+def _ranks(value: float, controls: Numbers, claimed: str) -> tuple[float, float]:
+    """p of the claimed side and of the other by the rank among controls."""
+    array = np.asarray(controls, dtype=np.float64)
+    if claimed == WITHIN:  # what is small is no evidence of its own; what is large must be extreme
+        return 0.0, permutation_p(abs(value), np.abs(array))
+    up, down = permutation_p(value, array), permutation_p(-value, -array)
+    return (up, down) if claimed == ABOVE else (down, up)
+
+
+def _ends(controls: Numbers) -> dict[str, float]:
+    low, high = np.quantile(np.asarray(controls, dtype=np.float64), (0.05, 0.95))
+    return {"controls_5": float(low), "controls_95": float(high)}
+
+
+def _with_needed(check: Check, gap: float, spread: float) -> Check:
+    """With the units that would decide it, if it is undecided."""
+    if check.outcome != "unclear":
+        return check
+    needed = units_needed(gap, spread)
+    # more units do not help where controls do as much
+    return replace(check, needed=needed if needed and needed > check.n else None)

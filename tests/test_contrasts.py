@@ -12,17 +12,7 @@ from core.errors import AttackPlaneError
 from core.records import PlanePoint
 from core.statistics import auroc
 from geometry.carriers import Carrier
-from geometry.contrasts import (
-    Contrast,
-    cosine_statistics,
-    held_out_separation,
-    permuted,
-    permuted_sides,
-    reliability,
-    resampled,
-    spearman_brown,
-    unit,
-)
+from geometry.contrasts import Contrast, held_out_separation, unit
 from geometry.coupling import (
     effective_rank,
     hrci,
@@ -41,6 +31,14 @@ from geometry.prediction import (
     held_out_scores,
     success_auroc,
     success_prediction,
+)
+from geometry.resampling import (
+    cosine_statistics,
+    permuted,
+    permuted_sides,
+    reliability,
+    resampled,
+    spearman_brown,
 )
 from study.verdicts import Check, Claim, difference_check, mean_check
 

@@ -216,7 +216,11 @@ def test_attacks_on_requests_of_the_training_are_told(tmp_path, checkpoints):
     shutil.copytree(adapter, tmp_path / "copy")
     card = tmp_path / "copy" / "attack_plane.json"
     own = json.loads(card.read_text())
-    harmful = [r["request"] for r in csv.DictReader(requests.read_text().splitlines()) if r["label"] == "harmful"]
+    harmful = [
+        r["request"]
+        for r in csv.DictReader(requests.read_text().splitlines())
+        if r["label"] == "harmful"
+    ]
     own["trained_on"] = [request_hash(harmful[0])]
     card.write_text(json.dumps(own))
     budget = [x for pair in BUDGET.items() for x in pair]

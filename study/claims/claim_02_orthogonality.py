@@ -12,16 +12,7 @@ from dataclasses import replace
 import torch
 
 from core.rows import Row
-from geometry.contrasts import (
-    Contrast,
-    basic_interval,
-    cosine,
-    permuted,
-    reliability,
-    resampled,
-    spearman_brown,
-    upper,
-)
+from geometry.contrasts import Contrast, cosine
 from geometry.coupling import (
     effective_rank,
     hrci,
@@ -30,6 +21,14 @@ from geometry.coupling import (
     random_nulls,
     subspace,
     subspace_overlap,
+)
+from geometry.resampling import (
+    basic_interval,
+    permuted,
+    reliability,
+    resampled,
+    spearman_brown,
+    upper,
 )
 from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest

@@ -12,7 +12,8 @@ import torch
 
 from core.errors import AttackPlaneError
 from core.records import BASELINES, AttackArtifact
-from geometry.contrasts import Contrast, permuted, unit, upper
+from geometry.contrasts import Contrast, unit
+from geometry.resampling import permuted, upper
 from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest
 from study.replies import replies_to, response_residuals

@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 
 from core.errors import AttackPlaneError
-from geometry.contrasts import Contrast, cosine_statistics
+from geometry.contrasts import Contrast
+from geometry.resampling import cosine_statistics
 from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest
 from study.verdicts import Check, Claim
