@@ -13,15 +13,23 @@ from commands.study_options import study_config, study_options, study_run
 
 @click.command()
 @study_options
+@click.option(
+    "--controls",
+    type=click.IntRange(2),
+    default=99,
+    help="Directions that mean nothing, of each kind: with 99 of two kinds p is at least 0.005.",
+)
 @click.option("--claims", "numbers", help="Comma-separated numbers, for example 1,2 [default: all]")
 @quiet_libraries
-def claims(run: Path | None, models: tuple[str, ...], numbers: str | None, **study: Any) -> None:
+def claims(
+    run: Path | None, models: tuple[str, ...], numbers: str | None, controls: int, **study: Any
+) -> None:
     """Confirm or refute published claims on a model.
 
-    Each with its measurement, interval, nulls and verdict: holds, fails or undecided. Claims about
-    attacks take the prompts and replies of the run, or make the prompt-level attacks if it has
-    none, and draw the run's plane anew. Writes claims.jsonl and claims.png; claims of other models
-    and numbers stay in them.
+    Each with its measurement, interval, controls, p-values and verdict: holds, refuted or
+    undecided, corrected for the number of claims (Holm). Claims about attacks take the prompts and
+    replies of the run, or make the prompt-level attacks if it has none, and draw the run's plane
+    anew. Writes claims.jsonl and claims.png; claims of other models and numbers stay in them.
 
     \b
     Examples:
@@ -35,7 +43,7 @@ def claims(run: Path | None, models: tuple[str, ...], numbers: str | None, **stu
     wanted = numbers_of(numbers, "numbers, for example 1,2,7")
     config = study_config(study)
     path = study_run(run, models, config)
-    result = stage(path, models, wanted, config, open_model=open_model)
+    result = stage(path, models, wanted, config, controls=controls, open_model=open_model)
     echo_notes(result.notes)
     if result.matrix:
         click.echo(matrix_table(result.matrix))

@@ -56,6 +56,12 @@ from commands.study_options import study_config, study_options, study_run
     "--limit", type=click.IntRange(1), help="So many prompts of each label, in place of --prompts."
 )
 @click.option("--max-new-tokens", type=click.IntRange(1), default=20)
+@click.option(
+    "--controls",
+    type=click.IntRange(2),
+    default=5,
+    help="Random directions of each kind of control.",
+)
 @quiet_libraries
 def intervene(
     run: Path | None,
@@ -69,6 +75,7 @@ def intervene(
     labels: tuple[str, ...],
     limit: int | None,
     max_new_tokens: int,
+    controls: int,
     **study: Any,
 ) -> None:
     """Ablate or steer directions, against controls.
@@ -107,6 +114,7 @@ def intervene(
         labels=labels,
         limit=limit,
         max_new_tokens=max_new_tokens,
+        controls=controls,
     )
     config = study_config(study)
     path = study_run(run, models, config)

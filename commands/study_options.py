@@ -13,7 +13,7 @@ from commands.options import JUDGE, SEED, SYSTEM, default_run
 from core.rows import Row
 
 if TYPE_CHECKING:
-    from study.study import StudyConfig
+    from study.config import StudyConfig
 
 
 def study_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -22,12 +22,6 @@ def study_options(command: Callable[..., None]) -> Callable[..., None]:
         SEED,
         SYSTEM,
         JUDGE,
-        click.option(
-            "--controls",
-            type=click.IntRange(2),
-            default=5,
-            help="Random directions of each kind of control.",
-        ),
         click.option(
             "--resamples",
             type=click.IntRange(20),
@@ -77,7 +71,7 @@ def study_config(options: Row) -> StudyConfig:
     from study.study import StudyConfig
 
     contrast, held_out = options.pop("contrast"), options.pop("held_out")
-    names = ("estimator", "resamples", "controls", "judge", "seed")
+    names = ("estimator", "resamples", "judge", "seed")
     return StudyConfig(
         contrast=contrast,
         splits=splits_of(contrast, (), CONTRAST_SPLITS),

@@ -156,9 +156,14 @@ def matched_controls(of: Intervention, n: int, generator: torch.Generator) -> li
     The length comes from ``of``'s row in the same batch. Reading it in the control's own residual
     would be wrong at several layers, since the control never takes the direction away.
     """
-    found = [
-        _along(of, of.read, w, "matched", draw) for draw, w in enumerate(_drawn(of, n, generator))
-    ]
+    return matched_along(of, _drawn(of, n, generator))
+
+
+def matched_along(of: Intervention, rows: Sequence[Tensor]) -> list[Intervention]:
+    """As ``matched_controls``, along given directions: (k, d_model) orthonormal rows each."""
+    found = [_along(of, of.read, w, "matched", draw) for draw, w in enumerate(rows)]
+    if of.shift is not None:  # of the same length already
+        return found
     return [dataclasses.replace(control, follows=of) for control in found]
 
 

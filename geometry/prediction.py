@@ -11,6 +11,10 @@ suppression goes with success:
     both     a linear discriminant on (x, y), fitted on the other behaviours of the class (so it can
              learn the other sign too)
 
+``better of`` the two is at least one half even where nothing is there: only its null says anything.
+So the decision is a regression (``regress``): outcome D on how far H and R moved, with an effect
+for every class and every behaviour.
+
 ``pooled`` averages over classes, weighted by the number of (success, failure) pairs: prompts of
 different classes are never compared. Intervals resample behaviours; the null permutes success
 within each class, everything anew: whole behaviours where all have equally many prompts. Plain
@@ -24,9 +28,11 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from core.records import HARMFUL, PLAIN, PlanePoint
 from core.rows import Row
+from core.significance import sign_flip_p
 from core.statistics import auroc, cluster_rows, percentile_interval
 
 SCORES = ("H", "R", "H moved", "R moved", "both")
@@ -200,6 +206,63 @@ def success_prediction(
                     }
                 )
     return rows
+
+
+def regress(
+    points: Sequence[PlanePoint], outcome: Sequence[float], *, resamples: int = 1000, seed: int = 0
+) -> list[Row]:
+    """Outcome D on H moved and on R moved, within class and behaviour; one row for each.
+
+    Both regressors and the outcome are freed of class and behaviour effects and of the other
+    regressor (Frisch-Waugh). ``slope`` is in units of the outcome per standard deviation of what
+    is left of the regressor. The p-values flip the signs of the behaviours' parts of the score,
+    sum of (regressor x outcome); the interval resamples behaviours.
+    """
+    kept, moved = [], []
+    for i, p in enumerate(points):
+        if p.plain_x is not None and p.plain_y is not None:
+            kept.append(i)
+            moved.append((p.x - p.plain_x, p.y - p.plain_y))
+    if len(kept) < 2:
+        return []
+    where = np.array(moved)
+    y = np.array([outcome[i] for i in kept], dtype=np.float64)
+    names, groups = np.unique([points[i].behaviour_id for i in kept], return_inverse=True)
+    _, classes = np.unique([points[i].class_name for i in kept], return_inverse=True)
+    dummies = np.concatenate(
+        [np.eye(groups.max() + 1)[groups], np.eye(classes.max() + 1)[classes]], 1
+    )
+    rows = []
+    for column, name in enumerate("HR"):
+        others = np.column_stack([dummies, where[:, 1 - column]])
+        x, left = (_residual(others, values) for values in (where[:, column], y))
+        spread = x.std()
+        if spread < 1e-9 * max(1.0, np.abs(where[:, column]).max()):
+            continue  # it does not vary within classes and behaviours
+        score, power = (_sums(groups, x * other) for other in (left, x))
+        drawn = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
+        slopes = spread * score[drawn].sum(1) / np.maximum(power[drawn].sum(1), 1e-12)
+        rows.append(
+            {
+                "name": name,
+                "slope": float(spread * score.sum() / power.sum()),
+                "interval": percentile_interval(slopes),
+                "p": sign_flip_p(score, seed=seed),
+                "p_below": sign_flip_p(-score, seed=seed),
+                "behaviours": len(names),
+                "n": len(kept),
+            }
+        )
+    return rows
+
+
+def _sums(groups: np.ndarray, values: np.ndarray) -> NDArray[np.float64]:
+    """(n,) values -> their sums by group."""
+    return np.bincount(groups, values).astype(np.float64)
+
+
+def _residual(others: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return values - others @ np.linalg.lstsq(others, values, rcond=None)[0]
 
 
 def centroid_distances(

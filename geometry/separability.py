@@ -95,6 +95,7 @@ def separability(
         "null_mean": float(nulls.mean()),
         "null_95": float(np.quantile(nulls, 0.95)),
         "p": permutation_p(accuracy, nulls),
+        "p_below": permutation_p(-accuracy, -nulls),
         "recall": {n: float((predicted[labels == c] == c).mean()) for c, n in enumerate(names)},
     }
 

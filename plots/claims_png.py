@@ -4,8 +4,8 @@ Every estimate stands with its interval against its threshold.
 
 Each cell has a scale of its own, centred on the threshold: the claimed side is right of the line,
 whatever the claim says.
-Green: the whole interval lies there; red: none of it does; grey: undecided, or the model has not
-what the claim is about.
+Green: the check says yes; red: it says no; grey: undecided, or the model has not what the claim is
+about. Checks without a say in the verdict are thin.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def draw(folder: Path) -> Path:
         range(len(checks)), [f"{number}. {name}" for number, name in checks], fontsize=7.5
     )
     figure.supxlabel(
-        "left: against the claim · line: threshold (0 or the nulls' 95th percentile) · right: as "
-        "claimed; numbers: estimate, threshold",
+        "left: against the claim · line: threshold · right: as claimed; bars: 95 % intervals; "
+        "numbers: estimate, threshold",
         fontsize=7.5,
     )
     path = folder / "claims.png"
@@ -89,14 +89,19 @@ def _cell(axis: Any, line: int, check: Row, applicable: bool) -> None:
         axis.text(0, line, "not measured", fontsize=7, ha="center", va="center", color="#777777")
         return
     sign = 1 if check["claimed"] == "above" else -1
-    low, value, high = (sign * (check[k] - check["threshold"]) for k in ("low", "value", "high"))
+    ends = [check["low"], check["value"], check["high"]]
+    if check["claimed"] == "within":  # the distance from 0 counts
+        crosses = check["low"] < 0 < check["high"]
+        outer = sorted(map(abs, (check["low"], check["high"])))
+        ends = [0.0 if crosses else outer[0], abs(check["value"]), outer[1]]
+    low, value, high = (sign * (end - check["threshold"]) for end in ends)
     scale = max(abs(low), abs(value), abs(high), 1e-9)
     colour = COLOURS[check["outcome"]] if applicable else COLOURS["unclear"]
     axis.plot(
         [low / scale, high / scale],
         [line, line],
         color=colour,
-        linewidth=2.2,
+        linewidth=2.2 if check["decides"] else 0.9,
         solid_capstyle="butt",
     )
     axis.plot(value / scale, line, "o", color=colour, markersize=4)

@@ -17,8 +17,9 @@ from geometry.effects import summary
 from geometry.interventions import touched
 from pipeline.runs import check_specs, write_rows
 from plots import interventions_png
+from study.config import StudyConfig
 from study.outcomes import measure, site_of
-from study.study import Study, StudyConfig
+from study.study import Study
 from transfer.agreement import Agreement, agreement_of
 
 ROWS, SUMMARY = "interventions.jsonl", "interventions_summary.jsonl"
@@ -30,6 +31,7 @@ class Plan:
     """Which interventions are made.
 
     ``layers``: None is the operation's default, empty is all. ``limit``: prompts of each label.
+    ``controls``: random directions of each kind.
     """
 
     modes: tuple[str, ...] = ("H", "R", "R-H")
@@ -40,6 +42,7 @@ class Plan:
     labels: tuple[str, ...] = ("harmful", "harmless", "pseudo_harmful")
     limit: int | None = None
     max_new_tokens: int = 32
+    controls: int = 5
 
 
 @dataclass
@@ -121,7 +124,7 @@ def of_model(study: Study, plan: Plan, notes: list[str]) -> list[Row]:
             plan.operation,
             strength,
             site,
-            controls=study.config.controls,
+            controls=plan.controls,
             seed=study.config.seed,
         )
     ]

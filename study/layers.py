@@ -27,8 +27,9 @@ from geometry.resampling import (
 )
 from pipeline.runs import check_specs, write_rows
 from plots import layers_png
+from study.config import StudyConfig
 from study.replies import responses
-from study.study import Study, StudyConfig
+from study.study import Study
 
 FIELD, PROFILE, SELECTION, SIZES, ACROSS = (
     f"layers_{name}.jsonl" for name in ("field", "profile", "selection", "sizes", "across")

@@ -32,13 +32,16 @@ from pipeline.transfer import Transfer, labels_of, write_matrix
 from plots import claims_png
 from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest
-from study.study import Study, StudyConfig
-from study.verdicts import Claim
+from study.config import StudyConfig
+from study.study import Study
+from study.verdicts import Claim, claim_of, with_holm
 from transfer.agreement import Agreement, agreements
 from transfer.matrix import Cell
 from transfer.replay import ReplayConfig
 
 CLAIMS_FILE, STAGE = "claims.jsonl", "claims"
+CONTROLS = 99
+"""Directions that mean nothing, of each kind."""
 OWN_ATTACKS = "claims_attacks"
 CLASSES = (
     "nested_fiction",
@@ -82,9 +85,10 @@ def claims(
     numbers: Sequence[int],
     config: StudyConfig,
     *,
+    controls: int = CONTROLS,
     open_model: OpenModel = ModelHandle,
 ) -> ClaimsResult:
-    """Measure the claims ``numbers`` on every model."""
+    """Measure the claims ``numbers`` on every model; ``controls`` of each kind."""
     check_specs(specs)
     tests = chosen_tests(numbers)
     on_attacks = any(test.needs_attacks for test in tests)
@@ -95,7 +99,7 @@ def claims(
     if on_attacks:
         make_attacks(path, config, open_model)
     with RunFolder(path) as run:
-        stage = _Claims(run, specs, tests, config, on_attacks)
+        stage = _Claims(run, specs, tests, config, on_attacks, controls)
         models = [open_model(spec) for spec in specs]
         for model in models:
             stage.measure(model)
@@ -128,7 +132,9 @@ class _Claims:
         tests: Sequence[ClaimTest],
         config: StudyConfig,
         on_attacks: bool,
+        controls: int,
     ) -> None:
+        self.controls = controls
         self.run, self.specs, self.tests, self.config = run, specs, tests, config
         self.result = ClaimsResult()
         self.transfer = self.plane = None
@@ -157,12 +163,12 @@ class _Claims:
         self.run.begin_stage(STAGE, self.config.to_settings(), stage)
         if any(not test.needs_attacks for test in self.tests):
             study.held_out("harmful"), study.held_out("harmless")  # a refusal before the work
-        evidence = Evidence(study)
+        evidence = Evidence(study, self.controls)
         if self.transfer and self.plane:
             self.transfer.replay_on(model, self._not_sent)
             _ = study.directions  # the plane needs them in the run
             self.plane.read(model)
-            evidence = Evidence(study, *self._attacked(model.spec))
+            evidence = Evidence(study, self.controls, *self._attacked(model.spec))
         self.result.claims += [test.measure(evidence) for test in self.tests]
 
     def _attacked(self, spec: str) -> tuple[list, list, list]:
@@ -190,11 +196,14 @@ class _Claims:
             result.agreements = agreements(replays_of(self.run), labels_of(self.run))
             self.plane.write(models)
             result.notes += self.plane.result.notes
+        measured = {(c.number, c.model) for c in result.claims}
+        before = [claim_of(row) for row in read_rows(path / CLAIMS_FILE)]
+        kept = [c for c in before if (c.number, c.model) not in measured]
+        every = sorted(with_holm([*kept, *result.claims]), key=lambda c: c.number)
         order = list(self.specs)
+        result.claims = [c for c in every if (c.number, c.model) in measured]
         result.claims.sort(key=lambda c: (c.number, order.index(c.model)))
-        new = {(c.number, c.model): c.to_row() for c in result.claims}
-        old = {(r["number"], r["model"]): r for r in read_rows(path / CLAIMS_FILE)}
-        rows = sorted((old | new).values(), key=lambda row: row["number"])
+        rows = [c.to_row() for c in every]
         result.files = [write_rows(path / CLAIMS_FILE, rows), claims_png.draw(path)]
         return result
 

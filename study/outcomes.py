@@ -50,7 +50,7 @@ def site_of(
         where,
         r.norm if operation == "steer" else 1.0,
     )
-    return site, [study.place(h), study.place(r), study.config.seed, study.config.controls]
+    return site, [study.place(h), study.place(r), study.config.seed]
 
 
 def measure(

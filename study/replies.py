@@ -20,7 +20,6 @@ from geometry.activations import RESPONSE, collect
 from geometry.contrasts import SMALLEST_CLASS, Contrast
 from geometry.interventions import ablation
 from geometry.rollout import rollout
-from pipeline.contrast_reading import rendered
 from study.study import Study
 
 
@@ -42,17 +41,20 @@ class Responses:
 def replies_to(study: Study, behaviours: Sequence[Behaviour]) -> list[str]:
     """Own greedy replies to other behaviours than the contrast set's."""
 
+    return replies_of(study, [(b.request, study.config.system_prompt) for b in behaviours])
+
+
+def replies_of(study: Study, requests: Sequence[tuple[str, str | None]]) -> list[str]:
+    """Own greedy replies to (user content, system prompt) pairs."""
+
     def make() -> list[str]:
-        texts = [p.text for p in rendered(study.renderer, behaviours, study.config.system_prompt)]
+        texts = [p.text for p in study.prompts_of(requests)]
         tokens = study.config.reply_tokens
         return complete(
             study.renderer, texts, max_new_tokens=tokens, batch_size=32, description="own replies"
         )
 
-    requests = [b.request for b in behaviours]
-    return study.kept(
-        "replies", [study.config.system_prompt, study.config.reply_tokens, requests], make
-    )
+    return study.kept("replies", [study.config.reply_tokens, [list(r) for r in requests]], make)
 
 
 def ablated_replies(study: Study) -> list[str]:

@@ -8,7 +8,7 @@ run folder.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -19,78 +19,30 @@ from core.generate import first_turn
 from core.kept import Kept
 from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Prompt, Renderer
-from core.records import AttackArtifact, Behaviour, Directions
+from core.records import HARMFUL, HARMLESS, AttackArtifact, Behaviour, Directions
 from core.rows import Row
 from core.store import RunFolder
 from evaluation.behaviours import (
-    CONTRAST_SPLITS,
-    DEMONSTRATION,
-    HELD_OUT_SPLITS,
     load_behaviours,
-    recorded_name,
     spread,
 )
-from evaluation.judges import QUICK_JUDGE, Exchange, Judge, make_judge, outcomes
+from evaluation.judges import Exchange, Judge, make_judge, outcomes
 from evaluation.refusal_score import Openings, openings_of
 from evaluation.refusals import refusal_openings
 from geometry.activations import POSITIONS as DIRECTION_POSITIONS
 from geometry.activations import collect
-from geometry.carriers import Carrier, candidates, screened
+from geometry.carriers import KEPT, Carrier, Tried, candidates, screened
 from geometry.contrasts import SMALLEST_CLASS, Contrast, indices
 from geometry.directions import best_layers, refused_and_accepted
-from pipeline.contrast_reading import ContrastReading, DirectionsConfig
+from pipeline.contrast_reading import ContrastReading
 from pipeline.directions import begun_otherwise, directions_of, estimated
+from study.config import StudyConfig
 
 MEASURED = "measured.jsonl"
 TAIL = ("-5", "-4", "-3", "-2", "-1")
 POSITIONS = ("t_first", *DIRECTION_POSITIONS, *TAIL)
 ESTIMATORS = ("auto", "harc", "zhao")
 Request = Behaviour | AttackArtifact
-
-
-@dataclass(frozen=True)
-class StudyConfig:
-    """What a model is studied on, and how.
-
-    ``estimator`` of the refusal contrast: auto is zhao where the model refuses and accepts enough,
-    else harc. ``held_out_prompts``: how many of each label effects are measured on, spread over
-    categories. ``carrier_prompts`` of each label, and every ``carrier_every``-th layer, are tried
-    for carriers. ``refusals``: how many texts the log-probability of a refusal is a mean over.
-    ``controls``: random directions of each kind. ``judge`` says refused or complied.
-    """
-
-    contrast: str = DEMONSTRATION
-    splits: tuple[str, ...] = CONTRAST_SPLITS
-    held_out: str = DEMONSTRATION
-    held_out_splits: tuple[str, ...] = HELD_OUT_SPLITS
-    held_out_prompts: int | None = 24
-    estimator: str = "auto"
-    reply_tokens: int = 32
-    resamples: int = 200
-    controls: int = 5
-    carrier_prompts: int = 12
-    carrier_every: int = 3
-    refusals: int = 2
-    seed: int = 0
-    system_prompt: str | None = None
-    judge: str = QUICK_JUDGE
-
-    def to_settings(self) -> Row:
-        """For a run's manifest."""
-        names = {k: recorded_name(getattr(self, k)) for k in ("contrast", "held_out")}
-        return asdict(self) | names
-
-    @property
-    def directions(self) -> DirectionsConfig:
-        return DirectionsConfig(
-            contrast=self.contrast,
-            splits=self.splits,
-            reply_tokens=self.reply_tokens,
-            resamples=self.resamples,
-            seed=self.seed,
-            system_prompt=self.system_prompt,
-            judge=self.judge,
-        )
 
 
 class Study:
@@ -141,6 +93,14 @@ class Study:
                 remedy="give other splits or another file",
             )
         return behaviours
+
+    def held_out_pairs(self) -> list[tuple[Behaviour, Behaviour]]:
+        """Harmful and harmless held-out requests that are matched; in their order if none is."""
+        harmful, harmless = self.held_out(HARMFUL), self.held_out(HARMLESS)
+        of = {b.unit: b for b in harmless}
+        return [(b, of[b.unit]) for b in harmful if b.unit in of] or list(
+            zip(harmful, harmless, strict=False)
+        )
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -296,27 +256,37 @@ class Study:
         label = [b for b, h in zip(self.behaviours, self.harmful, strict=True) if h is harmful]
         return [of[b.behaviour_id] for b in spread(label, n)]
 
+    @cached_property
+    def tried(self) -> Tried:
+        """What candidates are tried on: contrast prompts, spread over categories."""
+        n = self.config.carrier_prompts
+        sides = self.some(True, n), self.some(False, n)
+        return Tried.on(self.loaded, *sides, self.refusal_ids)
+
+    def candidates(self, kind: str) -> list[Carrier]:
+        """Candidates of one field."""
+        every = self.config.carrier_every
+        return candidates(self.field(kind), self.loaded.n_layers, every)
+
+    def search_identity(self, kind: str) -> list[Any]:
+        """What a search for carriers depends on."""
+        config = self.config
+        sizes = [config.carrier_prompts, config.carrier_every, KEPT]
+        return [*self.set_identity, kind, self.estimator_identity, *sizes, self.refusal_ids]
+
     def _scored(self, kind: str) -> list[Carrier]:
-        field, n = self.field(kind), self.config.carrier_prompts
-        tried = candidates(field, self.loaded.n_layers, self.config.carrier_every)
+        tried = self.candidates(kind)
 
         def make() -> list[Row]:
-            return [
-                c.to_row()
-                for c in screened(
-                    self.loaded, tried, self.some(True, n), self.some(False, n), self.refusal_ids
-                )
-            ]
+            return [c.to_row() for c in screened(self.loaded, tried, self.tried)]
 
-        every = self.config.carrier_every
-        depends = [*self.set_identity, kind, self.estimator_identity, n, every, self.refusal_ids]
         by_place = {(c.position, c.layer): c for c in tried}
         return [
             replace(
                 by_place[row["position"], row["layer"]],
                 **{name: row[name] for name in ("comply", "refuse", "kl")},
             )
-            for row in self.kept("carriers", depends, make)
+            for row in self.kept("carriers", self.search_identity(kind), make)
         ]
 
     def carrier(self, kind: str) -> Carrier:
@@ -339,8 +309,7 @@ class Study:
         render = self.renderer.render
         return [render(Conversation(c, system=s), allow_trim=True) for c, s in contents]
 
-    def residuals(self, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """(prompt, layer, d_model) at t_inst."""
-        return collect(
-            self.loaded, prompts, [str(i) for i in range(len(prompts))], positions=("t_inst",)
-        ).at("t_inst")
+    def residuals(self, prompts: Sequence[Prompt], position: str = "t_inst") -> torch.Tensor:
+        """(prompt, layer, d_model) at one position."""
+        ids = [str(i) for i in range(len(prompts))]
+        return collect(self.loaded, prompts, ids, positions=(position,)).at(position)

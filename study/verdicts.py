@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
 
@@ -31,7 +31,7 @@ NEAR_ORTHOGONAL = math.cos(math.radians(80))
 """Cosines of less than this are near orthogonal, of more alike."""
 FEWEST = 12
 """Units below which the bootstrap of a cosine decides nothing."""
-ABOVE, BELOW, WITHIN = "above", "below", "within"
+ABOVE, BELOW, WITHIN, NOT_ABOVE = "above", "below", "within", "not above"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Check:
 
     Attributes:
         low, high: 95 % interval.
-        claimed: ``above`` or ``below`` the threshold; or ``within``: closer to 0 than it.
+        claimed: ``above`` or ``below`` the threshold; ``within``: closer to 0 than it; ``not
+            above``: below it, where it is the largest value that counts as nothing.
         p, p_against: one-sided p of the claimed side and of the other.
         test: how they were found.
         n: units.
@@ -138,6 +139,19 @@ class Claim:
         return row
 
 
+def claim_of(row: Row) -> Claim:
+    """The claim of a row, before Holm's correction."""
+    told = {f.name for f in fields(Check)}
+    checks = tuple(
+        Check(
+            **{k: math.nan if v is None and k != "needed" else v for k, v in c.items() if k in told}
+        )
+        for c in row["checks"]
+    )
+    kept = {f.name: row[f.name] for f in fields(Claim) if f.name not in ("checks", "holm")}
+    return Claim(**{**kept, "checks": checks, "held_back": tuple(row["held_back"])})
+
+
 def _combined(p_values: Sequence[float], *, any_of: bool) -> float:
     """p of several tests: any one of them (Bonferroni), or all of them together; 1 without any."""
     if not p_values:
@@ -182,7 +196,8 @@ def mean_check(
 
     Args:
         claimed: ``within`` is an equivalence test: above minus the threshold and below it.
-        controls: the same mean of each control; for ``within`` those far from 0 speak against it.
+        controls: the same mean of each control. What is claimed to be small (``within``, ``not
+            above``) needs not beat them; to refute it, it must.
     """
     array = np.asarray([v for v in values if math.isfinite(v)], dtype=np.float64)
     n = len(array)
@@ -264,8 +279,10 @@ def p_check(
 def _ranks(value: float, controls: Numbers, claimed: str) -> tuple[float, float]:
     """p of the claimed side and of the other by the rank among controls."""
     array = np.asarray(controls, dtype=np.float64)
-    if claimed == WITHIN:  # what is small is no evidence of its own; what is large must be extreme
+    if claimed == WITHIN:
         return 0.0, permutation_p(abs(value), np.abs(array))
+    if claimed == NOT_ABOVE:
+        return 0.0, permutation_p(value, array)
     up, down = permutation_p(value, array), permutation_p(-value, -array)
     return (up, down) if claimed == ABOVE else (down, up)
 

@@ -20,9 +20,10 @@ from geometry.controls import Site, design, far_layer
 from geometry.effects import differences
 from geometry.interventions import ablation
 from study.claims.registry import CLAIMS
+from study.config import StudyConfig
 from study.outcomes import measure
 from study.replies import responses
-from study.study import Study, StudyConfig
+from study.study import Study
 from tests.conftest import make_model
 
 SMALL = "demonstration-v1"
@@ -73,7 +74,6 @@ CONFIG = StudyConfig(
     held_out=SMALL,
     held_out_prompts=16,
     resamples=40,
-    controls=2,
     carrier_prompts=6,
     carrier_every=1,
     reply_tokens=24,
@@ -123,13 +123,14 @@ def test_all_claims_are_measured_on_it_by_one_command(refusing, tmp_path):
     )
     rows = read_rows(tmp_path / "claims.jsonl")
     assert [r["number"] for r in rows] == sorted(map(int, CLAIMS.all()))
-    assert {r["verdict"] for r in rows} <= {"holds", "fails", "undecided"}
+    assert {r["verdict"] for r in rows} <= {"holds", "refuted", "undecided"}
     first = rows[0]
-    assert len(first["checks"]) == 6 and "left alone it refuses" in first["note"]
-    assert first["checks"][0]["value"] > 0.2  # ablating R reopens the model
+    assert len(first["checks"]) == 5 and "held-out harmful prompts" in first["note"]
+    assert first["checks"][0]["value"] < -0.2  # ablating R reopens the model
+    assert first["checks"][0]["p"] == pytest.approx(1 / 5)  # rank among two controls of two kinds
     for row in rows:
         for check in row["checks"]:
-            assert check["low"] <= check["high"] and check["n"] > 0
+            assert 0 < check["p"] <= 1 and check["test"] and check["n"] > 0
     assert set(rows[1]["settings"]) >= {
         "c_cos",
         "c_sub",

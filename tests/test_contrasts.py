@@ -40,7 +40,6 @@ from geometry.resampling import (
     resampled,
     spearman_brown,
 )
-from study.verdicts import Check, Claim, difference_check, mean_check
 
 
 def g(seed=0):
@@ -346,48 +345,3 @@ def test_centroid_distance_by_hand_and_its_null():
     row = centroid_distances(points)[0]
     assert row["distance"] == pytest.approx(5.0) and row["interval"] == pytest.approx([5.0, 5.0])
     assert row["classes"] == ["a", "b"] and row["null_95"] < 5.0
-
-
-# --- verdicts -------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("low", "high", "bar", "claimed", "says"),
-    [
-        (0.1, 0.3, 0.0, "above", "yes"),
-        (-0.1, 0.3, 0.0, "above", "unclear"),
-        (-0.3, 0.0, 0.0, "above", "no"),
-        (0.0, 0.0, 0.0, "above", "unclear"),
-        (-0.3, -0.1, 0.0, "below", "yes"),
-        (0.1, 0.2, 0.17, "below", "unclear"),
-        (0.2, 0.3, 0.17, "below", "no"),
-        (math.nan, 0.3, 0.0, "above", "unclear"),
-    ],
-)
-def test_what_a_check_says(low, high, bar, claimed, says):
-    assert Check("c", (low + high) / 2, low, high, bar, claimed, "share", 5).outcome == says
-
-
-def test_an_effect_within_its_null_refutes_nothing():
-    assert Check("c", 0.1, 0.05, 0.2, 0.3, "above", "cosine", 5, {}, 0.0).outcome == "unclear"
-    assert Check("c", -0.1, -0.2, -0.05, 0.3, "above", "cosine", 5, {}, 0.0).outcome == "no"
-
-
-def test_verdicts_need_all_checks_and_an_applicable_model():
-    yes, no, unclear = (
-        Check("c", 0.2, low, 0.3, bar, "above", "share", 5)
-        for low, bar in ((0.1, 0.0), (0.1, 0.5), (-0.1, 0.0))
-    )
-    assert Claim(1, "t", "m", (yes, yes)).verdict == "holds"
-    assert Claim(1, "t", "m", (yes, unclear)).verdict == "undecided"
-    assert Claim(1, "t", "m", (yes, unclear, no)).verdict == "fails"
-    assert Claim(1, "t", "m", (yes,), held_back=("no",)).verdict == "undecided"
-    assert Claim(1, "t", "m", ()).verdict == "undecided"
-    row = Claim(1, "t", "m", (yes, no)).to_row()
-    assert row["verdict"] == "fails" and [c["outcome"] for c in row["checks"]] == ["yes", "no"]
-
-
-def test_checks_by_bootstrap_hold_their_mean():
-    c = mean_check("c", [0.0, 1.0, math.nan, 1.0], unit="share")
-    assert c.value == pytest.approx(2 / 3) and c.n == 3 and c.low <= c.value <= c.high
-    assert mean_check("c", [], unit="share").outcome == "unclear"
-    d = difference_check("d", [5.0, 5.0], [1.0, 1.0], unit="x", threshold=3.0)
-    assert (d.value, d.low, d.high, d.outcome) == (4.0, 4.0, 4.0, "yes")

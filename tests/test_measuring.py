@@ -34,7 +34,8 @@ from study.claims.claim_02_orthogonality import measure as measure_2
 from study.claims.claim_12_separable import measure as measure_12
 from study.claims.claim_13_suppression import measure as measure_13
 from study.claims.evidence import Evidence
-from study.study import Study, StudyConfig
+from study.config import StudyConfig
+from study.study import Study
 from study.verdicts import Check, Claim
 from tests.campaigns import attacked
 from tests.test_contrasts import point

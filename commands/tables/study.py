@@ -139,7 +139,10 @@ def effects_table(rows: Sequence[Row]) -> str:
 
 
 def claims_table(claims: Sequence[Claim]) -> str:
-    """One line per check; the verdict stands with each claim's first line."""
+    """One line per check; the verdict stands with each claim's first line.
+
+    Checks in brackets have no say in the verdict.
+    """
     rows: list[tuple[Claim, Check | None, bool]] = []
     for claim in claims:
         rows += [(claim, check, n == 0) for n, check in enumerate(claim.checks)]
@@ -153,29 +156,47 @@ def claims_table(claims: Sequence[Claim]) -> str:
         return lambda row: "" if row[1] is None else fill(row[1])
 
     def claimed(c: Check) -> str:
+        if c.claimed == "within":
+            return f"|.| < {c.threshold:.2f}"
         return f"{'>' if c.claimed == 'above' else '<'} {c.threshold:.2f}"
 
     def nulls(c: Check) -> str:
-        return ", ".join(f"{k.removesuffix('_95')} {v:.2f}" for k, v in c.nulls.items()) or "-"
+        return ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in c.nulls.items()) or "-"
+
+    def holm(claim: Claim) -> str:
+        return ", ".join(f"{p:.3f}" for p in claim.holm or ()) or "-"
+
+    def says(c: Check) -> str:
+        return c.outcome if c.decides else f"({c.outcome})"
 
     columns: Columns = [
         ("claim", once(lambda claim: str(claim.number))),
         ("model", once(lambda claim: short_spec(claim.model))),
         ("verdict", once(lambda claim: claim.verdict)),
+        ("p, against, by Holm", once(holm)),
         ("check", lambda row: row[1].name if row[1] else "not measured"),
         ("estimate", of_check(lambda c: f"{c.value:+.2f}")),
         ("interval", of_check(lambda c: ends((c.low, c.high)))),
         ("claimed", of_check(claimed)),
-        ("nulls' 95 %", of_check(nulls)),
+        ("nulls", of_check(nulls)),
         ("n", of_check(lambda c: str(c.n))),
-        ("check says", of_check(lambda c: c.outcome)),
+        ("p", of_check(lambda c: f"{c.p:.3f}")),
+        ("p against", of_check(lambda c: f"{c.p_against:.3f}")),
+        ("check says", of_check(says)),
+        ("n for 80 %", of_check(lambda c: str(c.needed) if c.needed else "-")),
     ]
     held_back = [
         f"{claim.number} on {short_spec(claim.model)} is held back: {reason}"
         for claim in claims
         for reason in claim.held_back
     ]
-    return "\n".join([text_of(columns, rows), *held_back])
+    tests = [
+        f"{number}. {check}: {test}"
+        for number, check, test in dict.fromkeys(
+            (claim.number, c.name, c.test) for claim in claims for c in claim.checks
+        )
+    ]
+    return "\n".join([text_of(columns, rows), *held_back, "tests", *tests])
 
 
 def coupling_table(claims: Sequence[Claim]) -> str:

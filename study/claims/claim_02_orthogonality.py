@@ -1,18 +1,18 @@
 """Claim 2: the carriers of H and R are near orthogonal on aligned models.
 
-Noise pulls a cosine towards zero, so it is divided by what the two directions have in common with
-themselves (split halves, Spearman-Brown). Published angles are 82 to 90 degrees.
+An equivalence test: both one-sided bounds of the cosine lie within those of 80 degrees. The cosine
+is free of noise (``geometry/cross_half.py``). Beside it stands a positive control, the same concept
+read at the other concept's site: harmfulness where R is read. If that cannot be told from
+orthogonal either, nothing was learnt. Published angles are 82 to 90 degrees.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 
 from core.rows import Row
-from geometry.contrasts import Contrast, cosine
 from geometry.coupling import (
     effective_rank,
     hrci,
@@ -22,82 +22,49 @@ from geometry.coupling import (
     subspace,
     subspace_overlap,
 )
-from geometry.resampling import (
-    basic_interval,
-    permuted,
-    reliability,
-    resampled,
-    spearman_brown,
-    upper,
-)
+from geometry.cross_half import cross_half
 from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest
 from study.study import Study
-from study.verdicts import Check, Claim
+from study.verdicts import ABOVE, WITHIN, Claim, cosine_check
 
-NEAR_ORTHOGONAL = math.cos(math.radians(80))
-ALIGNED = 0.5
-"""Share of harmful prompts refused, and"""
 UNRELIABLE = 0.5
-"""a direction's estimated cosine with the true one. Below them nothing is said of angles."""
-SPLITS = 100
+"""Estimated cosine of a direction with the true one. Below it nothing is said of angles."""
+DRAWS = 999
 
 
 def measure(evidence: Evidence) -> Claim:
     study = evidence.study
     h, r = study.carrier("H"), study.carrier("R")
-    pair = study.field("H")[h.position], study.field("R")[r.position]
+    first, second = study.field("H")[h.position], study.field("R")[r.position]
+    there = study.contrast("harm", r.position)
     generator = torch.Generator().manual_seed(study.config.seed)
-    a, b = resampled(pair, study.config.resamples, generator)
-    p, q = permuted(pair, study.config.resamples, generator)
-    trust = [
-        spearman_brown(_split_half(contrast, carrier.layer, generator))
-        for contrast, carrier in zip(pair, (h, r), strict=True)
-    ]
-    reliable = min(trust) > UNRELIABLE  # else the correction would make anything of nothing
-    attenuation = trust[0] * trust[1] if reliable else 1.0
-    raw = h.vector @ r.vector
-    draws = cosine(a[:, h.layer], b[:, r.layer])[:, None]
-    ends = (basic_interval(raw[None], draws)[0] / attenuation).clamp(-1, 1)
-    low, high = sorted(abs(end) for end in ends.tolist())
-    if ends[0] * ends[1] < 0:
-        low = 0.0
+    layers = h.layer, r.layer
+    found, control = (cross_half(first, c, layers, DRAWS, generator) for c in (second, there))
+    name = "cosine of the H and the R carrier, without noise"
+    positive = cosine_check("positive control: harmfulness at R's site", control, claimed=ABOVE)
+    checks = (cosine_check(name, found, claimed=WITHIN), positive.told())
     coupled = coupling(study)
-    nulls = {
-        "random_95": coupled["nulls"]["cos_95"],
-        "permuted_95": float(upper(cosine(p[:, h.layer], q[:, r.layer]))),
-    }
-    check = Check(
-        "|cos(H carrier, R carrier)|, corrected for noise",
-        abs(float(raw) / attenuation),
-        low,
-        high,
-        NEAR_ORTHOGONAL,
-        "below",
-        "cosine",
-        min(c.size for c in pair),
-        nulls,
-    )
     note = evidence.setting()
-    note += f"; cosines with their true directions: H {trust[0]:.2f}, R {trust[1]:.2f}"
-    note += f"; uncorrected {coupled['c_cos']:+.2f}"
-    held_back = evidence.inadmissible("H", "R")
-    if study.refusal_rate < ALIGNED:
+    note += f"; cosines with their true directions: H {found.trust[0]:.2f}, R {found.trust[1]:.2f}"
+    note += f"; as it is {coupled['c_cos']:+.2f}"
+    held_back = [*evidence.not_aligned(), *evidence.inadmissible("H", "R")]
+    if min(found.trust) < UNRELIABLE:
         held_back.append(
-            f"not an aligned model: it refuses {study.refusal_rate:.0%} of the harmful prompts"
+            f"a direction is too unreliable: cosines with the true directions H "
+            f"{found.trust[0]:.2f}, R {found.trust[1]:.2f}, at least {UNRELIABLE} each"
         )
-    if not reliable:
+    if study.refusal_kind == "harm":
         held_back.append(
-            f"a direction is too unreliable to correct the angle for noise: cosines with the true "
-            f"directions H {trust[0]:.2f}, R {trust[1]:.2f}, at least {UNRELIABLE} each"
+            "the harc estimator takes harmfulness at R's site for refusal: there is no positive "
+            "control"
         )
-    return replace(
-        TEST.claim(evidence, (check,) if reliable else (), note, held_back), settings=coupled
-    )
-
-
-def _split_half(contrast: Contrast, layer: int, generator: torch.Generator) -> float:
-    return float(reliability(contrast, contrast.size // 2, SPLITS, generator)[:, layer].mean())
+    elif positive.outcome != "yes":
+        held_back.append(
+            "the positive control is not told from orthogonal: a small cosine may come from the "
+            "two sites alone"
+        )
+    return replace(TEST.claim(evidence, checks, note, held_back), settings=coupled)
 
 
 def coupling(study: Study) -> Row:

@@ -1,35 +1,41 @@
 """Claim 7: effects exceed matched controls.
 
-Each effect less what directions do that move every token as far.
+Outcome D under R's ablation (harmful prompts) and addition (harmless prompts), less what searched
+random directions do that move every token as far. The rank is among those and the searched
+directions of permuted labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from geometry.effects import Row, by_behaviour, paired, pick
-from study.claims.evidence import NATS, Evidence
+import numpy as np
+
+from core.rows import Row
+from geometry.effects import by_behaviour, paired, pick
+from study.claims.evidence import NATS, Evidence, control_changes
 from study.claims.registry import CLAIMS, ClaimTest
-from study.verdicts import Check, Claim, mean_check
+from study.verdicts import ABOVE, BELOW, Check, Claim, mean_check
 
 
 def measure(evidence: Evidence) -> Claim:
-    rows = evidence.interventions
-    bad, good = pick(rows, label="harmful"), pick(rows, label="harmless")
     checks = (
-        _check("ASR on harmful, R ablated - matched", bad, "complied", "above", "share"),
-        _check("outcome D on harmful, R ablated - matched", bad, "d", "below", NATS),
-        _check("outcome D on harmless, R added - matched", good, "d", "above", NATS),
+        _check("D on harmful, R ablated - matched", evidence.ablated_controls("R"), BELOW),
+        _check("D on harmless, R added - matched", evidence.additions, ABOVE),
     )
-    refused = sum(by_behaviour(pick(bad, mode="none"), "refused").values())
-    note = f"left alone it refuses {refused:.0f} held-out harmful prompts; {evidence.setting()}"
     held_back = [*evidence.too_few_refusals(), *evidence.inadmissible("R")]
-    return TEST.claim(evidence, checks, note, held_back)
+    return TEST.claim(evidence, checks, evidence.setting(), held_back)
 
 
-def _check(name: str, rows: Sequence[Row], outcome: str, claimed: str, unit: str) -> Check:
+def _check(name: str, rows: Sequence[Row], claimed: str) -> Check:
     own, matched = (pick(rows, mode="R", kind=kind) for kind in ("intervention", "matched"))
-    return mean_check(name, paired(own, matched, outcome), unit=unit, claimed=claimed)
+    values = paired(own, matched, "d")
+    alone, others = (by_behaviour(r, "d") for r in (pick(rows, mode="none"), matched))
+    usual = float(np.mean([others[b] - alone[b] for b in others]))
+    controls = [change - usual for change in control_changes(rows, "R")]
+    return mean_check(
+        name, values, unit=NATS, claimed=claimed, controls=controls, what="searched controls"
+    )
 
 
 TEST = CLAIMS.add(ClaimTest(number=7, title="Effects exceed matched controls", measure=measure))

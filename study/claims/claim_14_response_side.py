@@ -1,75 +1,77 @@
 """Claim 14: on successful attacks response-side H is above benign although prompt-side H is not.
 
-At the study's layer: successful attacks against held-out harmless prompts and the model's replies
-to them.
+Benign is the same wrapper with the matched harmless request in it, and what the model replies to
+that. At the study's layer, in differences by behaviour:
+
+    response side   mean over the first 32 tokens of the reply, along the response-side H; above 0
+    prompt side     t_goal, along the prompt-side H; not above a quarter of the gap between the
+                    harmful and the harmless contrast prompts
+
+Both obey directions of permuted labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+from torch import Tensor
 
 from core.errors import AttackPlaneError
 from core.records import BASELINES, AttackArtifact
-from geometry.contrasts import Contrast, unit
-from geometry.resampling import permuted, upper
+from evaluation.judges import COMPLIED
+from geometry.contrasts import Contrast
+from geometry.resampling import permuted
 from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest
-from study.replies import replies_to, response_residuals
-from study.verdicts import Check, Claim, difference_check
+from study.replies import replies_of, response_residuals
+from study.verdicts import ABOVE, NOT_ABOVE, Check, Claim, mean_check
+from study.wrapped import by_behaviour, content_with
 
 MARGIN = 0.25
 """Of the contrast set's gap between harmful and harmless: less counts as not above benign."""
-RANDOM_DRAWS = 2000
+FEWEST = 3
+"""Behaviours with a successful attack."""
 
 
 def measure(evidence: Evidence) -> Claim:
     study, layer = evidence.study, evidence.study.layer
     try:
-        responses = evidence.responses
+        responses, pairs = evidence.responses, evidence.wrapped
     except AttackPlaneError as error:
         return TEST.claim(evidence, (), held_back=[str(error)])
     won = successful(evidence)
-    units = [a.behaviour_id for a, _ in won]
-    if len(set(units)) < 3:
-        return TEST.claim(evidence, (), held_back=[f"{len(won)} successful attacks: too few"])
-    system = study.config.system_prompt
-    benign = study.held_out("harmless")
-    replies = replies_to(study, benign)
-    said = study.outcomes(zip(benign, replies, strict=True))
-    there = [i for i, outcome in enumerate(said) if outcome == "complied"]
-    requests = [(a.prompt, a.system_prompt) for a, _ in won]
-    requests += [(benign[i].request, system) for i in there]
-    texts = [reply for _, reply in won] + [replies[i] for i in there]
-    response = response_residuals(study, requests, texts)[:, layer].split([len(won), len(there)])
-    attacked = study.prompts_of([(a.prompt, a.system_prompt) for a, _ in won])
-    plain = study.prompts_of([(b.request, system) for b in benign])
-    prompt = study.residuals([*attacked, *plain])[:, layer].split([len(won), len(plain)])
-    seed, draws = study.config.seed, study.config.resamples
+    chosen = [i for i, a in enumerate(pairs.artifacts) if a.artifact_id in won]
+    contents, requests = [], []
+    for i in chosen:
+        a, b = pairs.artifacts[i], pairs.harmless[i]
+        content = content_with(a, b.request)
+        assert content is not None  # or it would not be among the pairs
+        contents.append((content, a.system_prompt))
+        requests.append(b)
+    replies = replies_of(study, contents)
+    said = study.outcomes(zip(requests, replies, strict=True))
+    kept = [n for n, outcome in enumerate(said) if outcome == COMPLIED]
+    rows = [chosen[n] for n in kept]
+    names = [pairs.behaviours[i] for i in rows]
+    if len(set(names)) < FEWEST:
+        why = f"successful attacks on {len(set(names))} behaviours only, with a benign counterpart"
+        return TEST.claim(evidence, (), held_back=[why])
+    attacked = [(pairs.artifacts[i].prompt, pairs.artifacts[i].system_prompt) for i in rows]
+    texts = [won[pairs.artifacts[i].artifact_id] for i in rows] + [replies[n] for n in kept]
+    both = [*attacked, *(contents[n] for n in kept)]
+    said_states = response_residuals(study, both, texts)[:, layer].double()
+    response = said_states[: len(rows)] - said_states[len(rows) :]
+    prompt = pairs.moved("t_goal", layer)[torch.tensor(rows)]
     checks = (
-        _check(
-            "response-side H, successful attacks - benign",
-            _Sides(responses.harmfulness, response[0], response[1], units, layer),
-            "above",
-            seed,
-            draws,
-        ),
-        _check(
-            "prompt-side H, successful attacks - benign",
-            _Sides(study.harmfulness, prompt[0], prompt[1], units, layer),
-            "below",
-            seed,
-            draws,
-        ),
+        _check(evidence, "response", responses.harmfulness, response, names, ABOVE),
+        _check(evidence, "prompt", study.harmfulness, prompt, names, NOT_ABOVE),
     )
-    note = f"layer {layer}; {len(won)} successful attacks on {len(set(units))} behaviours"
+    note = f"layer {layer}; {len(rows)} successful attacks on {len(set(names))} behaviours"
     return TEST.claim(evidence, checks, note)
 
 
-def successful(evidence: Evidence) -> list[tuple[AttackArtifact, str]]:
-    """(artifact, reply) of the attacks that succeeded with a reply that complies."""
-    by_id = {a.artifact_id: a for a in evidence.artifacts}
+def successful(evidence: Evidence) -> dict[str, str]:
+    """Artifact id -> reply of the attacks that succeeded with a reply that complies."""
+    by_id: dict[str, AttackArtifact] = {a.artifact_id: a for a in evidence.artifacts}
     won = [
         (by_id[r.artifact_id], r.reply)
         for r in evidence.replays
@@ -79,53 +81,35 @@ def successful(evidence: Evidence) -> list[tuple[AttackArtifact, str]]:
         and r.artifact_id in by_id
     ]
     said = evidence.study.outcomes(won)
-    return [pair for pair, outcome in zip(won, said, strict=True) if outcome == "complied"]
+    return {
+        a.artifact_id: reply
+        for (a, reply), outcome in zip(won, said, strict=True)
+        if outcome == COMPLIED
+    }
 
 
-class _Sides:
-    """Attacked and benign residuals (n, d_model) at one layer; attacked ones by behaviour."""
-
-    def __init__(
-        self,
-        contrast: Contrast,
-        attacked: torch.Tensor,
-        benign: torch.Tensor,
-        units: Sequence[str],
-        layer: int,
-    ) -> None:
-        rows = {u: [i for i, v in enumerate(units) if v == u] for u in dict.fromkeys(units)}
-        self.contrast, self.layer = contrast, layer
-        self.attacked = torch.stack([attacked[r].double().mean(0) for r in rows.values()])
-        self.benign = benign.double()
-        self.gap = self.attacked.mean(0) - self.benign.mean(0)
-        self.direction = contrast.direction[layer].double()
-
-    def nulls(self, seed: int, draws: int) -> dict[str, float]:
-        """95th percentiles of the gap along directions that mean nothing."""
-        generator = torch.Generator().manual_seed(seed)
-        dealt = permuted([self.contrast], draws, generator)[0][:, self.layer].double()
-        random = unit(torch.randn(RANDOM_DRAWS, len(self.gap), generator=generator)).double()
-        return {
-            "random_95": float(upper(random @ self.gap)),
-            "permuted_95": float(upper(dealt @ self.gap)),
-        }
-
-
-def _check(name: str, sides: _Sides, claimed: str, seed: int, draws: int) -> Check:
-    nulls = sides.nulls(seed, draws)
-    classes = float(sides.contrast.difference[sides.layer].norm())
-    threshold, refuted_at = (
-        (max(nulls.values()), 0.0) if claimed == "above" else (MARGIN * classes, None)
-    )
-    return difference_check(
-        name,
-        (sides.attacked @ sides.direction).tolist(),
-        (sides.benign @ sides.direction).tolist(),
+def _check(
+    evidence: Evidence,
+    side: str,
+    contrast: Contrast,
+    moved: Tensor,
+    names: list[str],
+    claimed: str,
+) -> Check:
+    """The mean over behaviours of what ``moved`` (prompt, d_model) has along a direction."""
+    layer = evidence.study.layer
+    generator = torch.Generator().manual_seed(evidence.study.config.seed)
+    dealt = permuted([contrast], evidence.controls, generator)[0][:, layer].double()
+    means = torch.tensor([by_behaviour(names, along) for along in (moved @ dealt.T).T])
+    gap = float(contrast.difference[layer].norm())
+    return mean_check(
+        f"{side}-side H, successful attacks - benign in the same wrapper",
+        by_behaviour(names, moved @ contrast.direction[layer].double()),
         unit="residual units",
-        threshold=threshold,
         claimed=claimed,
-        nulls=nulls,
-        refuted_at=refuted_at,
+        threshold=MARGIN * gap if claimed == NOT_ABOVE else 0.0,
+        controls=means.mean(1).tolist(),
+        what="permuted directions",
     )
 
 

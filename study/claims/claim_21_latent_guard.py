@@ -1,0 +1,96 @@
+"""Claim 21: latent guard. Beliefs from H tell harmful from harmless prompts, attacked ones too.
+
+Zhao (2507.11878): the belief of a prompt is a mean over layers,
+
+    belief = cos(h, mu_a) - cos(h, mu_b)        above 0 means a
+
+H: h at t_goal, mu_a and mu_b the centroids of harmful and harmless contrast prompts at t_inst (the
+same token there). R: h at t_post_inst, the centroids of refused and accepted ones, by this study's
+estimator. Layers are the inner ones. Accuracy is balanced: a pair counts the share of its two
+prompts that are told rightly, and 0.5 is chance. The counterpart of an attacked prompt is the same
+wrapper with the matched harmless request in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from core.errors import AttackPlaneError
+from core.records import BASELINES, Behaviour
+from geometry.contrasts import Contrast, unit
+from geometry.layers import inner_layers
+from pipeline.contrast_reading import rendered
+from study.claims.evidence import Evidence
+from study.claims.registry import CLAIMS, ClaimTest
+from study.study import Study
+from study.verdicts import Claim, mean_check
+from study.wrapped import by_behaviour
+
+UNIT = "accuracy beyond chance"
+
+
+def measure(evidence: Evidence) -> Claim:
+    study = evidence.study
+    try:
+        pairs = evidence.wrapped
+    except AttackPlaneError as error:
+        return TEST.claim(evidence, (), held_back=[str(error)])
+    sides = zip(*study.held_out_pairs(), strict=True)
+    plain = [_belief(study.harmfulness, _plain(study, side)) for side in sides]
+    chosen = torch.tensor([a.attack not in BASELINES for a in pairs.artifacts])
+    names = [name for name, keep in zip(pairs.behaviours, chosen.tolist(), strict=True) if keep]
+    right = {
+        name: _right(
+            _belief(contrast, pairs.attacked[position][chosen]),
+            _belief(contrast, pairs.counterpart[position][chosen]),
+        )
+        for name, contrast, position in (
+            ("H", study.harmfulness, "t_goal"),
+            ("R", study.refusal, "t_post_inst"),
+        )
+    }
+    h, r = (by_behaviour(names, right[name]) for name in "HR")
+    checks = (
+        mean_check("H tells plain prompts", _right(*plain).tolist(), unit=UNIT),
+        mean_check("H tells attacked prompts", h, unit=UNIT),
+        mean_check(
+            "attacked prompts, H - R", [a - b for a, b in zip(h, r, strict=True)], unit=UNIT
+        ),
+        mean_check("R tells attacked prompts", r, unit=UNIT).told(),
+    )
+    note = f"{len(names)} attacked prompts with a counterpart; estimator {study.estimator}"
+    return TEST.claim(evidence, checks, note)
+
+
+def _plain(study: Study, behaviours: Sequence[Behaviour]) -> Tensor:
+    return study.residuals(rendered(study.renderer, behaviours, study.config.system_prompt))
+
+
+def _belief(contrast: Contrast, resid: Tensor) -> Tensor:
+    """(prompt, layer, d_model) -> (prompt,) belief in the positive side of the contrast."""
+    layers = list(inner_layers(resid.shape[1] - 1))
+    h = unit(resid[:, layers].double())
+    beliefs = [
+        (h * unit(contrast.resid[side][:, layers].double().mean(0))).sum(-1)
+        for side in (contrast.positive, contrast.negative)
+    ]
+    return (beliefs[0] - beliefs[1]).mean(1)
+
+
+def _right(harmful: Tensor, harmless: Tensor) -> Tensor:
+    """(pair,) share of the two that are told rightly, less one half."""
+    return ((harmful > 0).double() + (harmless <= 0).double()) / 2 - 0.5
+
+
+TEST = CLAIMS.add(
+    ClaimTest(
+        number=21,
+        title="Beliefs from H tell harmful from harmless prompts, attacked ones too, where refusal "
+        "does not",
+        measure=measure,
+        needs_attacks=True,
+    )
+)

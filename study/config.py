@@ -1,0 +1,59 @@
+"""What a model is studied on, and how."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from core.rows import Row
+from evaluation.behaviours import (
+    CONTRAST_SPLITS,
+    DEMONSTRATION,
+    HELD_OUT_SPLITS,
+    recorded_name,
+)
+from evaluation.judges import QUICK_JUDGE
+from pipeline.contrast_reading import DirectionsConfig
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """What a model is studied on, and how.
+
+    ``estimator`` of the refusal contrast: auto is zhao where the model refuses and accepts enough,
+    else harc. ``held_out_prompts``: how many of each label effects are measured on, spread over
+    categories. ``carrier_prompts`` of each label, and every ``carrier_every``-th layer, are tried
+    for carriers. ``refusals``: how many texts the log-probability of a refusal is a mean over.
+    ``judge`` says refused or complied.
+    """
+
+    contrast: str = DEMONSTRATION
+    splits: tuple[str, ...] = CONTRAST_SPLITS
+    held_out: str = DEMONSTRATION
+    held_out_splits: tuple[str, ...] = HELD_OUT_SPLITS
+    held_out_prompts: int | None = 24
+    estimator: str = "auto"
+    reply_tokens: int = 32
+    resamples: int = 200
+    carrier_prompts: int = 8
+    carrier_every: int = 3
+    refusals: int = 2
+    seed: int = 0
+    system_prompt: str | None = None
+    judge: str = QUICK_JUDGE
+
+    def to_settings(self) -> Row:
+        """For a run's manifest."""
+        names = {k: recorded_name(getattr(self, k)) for k in ("contrast", "held_out")}
+        return asdict(self) | names
+
+    @property
+    def directions(self) -> DirectionsConfig:
+        return DirectionsConfig(
+            contrast=self.contrast,
+            splits=self.splits,
+            reply_tokens=self.reply_tokens,
+            resamples=self.resamples,
+            seed=self.seed,
+            system_prompt=self.system_prompt,
+            judge=self.judge,
+        )
