@@ -1,24 +1,26 @@
-"""Which layer? Three criteria from the literature, each by its name, none of them silently.
+"""Which layer? Criteria from the literature, each by its name, none of them silently.
 
-``eq6``         HARC 2607.00572, Eq. 6: (1 - |cos(v_harm, v_ref)|) (1 - |cos(v_harm_resp,
+``eq6_paper``   HARC 2607.00572, Eq. 6: (1 - |cos(v_harm, v_ref)|) (1 - |cos(v_harm_resp,
                 v_ref_resp)|) |cos(v_harm, v_harm_resp)| |cos(v_ref, v_ref_resp)|, over layers [4, n
-                - 4]; needs response-side directions
+                - 4]. v_ref is harmful - harmless at t_post_inst, as HARC has it
+``eq6_code``    the same with the official code's v_ref_resp
+``eq6_zhao``    as ``eq6_paper``, with v_ref from refused - accepted prompts: ours, no paper's
 ``separation``  held-out AUROC of harmful against harmless along v_harm and along v_ref, averaged,
                 over the same layers
-``arditi``      2406.11717: lowest refusal under ablation, among layers below 80 % of the depth
-                whose ablation keeps KL <= 0.1 nats on harmless prompts' next token and whose
-                addition raises refusal there
+``arditi``      2406.11717, as its official code chooses (``arditi_choice``)
 ``eq6_prompt``  Eq. 6's first factor times the mean held-out d' (``directions.layer_score``): where
                 no replies are at hand
 
 Response side, over means of the first 32 response tokens: v_harm_resp = n(harmful continuation -
-benign reply); v_ref_resp in HARC's paper n(refusal - harmful continuation) (``paper``), in its code
-n(refusal - helpful reply) (``code``).
+benign reply); v_ref_resp in HARC's paper n(refusal - harmful continuation), in its code n(refusal -
+helpful reply).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,16 +46,39 @@ def eq6(harm: Tensor, refusal: Tensor, harm_response: Tensor, refusal_response: 
     )
 
 
-def arditi_layers(rows: Sequence[Mapping[str, float]], n_layers: int) -> list[int]:
-    """Layers that pass Arditi's filter, the one that takes most refusal away first.
+@dataclass(frozen=True)
+class Candidate:
+    """A direction of Arditi's table, with its scores (``select_direction.py``).
 
-    Rows have layer, kl, refuse and comply of one direction per layer.
+    Attributes:
+        refusal: log-odds of refusal tokens on harmful prompts with the direction ablated, nats.
+        steering: the same on harmless prompts with the direction added at its layer, nats.
+        kl: of the next token of harmless prompts under the ablation, nats.
     """
-    # layers that were tried; under zhao the direction is that of refused against accepted prompts
-    passed = [
-        r for r in rows if r["kl"] <= MAX_KL and r["refuse"] > 0 and r["layer"] < DEPTH * n_layers
+
+    position: str
+    layer: int
+    refusal: float
+    steering: float
+    kl: float
+
+
+def arditi_choice(table: Sequence[Candidate], n_layers: int) -> list[Candidate]:
+    """Candidates that pass Arditi's filter, the one that is chosen first.
+
+    Dropped are those with a score that is no number, a layer of int(0.8 n) or more, a KL above 0.1,
+    or a steering score below 0: added to harmless prompts, the direction must make a refusal at
+    least as likely as not. Of the rest the lowest refusal score is chosen, the first of equal ones.
+    """
+    kept = [
+        c
+        for c in table
+        if all(map(math.isfinite, (c.refusal, c.steering, c.kl)))
+        and c.layer < int(DEPTH * n_layers)
+        and c.kl <= MAX_KL
+        and c.steering >= 0
     ]
-    return [int(r["layer"]) for r in sorted(passed, key=lambda r: -r["comply"])]
+    return sorted(kept, key=lambda c: c.refusal)
 
 
 def choose(scores: Mapping[str, Tensor], n_layers: int) -> dict[str, int]:

@@ -98,7 +98,7 @@ def _criteria(axis: Any, rows: list[Row], chosen: dict[str, int | None]) -> None
     tried = [r for r in rows if "arditi" in r]
     if tried:
         x = [r["layer"] for r in tried]
-        for key, marker in (("kl", "x"), ("refuse", "^"), ("comply", "v")):
+        for key, marker in (("kl", "x"), ("steering", "^"), ("refusal", "v")):
             axis.plot(
                 x,
                 [r["arditi"][key] for r in tried],

@@ -14,9 +14,10 @@ from core.models import ModelHandle, OpenModel
 from core.rows import Row
 from core.statistics import auroc
 from core.store import RunFolder
-from geometry.carriers import candidates, scored
-from geometry.contrasts import SMALLEST_CLASS, Contrast, cosine, held_out_separation
-from geometry.layers import arditi_layers, choose, eq6
+from geometry.carriers import Carrier
+from geometry.contrasts import SMALLEST_CLASS, Contrast, cosine, held_out_separation, unit
+from geometry.interventions import ablation, steering
+from geometry.layers import DEPTH, Candidate, arditi_choice, choose, eq6
 from geometry.resampling import (
     cosine_statistics,
     percentiles,
@@ -25,6 +26,7 @@ from geometry.resampling import (
     resampled,
     spearman_brown,
 )
+from geometry.rollout import rollout
 from pipeline.runs import check_specs, write_rows
 from plots import layers_png
 from study.config import StudyConfig
@@ -131,22 +133,44 @@ def field_rows(study: Study) -> list[Row]:
     return rows
 
 
-def arditi_rows(study: Study) -> list[dict[str, float]]:
-    """KL, induced refusal and compliance of the refusal direction at t_post_inst, layer by
-    layer."""
-    tried = candidates({"-1": study.refusal}, study.loaded.n_layers, study.config.carrier_every)
+def arditi_table(study: Study) -> list[Candidate]:
+    """Scores of harmful - harmless at every template position and layer that the rule may choose.
+
+    On ``ARDITI_PROMPTS`` contrast prompts of each label, spread over categories.
+    """
+    n = study.loaded.n_layers
+    tried = [
+        Carrier(
+            position, layer, unit(c.difference[layer]).float(), float(c.difference[layer].norm())
+        )
+        for position in study.tail
+        for c in (study.contrast("harm", position),)
+        for layer in range(int(DEPTH * n))
+        if c.alive[layer]
+    ]
 
     def make() -> list[Row]:
-        bad, good = (study.some(harmful, ARDITI_PROMPTS) for harmful in (True, False))
-        return [c.to_row() for c in scored(study.loaded, tried, bad, good, study.refusal_ids)]
+        ablated = [ablation("arditi", c.vector[None], range(n + 1)) for c in tried]
+        added = [steering("arditi", c.vector, [c.layer], c.norm) for c in tried]
+        means = []
+        for harmful, edits in ((True, ablated), (False, ablated), (False, added)):
+            outcomes = rollout(
+                study.loaded,
+                study.some(harmful, ARDITI_PROMPTS),
+                edits,
+                refusal_tokens=study.openings.first_tokens,
+                description="candidates of Arditi's rule",
+            )
+            scores = torch.tensor([[(o.log_odds, o.kl) for o in row] for row in outcomes])
+            means.append(scores.double().mean(0))
+        refusal, kl, steered = means[0][:, 0], means[1][:, 1], means[2][:, 0]
+        return [
+            asdict(Candidate(c.position, c.layer, *(float(s[i]) for s in (refusal, steered, kl))))
+            for i, c in enumerate(tried)
+        ]
 
-    depends = [
-        study.estimator_identity,
-        study.config.carrier_every,
-        study.refusal_ids,
-        study.set_identity,
-    ]
-    return sorted(study.kept("arditi", depends, make), key=lambda row: row["layer"])
+    depends = [study.openings.first_tokens, study.set_identity, ARDITI_PROMPTS]
+    return [Candidate(**row) for row in study.kept("arditi", depends, make)]
 
 
 @dataclass
@@ -179,9 +203,12 @@ def _profile(study: Study) -> _Profile:
         "R prompt, R response (paper)": (own, paper),
         "R prompt, R response (code)": (own, code),
     }
-    for name, side in (("eq6", paper), ("eq6_code", code)):
+    variants = {"eq6_paper": (r, paper), "eq6_code": (r, code)}
+    if study.refusal_kind == "refusal":
+        variants["eq6_zhao"] = own, paper
+    for name, (prompt, side) in variants.items():
         profile.scores[name] = eq6(
-            h.direction, own.direction, replies.harmfulness.direction, side.direction
+            h.direction, prompt.direction, replies.harmfulness.direction, side.direction
         )
     if replies.forced:
         profile.note = "refusals of the response side are ours, the model's own are too few"
@@ -195,8 +222,8 @@ def profile_rows(study: Study) -> tuple[list[Row], Row]:
         name: cosine_statistics(*pair, study.config.resamples, _generator(study))
         for name, pair in profile.pairs.items()
     }
-    tried = arditi_rows(study)
-    by_layer = {int(row["layer"]): row for row in tried}
+    table = arditi_table(study)
+    last = {c.layer: c for c in table if c.position == "-1"}
     rows = []
     for layer in range(study.loaded.n_layers + 1):
         row: Row = {"model": study.spec, "layer": layer}
@@ -205,16 +232,16 @@ def profile_rows(study: Study) -> tuple[list[Row], Row]:
             name: float(score[layer]) if score[layer].isfinite() else None
             for name, score in profile.scores.items()
         }
-        if layer in by_layer:
-            row["arditi"] = {k: by_layer[layer][k] for k in ("kl", "refuse", "comply")}
+        if layer in last:
+            row["arditi"] = {k: getattr(last[layer], k) for k in ("kl", "steering", "refusal")}
         rows.append(row)
     chosen: dict[str, int | None] = dict(choose(profile.scores, study.loaded.n_layers))
-    passed = arditi_layers(tried, study.loaded.n_layers)
-    chosen["arditi"] = passed[0] if passed else None
+    passed = arditi_choice(table, study.loaded.n_layers)
+    chosen["arditi"] = passed[0].layer if passed else None
     selection = {
         "model": study.spec,
         "layers": chosen,
-        "passed_arditi": passed,
+        "passed_arditi": [asdict(c) for c in passed],
         "estimator": study.estimator,
         "refusal_rate": study.refusal_rate,
         "note": profile.note,

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -141,15 +142,17 @@ class Claim:
 
 def claim_of(row: Row) -> Claim:
     """The claim of a row, before Holm's correction."""
-    told = {f.name for f in fields(Check)}
-    checks = tuple(
-        Check(
-            **{k: math.nan if v is None and k != "needed" else v for k, v in c.items() if k in told}
-        )
-        for c in row["checks"]
-    )
+    checks = []
+    for c in row["checks"]:
+        own: dict[str, Any] = {f.name: c[f.name] for f in fields(Check)}
+        checks.append(Check(**{k: _number(k, v) for k, v in own.items()}))
     kept = {f.name: row[f.name] for f in fields(Claim) if f.name not in ("checks", "holm")}
-    return Claim(**{**kept, "checks": checks, "held_back": tuple(row["held_back"])})
+    return Claim(**{**kept, "checks": tuple(checks), "held_back": tuple(row["held_back"])})
+
+
+def _number(name: str, value: Any) -> Any:
+    """NaN was written as null."""
+    return math.nan if value is None and name != "needed" else value
 
 
 def _combined(p_values: Sequence[float], *, any_of: bool) -> float:

@@ -216,7 +216,7 @@ def test_layers_and_intervene_on_two_models(refusing, tiny_folders, tmp_path):
     )
     for name in (
         "layer by criterion",
-        "eq6",
+        "eq6_paper",
         "separation",
         "arditi",
         "reliability by sample size",
@@ -225,7 +225,9 @@ def test_layers_and_intervene_on_two_models(refusing, tiny_folders, tmp_path):
         assert name in output
     selection = read_rows(tmp_path / "layers_selection.jsonl")
     assert [s["model"] for s in selection] == [refusing, other]
-    assert {"eq6", "eq6_code", "eq6_prompt", "separation", "arditi"} <= set(selection[0]["layers"])
+    assert {"eq6_paper", "eq6_code", "eq6_prompt", "separation", "arditi"} <= set(
+        selection[0]["layers"]
+    )
     field = read_rows(tmp_path / "layers_field.jsonl")
     assert {r["position"] for r in field} >= {"t_goal", "t_inst", "-1", "-2"}
     assert {r["kind"] for r in field if r["model"] == refusing} == {

@@ -23,12 +23,13 @@ from geometry.coupling import (
     subspace_overlap,
 )
 from geometry.effects import summary
-from geometry.layers import arditi_layers, choose, eq6, inner_layers
+from geometry.layers import Candidate, arditi_choice, choose, eq6, inner_layers
 from geometry.prediction import (
     EITHER,
     POOLED,
     centroid_distances,
     held_out_scores,
+    regress,
     success_auroc,
     success_prediction,
 )
@@ -188,18 +189,36 @@ def test_eq6_by_hand():
     assert float(eq6(h, h, h_response, r_response)) == 0
 
 
-def test_arditi_keeps_layers_that_pass_all_three_conditions():
-    def row(layer, kl, refuse, comply):
-        return {"layer": layer, "kl": kl, "refuse": refuse, "comply": comply}
+def test_arditi_chooses_what_the_official_code_chooses():
+    """The published rule in plain words of its own (select_direction.py), on random tables."""
 
-    rows = [
-        row(2, 0.05, 0.1, 0.5),
-        row(4, 0.11, 0.1, 9.0),
-        row(5, 0.05, -0.1, 9.0),
-        row(6, 0.1, 0.2, 0.9),
-        row(8, 0.0, 1.0, 9.0),
-    ]
-    assert arditi_layers(rows, 10) == [6, 2]
+    def official(table, n):
+        best, found = None, None
+        for c in table:
+            if any(math.isnan(v) for v in (c.refusal, c.steering, c.kl)):
+                continue
+            if c.layer >= int(n * (1.0 - 0.2)) or c.kl > 0.1 or c.steering < 0.0:
+                continue
+            if best is None or -c.refusal > best:
+                best, found = -c.refusal, c
+        return found
+
+    rng = np.random.default_rng(0)
+    chosen = 0
+    for n in (10, 12, 30, 32):
+        for _ in range(50):
+            table = [
+                Candidate(str(p), layer, *rng.normal(size=2).round(1), abs(rng.normal(0.1, 0.1)))
+                for p in range(-5, 0)
+                for layer in range(n)
+            ]
+            table[3] = dataclasses.replace(table[3], refusal=-99.0, steering=math.nan)
+            passed = arditi_choice(table, n)
+            assert (passed[0] if passed else None) == official(table, n)
+            chosen += bool(passed)
+    assert chosen > 150
+    on_the_edge = [Candidate("-1", 8, -9.0, 1.0, 0.0), Candidate("-1", 7, 0.0, 0.0, 0.1)]
+    assert arditi_choice(on_the_edge, 10) == on_the_edge[1:]  # layer < 8, steering >= 0, KL <= 0.1
 
 
 def test_criteria_look_at_inner_layers_only():
@@ -321,6 +340,42 @@ def test_labels_of_paired_items_are_swapped_within_their_pair():
         for pair in ((0, 3), (1, 4)):
             assert len(set(pair) & set(p)) == 1 and len(set(pair) & set(n)) == 1
     assert len({tuple(sorted(row)) for row in positive.tolist()}) == 8
+
+
+def regression_points(rng, slope, behaviours=16):
+    """D depends on H moved, and on behaviour and class by themselves; R moved is nothing to it."""
+    points, outcome = [], []
+    for b in range(behaviours):
+        for c in range(4):
+            moved = rng.normal(size=2) + 3 * c + 2 * (b % 3)
+            p = point(f"b{b}", f"class {c}", float(moved[0]), float(moved[1]), None)
+            points.append(dataclasses.replace(p, plain_x=0.0, plain_y=0.0))
+            outcome.append(slope * moved[0] + 5.0 * c - b + 0.5 * rng.normal())
+    return points, outcome
+
+
+def test_the_regression_finds_the_slope_within_classes_and_behaviours():
+    points, outcome = regression_points(np.random.default_rng(0), 2.0)
+    h, r = regress(points, outcome)
+    # by hand: the same by least squares on all dummies at once
+    _, b = np.unique([p.behaviour_id for p in points], return_inverse=True)
+    _, c = np.unique([p.class_name for p in points], return_inverse=True)
+    design = np.column_stack(
+        [[p.x for p in points], [p.y for p in points], np.eye(16)[b], np.eye(4)[c]]
+    )
+    slope = np.linalg.lstsq(design, np.array(outcome), rcond=None)[0][0]
+    others = design[:, 1:]
+    x = design[:, 0] - others @ np.linalg.lstsq(others, design[:, 0], rcond=None)[0]
+    assert h["slope"] == pytest.approx(slope * x.std()) and slope == pytest.approx(2.0, abs=0.2)
+    assert h["p"] < 0.001 and h["p_below"] > 0.9 and r["p"] > 0.05 and r["p_below"] > 0.05
+    assert h["interval"][0] < h["slope"] < h["interval"][1] and h["behaviours"] == 16
+
+
+def test_the_regression_seldom_finds_what_is_not_there():
+    rng = np.random.default_rng(1)
+    found = [regress(*regression_points(rng, 0.0, 8), resamples=2) for _ in range(300)]
+    for row in (0, 1):
+        assert np.mean([rows[row]["p"] <= 0.05 for rows in found]) <= 0.08
 
 
 def test_success_auroc_by_hand():

@@ -44,7 +44,7 @@ def directions_table(directions: Directions, layers: Sequence[int] | None = None
     return f"{title}\n{text_of(columns, shown)}"
 
 
-CRITERIA = ("eq6", "eq6_code", "eq6_prompt", "separation", "arditi")
+CRITERIA = ("eq6_paper", "eq6_code", "eq6_zhao", "eq6_prompt", "separation", "arditi")
 
 
 def criteria_table(rows: Sequence[Row]) -> str:
@@ -59,8 +59,11 @@ def criteria_table(rows: Sequence[Row]) -> str:
         ("estimator", lambda r: r["estimator"]),
         *((name, taken(name)) for name in CRITERIA),
         (
-            "layers that pass arditi",
-            lambda r: " ".join(map(str, sorted(r["passed_arditi"]))) or "none",
+            "best that pass arditi",
+            lambda r: (
+                ", ".join(f"{c['position']} layer {c['layer']}" for c in r["passed_arditi"][:3])
+                or "none"
+            ),
         ),
     ]
     return text_of(columns, rows)
