@@ -11,7 +11,8 @@ Options that make it another algorithm are off by default:
 
 ``momentum``       step 1 takes a running mean of the gradients (MAC, arXiv 2405.01229)
 ``mellowmax``      the loss of steps 1 and 5 weighs the worst target tokens more
-                   (``likelihood.target_nll``)
+                   (``likelihood.target_nll``). nanogcg takes it over logits, which are no
+                   likelihoods: losses under it cannot be compared
 ``buffer``         step 1 starts from the best of so many suffixes kept so far, and step 6 replaces
                    the worst of them if the winner is better (ACG and nanogcg; theirs begins with
                    random suffixes, ours with the initial one)

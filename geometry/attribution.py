@@ -1,23 +1,31 @@
-"""What would editing along a direction do to refusals? All directions at once, to first order.
+"""What would editing along a direction do? Many directions at once, by gradients.
 
-Scoring a direction in full takes passes of its own. Here one backward pass per prompt serves any
-number of directions, since an edit changes the mean log-probability of refusals by about
+Scoring a direction in full takes passes of its own. Here the backward passes of a prompt serve any
+number of directions u. With a_lt the residual that enters block l at token t, w_lt = a_lt -
+a_(l-1)t what the layer before wrote into it (w_0t is the embedding), and g_lt the gradient of a
+number f with respect to a_lt, an edit changes f to first order by
 
-    ablating u at all layers    - u^T W u,    W = sum over layers l and tokens t of w_lt g_lt^T
-    adding u at layer l         + u . p_l,    p_l = sum over tokens t of g_lt
+    ablating u at all layers    - sum over l, t of (u . w_lt) (u . g_lt)
+    adding s u at layer l       s sum over t of u . g_lt
 
-a_lt is the residual that enters block l, w_lt = a_lt - a_(l-1)t what the layer before wrote into it
-(w_0t is the embedding), and g_lt the gradient of the log-probability with respect to a_lt. An
-ablation at all layers takes u out of all that is written, so each write counts once. The sums run
-over the prompt and the refusal. Attribution patching (Nanda 2023) is the same approximation.
+An ablation at all layers takes u out of all that is written, so each write counts once. f is the
+outcome D (``evaluation/refusal_score.py``): the mean log-probability of refusals less that of
+openings that comply. It does not saturate as the first of the two does where a model always
+refuses. The sums run over the prompt and the text. And with f_v the
+log-probability of v as the next token, and p_v its probability,
 
-It is good enough to choose what is scored in full (docs/lab-log.md, 2026-11-28).
+    KL of the next token        1/2 sum over the likeliest v of p_v (change of f_v)^2
+
+Attribution patching (Nanda 2023) is the same approximation. The first two order candidates as full
+scores do. The KL is about a third of the true one, and orders candidates as it does
+(docs/lab-log.md, 2026-11-28).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,52 +34,105 @@ from core.models import LoadedModel
 from core.prompt import Prompt
 from geometry.activations import read_residuals
 
-
-@dataclass(frozen=True)
-class Attribution:
-    """Of the mean log-probability of refusals (nats per token), a mean over prompts.
-
-    Attributes:
-        writes: W, (d_model, d_model) float64.
-        pushes: p, (layer, d_model) float64.
-    """
-
-    writes: Tensor
-    pushes: Tensor
-
-    def ablated(self, directions: Tensor) -> Tensor:
-        """(n, d_model) unit directions -> (n,) changes by ablating each at all layers."""
-        u = directions.double()
-        return -((u @ self.writes) * u).sum(-1)
-
-    def added(self, directions: Tensor, layers: Sequence[int], lengths: Tensor) -> Tensor:
-        """(n, d_model) unit directions -> (n,) changes by adding each at its layer and length."""
-        return (directions.double() * self.pushes[list(layers)]).sum(-1) * lengths.double()
+LIKELIEST = 8
+"""Next tokens that a KL is estimated from."""
 
 
-def attribution(
-    loaded: LoadedModel, prompts: Sequence[Prompt], refusals: Sequence[Sequence[int]]
-) -> Attribution:
-    """Attribution of the mean over ``refusals`` (token ids) of their log-probability as replies."""
-    d, n = loaded.d_model, loaded.n_layers + 1
-    writes = torch.zeros(d, d, dtype=torch.float64)
-    pushes = torch.zeros(n, d, dtype=torch.float64)
-    embed = loaded.model.get_input_embeddings()
+class Texts(NamedTuple):
+    """Token ids of what outcome D is read on: refusals, and openings that comply."""
+
+    refusals: Sequence[Sequence[int]]
+    compliances: Sequence[Sequence[int]] = ()
+
+    @property
+    def weighted(self) -> list[tuple[Sequence[int], float]]:
+        """Every text with its weight in D."""
+        return [
+            (ids, sign / len(texts))
+            for texts, sign in ((self.refusals, 1.0), (self.compliances, -1.0))
+            for ids in texts
+        ]
+
+
+def ablated(
+    loaded: LoadedModel, prompts: Sequence[Prompt], texts: Texts, directions: Tensor
+) -> Tensor:
+    """(n, d_model) unit directions -> (n,) change of outcome D, nats per token."""
+    total = torch.zeros(len(directions), dtype=torch.float64)
+    for weight, written, gradient in _of_texts(loaded, prompts, texts):
+        total -= weight * _products(directions, written, gradient)
+    return total / len(prompts)
+
+
+def added(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    texts: Texts,
+    directions: Tensor,
+    layers: Sequence[int],
+    lengths: Tensor,
+) -> Tensor:
+    """The same where each direction is added at its layer and length."""
+    pushes = torch.zeros(loaded.n_layers + 1, loaded.d_model, dtype=torch.float64)
+    for weight, _, gradient in _of_texts(loaded, prompts, texts):
+        pushes += weight * gradient.double().sum(1).cpu()
+    along = (directions.double() * pushes[list(layers)]).sum(-1)
+    return along * lengths.double() / len(prompts)
+
+
+def next_token_kl(loaded: LoadedModel, prompts: Sequence[Prompt], directions: Tensor) -> Tensor:
+    """(n, d_model) unit directions -> (n,) estimated KL of the next token under ablation, nats."""
+    total = torch.zeros(len(directions), dtype=torch.float64)
     for prompt in prompts:
-        for refusal in refusals:
-            ids = torch.tensor([[*prompt.ids, *refusal]], device=loaded.device)
-            states: dict[int, Tensor] = {}
-            with torch.enable_grad(), read_residuals(loaded, states.__setitem__):
-                entered = embed(ids).detach().requires_grad_(True)
-                logits = loaded.model(inputs_embeds=entered, use_cache=False).logits
-                of = logits[0, len(prompt.ids) - 1 : -1].float().log_softmax(-1)
-                score = of.gather(1, ids[0, len(prompt.ids) :, None]).mean()
-                layers = [states[layer] for layer in range(n)]
-                gradients = torch.autograd.grad(score, layers)
-            a = torch.stack([s.detach()[0] for s in layers]).double().cpu()  # (layer, token, d)
-            g = torch.stack([s[0] for s in gradients]).double().cpu()
-            written = torch.cat([a[:1], a[1:] - a[:-1]])
-            writes += torch.einsum("ltd,lte->de", written, g)
-            pushes += g.sum(1)
-    count = len(prompts) * len(refusals)
-    return Attribution(writes / count, pushes / count)
+        with _read(loaded, prompt.ids) as (logits, states):
+            of = logits[-1].float().log_softmax(-1)
+            likeliest = of.detach().topk(LIKELIEST)
+            for token, weight in zip(
+                likeliest.indices.tolist(), likeliest.values.exp().tolist(), strict=True
+            ):
+                gradient = torch.autograd.grad(of[token], states, retain_graph=True)
+                written = _written(states)
+                total += weight / 2 * _products(directions, written, _stack(gradient)) ** 2
+    return total / len(prompts)
+
+
+def _of_texts(
+    loaded: LoadedModel, prompts: Sequence[Prompt], texts: Texts
+) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """(weight, written, gradient) of every prompt with every text; (layer, token, d_model)."""
+    for prompt in prompts:
+        for text, weight in texts.weighted:
+            with _read(loaded, [*prompt.ids, *text]) as (logits, states):
+                of = logits[len(prompt.ids) - 1 : -1].float().log_softmax(-1)
+                ids = torch.tensor(list(text), device=of.device)
+                score = of.gather(1, ids[:, None]).mean()
+                yield weight, _written(states), _stack(torch.autograd.grad(score, states))
+
+
+@contextmanager
+def _read(loaded: LoadedModel, ids: Sequence[int]) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """One pass with gradients: (token, vocabulary) logits and the residuals of all layers."""
+    states: dict[int, Tensor] = {}
+    embed = loaded.model.get_input_embeddings()
+    with torch.enable_grad():
+        with read_residuals(loaded, states.__setitem__):
+            entered = embed(torch.tensor([list(ids)], device=loaded.device)).detach()
+            entered.requires_grad_(True)
+            logits = loaded.model(inputs_embeds=entered, use_cache=False).logits[0]
+        yield logits, [states[layer] for layer in range(loaded.n_layers + 1)]
+
+
+def _stack(states: Sequence[Tensor]) -> Tensor:
+    return torch.stack([s.detach()[0].float() for s in states])
+
+
+def _written(states: Sequence[Tensor]) -> Tensor:
+    a = _stack(states)
+    return torch.cat([a[:1], a[1:] - a[:-1]])
+
+
+def _products(directions: Tensor, written: Tensor, gradient: Tensor) -> Tensor:
+    """(n,) sums over layers and tokens of (u . w) (u . g)."""
+    u = directions.float().to(written.device)
+    w, g = (t.flatten(0, 1) @ u.T for t in (written, gradient))
+    return (w.double() * g.double()).sum(0).cpu()

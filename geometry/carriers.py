@@ -3,21 +3,22 @@
 The mean-difference field holds the difference of two class means at every position and layer. Each
 position and layer is a candidate. It is tried on contrast prompts:
 
-    comply   by how much ablating it at all layers lowers the mean log-probability of refusals on
-             harmful prompts, nats per token
-    refuse   by how much adding it at its own layer, at its own length, raises that log-probability
-             on harmless prompts, nats per token
+    comply   by how much ablating it at all layers lowers outcome D on harmful prompts, nats per
+             token
+    refuse   by how much adding it at its own layer, at its own length, raises D on harmless
+             prompts, nats per token
     kl       KL of the next token of harmless prompts under the ablation, nats. A candidate is
              admissible if this is at most 0.1.
     score    refuse + comply - kl
 
-1. All candidates are scored to first order, without the KL (``attribution.py``).
-2. The best few are scored in full.
-3. The carrier is the admissible one with the highest score. If none is admissible, it is the one
-   with the lowest KL, and the result says so.
+1. All candidates are scored by gradients (``attribution.py``), and ranked: those whose estimated
+   KL says admissible by score, then the others by KL.
+2. The KL of the best few is measured. The carrier is the best of these by the same ranking.
 
-SG scores refusing and complying too, but does not state in which units. We use log-probabilities,
-since they move before replies do.
+Effects and admissibility are measured on held-out prompts afterwards.
+
+SG scores refusing and complying too, but does not state in which units. We use D
+(``evaluation/refusal_score.py``), since it moves before replies do.
 """
 
 from __future__ import annotations
@@ -33,14 +34,16 @@ from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.prompt import Prompt
 from core.rows import Row
-from geometry.attribution import Attribution, attribution
+from geometry import attribution
 from geometry.contrasts import Contrast, unit
 from geometry.interventions import ablation, steering
 from geometry.layers import DEPTH, MAX_KL, inner_layers
 from geometry.rollout import rollout
 
 KEPT = 3
-"""Candidates that are scored in full."""
+"""Candidates whose KL is measured."""
+ESTIMATED = 1 / 3
+"""An estimated KL is about this share of the measured one."""
 
 
 @dataclass(frozen=True)
@@ -73,25 +76,11 @@ class Carrier:
 
 
 class Tried(NamedTuple):
-    """What candidates are tried on: prompts, the refusals, and their attributions."""
+    """What candidates are tried on: contrast prompts, and the texts of outcome D."""
 
     harmful: Sequence[Prompt]
     harmless: Sequence[Prompt]
-    refusals: Sequence[Sequence[int]]
-    at_harmful: Attribution
-    at_harmless: Attribution
-
-    @classmethod
-    def on(
-        cls,
-        loaded: LoadedModel,
-        harmful: Sequence[Prompt],
-        harmless: Sequence[Prompt],
-        refusals: Sequence[Sequence[int]],
-    ) -> Tried:
-        """With the attributions, one backward pass per prompt and refusal."""
-        both = (attribution(loaded, prompts, refusals) for prompts in (harmful, harmless))
-        return cls(harmful, harmless, refusals, next(both), next(both))
+    texts: attribution.Texts
 
 
 def candidates(field: dict[str, Contrast], n_layers: int, every: int = 1) -> list[Carrier]:
@@ -111,77 +100,83 @@ def candidates(field: dict[str, Contrast], n_layers: int, every: int = 1) -> lis
     return carriers
 
 
-def scored(
-    loaded: LoadedModel,
-    carriers: Sequence[Carrier],
-    harmful: Sequence[Prompt],
-    harmless: Sequence[Prompt],
-    refusals: Sequence[Sequence[int]],
-) -> list[Carrier]:
-    """The candidates with their scores on these prompts, in their order."""
+def scored(loaded: LoadedModel, carriers: Sequence[Carrier], tried: Tried) -> list[Carrier]:
+    """The candidates with their full scores, in their order."""
+    harmful, harmless, texts = tried
     everywhere = range(loaded.n_layers + 1)
     ablations = [ablation("carrier", c.vector[None], everywhere) for c in carriers]
     additions = [steering("carrier", c.vector, [c.layer], c.norm) for c in carriers]
     bad = rollout(
-        loaded, harmful, [None, *ablations], refusals=refusals, description="carriers, harmful"
+        loaded,
+        harmful,
+        [None, *ablations],
+        refusals=texts.refusals,
+        compliances=texts.compliances,
+        description="carriers, harmful",
     )
     good = rollout(
         loaded,
         harmless,
         [None, *ablations, *additions],
-        refusals=refusals,
+        refusals=texts.refusals,
+        compliances=texts.compliances,
         description="carriers, harmless",
     )
-    bad_refusal = torch.tensor([[o.refusal for o in row] for row in bad]).mean(0)
-    good_refusal = torch.tensor([[o.refusal for o in row] for row in good]).mean(0)
+    bad_d = torch.tensor([[o.d for o in row] for row in bad]).mean(0)
+    good_d = torch.tensor([[o.d for o in row] for row in good]).mean(0)
     kl = torch.tensor([[o.kl for o in row] for row in good]).mean(0)
     n = len(carriers)
     return [
         replace(
             c,
-            comply=float(bad_refusal[0] - bad_refusal[1 + i]),
-            refuse=float(good_refusal[1 + n + i] - good_refusal[0]),
+            comply=float(bad_d[0] - bad_d[1 + i]),
+            refuse=float(good_d[1 + n + i] - good_d[0]),
             kl=float(kl[1 + i]),
         )
         for i, c in enumerate(carriers)
     ]
 
 
-def by_score(carrier: Carrier) -> tuple[bool, float]:
-    """Sorts the best first: admissible ones by score, then the others by KL."""
-    return not carrier.admissible, -carrier.score if carrier.admissible else carrier.kl
-
-
-def first_order(carriers: Sequence[Carrier], tried: Tried) -> Tensor:
-    """(n,) ``refuse + comply`` of every candidate to first order."""
+def estimated(loaded: LoadedModel, carriers: Sequence[Carrier], tried: Tried) -> list[Carrier]:
+    """The candidates with their scores by gradients, in their order."""
+    harmful, harmless, texts = tried
     vectors = torch.stack([c.vector for c in carriers])
-    lengths = torch.tensor([c.norm for c in carriers])
-    added = tried.at_harmless.added(vectors, [c.layer for c in carriers], lengths)
-    return added - tried.at_harmful.ablated(vectors)
+    layers, lengths = [c.layer for c in carriers], torch.tensor([c.norm for c in carriers])
+    comply = -attribution.ablated(loaded, harmful, texts, vectors)
+    refuse = attribution.added(loaded, harmless, texts, vectors, layers, lengths)
+    kl = attribution.next_token_kl(loaded, harmless, vectors) / ESTIMATED
+    return [
+        replace(c, comply=float(comply[i]), refuse=float(refuse[i]), kl=float(kl[i]))
+        for i, c in enumerate(carriers)
+    ]
 
 
-def screened(loaded: LoadedModel, carriers: Sequence[Carrier], tried: Tried) -> list[Carrier]:
-    """The ``KEPT`` best to first order, scored in full, best first."""
-    kept = [carriers[i] for i in _best(carriers, tried)]
-    return sorted(scored(loaded, kept, *tried[:3]), key=by_score)
+def ranked(carriers: Sequence[Carrier]) -> list[int]:
+    """Indices of scored candidates, best first: admissible ones by score, the others by KL."""
+
+    def key(i: int) -> tuple[bool, float]:
+        c = carriers[i]
+        return not c.admissible, -c.score if c.admissible else c.kl
+
+    return sorted(range(len(carriers)), key=key)
 
 
 def best_of_each(
     loaded: LoadedModel, groups: Sequence[Sequence[Carrier]], tried: Tried
-) -> list[tuple[int, Carrier]]:
-    """Of each group the index of its best and the best itself, as ``screened`` would choose it.
-
-    All groups are scored together.
-    """
-    kept = [(n, i) for n, group in enumerate(groups) for i in _best(group, tried)]
-    full = scored(loaded, [groups[n][i] for n, i in kept], *tried[:3])
-    best: dict[int, tuple[int, Carrier]] = {}
-    for (n, i), carrier in zip(kept, full, strict=True):
-        if n not in best or by_score(carrier) < by_score(best[n][1]):
-            best[n] = i, carrier
-    return [best[n] for n in range(len(groups))]
-
-
-def _best(carriers: Sequence[Carrier], tried: Tried) -> list[int]:
-    scores = first_order(carriers, tried)
-    return scores.topk(min(KEPT, len(carriers))).indices.tolist()
+) -> list[Carrier]:
+    """The best candidate of each group, with its scores by gradients and its measured KL."""
+    flat = iter(estimated(loaded, [c for group in groups for c in group], tried))
+    kept = []
+    for group in groups:
+        own = [next(flat) for _ in group]
+        kept.append([own[i] for i in ranked(own)[:KEPT]])
+    edits = [
+        ablation("carrier", c.vector[None], range(loaded.n_layers + 1)) for g in kept for c in g
+    ]
+    rows = rollout(loaded, tried.harmless, edits, description="KL of candidates")
+    kl = iter(torch.tensor([[o.kl for o in row] for row in rows]).double().mean(0).tolist())
+    best = []
+    for few in kept:
+        measured = [replace(c, kl=next(kl)) for c in few]
+        best.append(measured[ranked(measured)[0]])
+    return best

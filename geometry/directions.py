@@ -18,7 +18,7 @@ Statistics per layer (``Directions.statistics``), all from the activations at ha
     separation_*                   held-out d' along the direction (two folds, averaged)
     null_random_*                  95th percentile over random unit directions
     null_permuted_*                95th percentile over permuted labels, everything re-estimated
-    null_permuted_directions_*     40 of those directions, (draw, layer, d_model), for the plane
+    null_permuted_directions_*     99 of those directions, (draw, layer, d_model), for the plane
     cos_harc_zhao                  cosine of the two refusal estimators, where the model refuses
                                    and accepts enough
 """
@@ -46,7 +46,7 @@ from geometry.layers import inner_layers
 from geometry.resampling import Sampled, percentiles, random_cosine, sample, sampled_cosine, upper
 
 ESTIMATORS = ("harc", "zhao")
-KEPT_NULLS = 40
+KEPT_NULLS = 99
 
 
 @dataclass(frozen=True)

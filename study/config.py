@@ -22,7 +22,7 @@ class StudyConfig:
     ``estimator`` of the refusal contrast: auto is zhao where the model refuses and accepts enough,
     else harc. ``held_out_prompts``: how many of each label effects are measured on, spread over
     categories. ``carrier_prompts`` of each label, and every ``carrier_every``-th layer, are tried
-    for carriers. ``refusals``: how many texts the log-probability of a refusal is a mean over.
+    for carriers. ``refusals``: how many refusals, and openings that comply, outcome D has there.
     ``judge`` says refused or complied.
     """
 

@@ -2,7 +2,7 @@
 
 A carrier is the best of many candidates. A random direction beside it would lose even if nothing
 were there. So each control is the best of as many candidates at the same places, by the same score,
-chosen in the same two steps (``geometry/carriers.py``):
+chosen in the same way (``geometry/carriers.py``):
 
     permuted   the labels of the contrast prompts are dealt anew, pairs swapped or not, and all
                candidates are estimated again
@@ -40,16 +40,16 @@ def searched(study: Study, carrier: str, kind: str, n: int) -> list[Carrier]:
     groups = _permuted(study, carrier, tried, n) if kind == "permuted" else _random(study, tried, n)
 
     def make() -> list[Row]:
-        best = best_of_each(study.loaded, groups, study.tried)
-        return [{"index": i} | c.to_row() for i, c in best]
+        return [c.to_row() for c in best_of_each(study.loaded, groups, study.tried)]
 
     depends = [kind, n, study.config.seed, *study.search_identity(carrier)]
     rows = study.kept("searched controls", depends, make)
-    names = ("comply", "refuse", "kl")
-    return [
-        replace(group[row["index"]], **{name: row[name] for name in names})
-        for group, row in zip(groups, rows, strict=True)
-    ]
+    chosen = []
+    for group, row in zip(groups, rows, strict=True):
+        by_place = {(c.position, c.layer): c for c in group}
+        scores = {name: row[name] for name in ("comply", "refuse", "kl")}
+        chosen.append(replace(by_place[row["position"], row["layer"]], **scores))
+    return chosen
 
 
 def _permuted(study: Study, carrier: str, tried: Sequence[Carrier], n: int) -> list[list[Carrier]]:

@@ -28,10 +28,10 @@ from evaluation.behaviours import (
 )
 from evaluation.judges import Exchange, Judge, make_judge, outcomes
 from evaluation.refusal_score import Openings, openings_of
-from evaluation.refusals import refusal_openings
 from geometry.activations import POSITIONS as DIRECTION_POSITIONS
 from geometry.activations import collect
-from geometry.carriers import KEPT, Carrier, Tried, candidates, screened
+from geometry.attribution import Texts
+from geometry.carriers import KEPT, Carrier, Tried, best_of_each, candidates, scored
 from geometry.contrasts import SMALLEST_CLASS, Contrast, indices
 from geometry.directions import best_layers, refused_and_accepted
 from pipeline.contrast_reading import ContrastReading
@@ -52,7 +52,7 @@ class Study:
         self.run, self.model, self.spec, self.config = run, model, model.spec, config
         self.reading = ContrastReading(run, model, config.directions, positions=POSITIONS)
         self.behaviours, self.harmful = self.reading.behaviours, self.reading.harmful
-        self._carriers: dict[str, list[Carrier]] = {}
+        self._carriers: dict[str, Carrier] = {}
         self._kept = Kept(run, MEASURED)
 
     @property
@@ -134,14 +134,6 @@ class Study:
         """Share of harmful contrast prompts that the model refuses by itself."""
         refused, judged = self.reading.refusals(harmful=True)
         return refused / max(1, judged)
-
-    @cached_property
-    def refusal_ids(self) -> list[tuple[int, ...]]:
-        """Token ids of the refusals by whose log-probability carriers are scored."""
-        first = self.behaviours[0].request
-        conversation = Conversation.build(first, system=self.config.system_prompt)
-        texts = refusal_openings(self.config.refusals)
-        return [self.renderer.render(conversation, target=text).target_ids for text in texts]
 
     @cached_property
     def openings(self) -> Openings:
@@ -241,13 +233,13 @@ class Study:
             return {"t_inst": self.harmfulness}
         return {p: self.contrast(self.refusal_kind, p) for p in self.tail}
 
-    def carriers(self, kind: str) -> list[Carrier]:
-        """Scored candidates of one field, best first.
+    def carrier(self, kind: str) -> Carrier:
+        """The best admissible carrier of a field, with its full scores; see ``admissible``.
 
-        Their vectors are made anew from the residuals.
+        Its vector is made anew from the residuals.
         """
         if kind not in self._carriers:
-            self._carriers[kind] = self._scored(kind)
+            self._carriers[kind] = self._found(kind)
         return self._carriers[kind]
 
     def some(self, harmful: bool, n: int) -> list[Prompt]:
@@ -256,12 +248,17 @@ class Study:
         label = [b for b, h in zip(self.behaviours, self.harmful, strict=True) if h is harmful]
         return [of[b.behaviour_id] for b in spread(label, n)]
 
-    @cached_property
+    @property
     def tried(self) -> Tried:
         """What candidates are tried on: contrast prompts, spread over categories."""
         n = self.config.carrier_prompts
-        sides = self.some(True, n), self.some(False, n)
-        return Tried.on(self.loaded, *sides, self.refusal_ids)
+        return Tried(self.some(True, n), self.some(False, n), self.carrier_texts)
+
+    @property
+    def carrier_texts(self) -> Texts:
+        """The texts of outcome D that carriers are scored on."""
+        count = self.config.refusals
+        return Texts(self.openings.refusals[:count], self.openings.compliances[:count])
 
     def candidates(self, kind: str) -> list[Carrier]:
         """Candidates of one field."""
@@ -272,29 +269,19 @@ class Study:
         """What a search for carriers depends on."""
         config = self.config
         sizes = [config.carrier_prompts, config.carrier_every, KEPT]
-        return [*self.set_identity, kind, self.estimator_identity, *sizes, self.refusal_ids]
+        return [*self.set_identity, kind, self.estimator_identity, *sizes, self.carrier_texts]
 
-    def _scored(self, kind: str) -> list[Carrier]:
+    def _found(self, kind: str) -> Carrier:
         tried = self.candidates(kind)
 
-        def make() -> list[Row]:
-            return [c.to_row() for c in screened(self.loaded, tried, self.tried)]
+        def make() -> Row:
+            (best,) = best_of_each(self.loaded, [tried], self.tried)
+            return scored(self.loaded, [best], self.tried)[0].to_row()
 
+        row = self.kept("carrier", self.search_identity(kind), make)
         by_place = {(c.position, c.layer): c for c in tried}
-        return [
-            replace(
-                by_place[row["position"], row["layer"]],
-                **{name: row[name] for name in ("comply", "refuse", "kl")},
-            )
-            for row in self.kept("carriers", self.search_identity(kind), make)
-        ]
-
-    def carrier(self, kind: str) -> Carrier:
-        """The best admissible carrier, else the one with the lowest KL.
-
-        ``admissible`` says which it is.
-        """
-        return self.carriers(kind)[0]
+        scores = {name: row[name] for name in ("comply", "refuse", "kl")}
+        return replace(by_place[row["position"], row["layer"]], **scores)
 
     def place(self, carrier: Carrier) -> list[Any]:
         """What a carrier's vector depends on besides the contrast set."""

