@@ -24,6 +24,12 @@ from commands.options import RUN, echo_notes, open_model, quiet_libraries
     type=click.IntRange(0),
     help="Layer [default: the base model's best layer score]",
 )
+@click.option(
+    "--position",
+    type=click.Choice(["t_inst", "t_goal"]),
+    default="t_inst",
+    help="Where harmfulness is read: at the last token of the content, or of the request in it.",
+)
 @click.option("--anchors", default="demonstration", help="Plain prompts drawn as anchors.")
 @click.option(
     "--anchor-split",
@@ -40,6 +46,7 @@ def plane(
     layer: int | None,
     anchors: str,
     anchor_splits: tuple[str, ...],
+    position: str,
 ) -> None:
     """Project, export and draw the plane.
 
@@ -58,7 +65,7 @@ def plane(
     from pipeline.plane_files import CLASSES, SUCCESS
 
     splits = splits_of(anchors, anchor_splits, HELD_OUT_SPLITS)
-    config = PlaneConfig(base, estimator, layer, anchors, splits)
+    config = PlaneConfig(base, estimator, layer, anchors, splits, position)
     result = stage(run, targets, config, open_model=open_model)
     echo_notes(result.notes)
     click.echo(classes_table(read_rows(run / CLASSES)))

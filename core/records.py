@@ -12,13 +12,13 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from core.errors import AttackPlaneError
 from core.rows import Row
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 T = TypeVar("T")
 SCHEMA_VERSION = 1
@@ -61,7 +61,7 @@ def config_from_dict(cls: type[T], values: Row, where: str) -> T:
     return cls(**values)
 
 
-def _require(condition: bool, what: str, record: Any, got: object) -> None:
+def require(condition: bool, what: str, record: Any, got: object) -> None:
     if not condition:
         raise AttackPlaneError(what, where=type(record).__name__, got=repr(got))
 
@@ -121,10 +121,10 @@ class Behaviour(Record):
         return self.pair_id or self.behaviour_id
 
     def __post_init__(self) -> None:
-        _require(bool(self.behaviour_id), "a behaviour needs an id", self, self.behaviour_id)
-        _require(bool(self.request.strip()), "a behaviour needs a request", self, self.request)
-        _require(self.label in LABELS, f"label must be one of {LABELS}", self, self.label)
-        _require(
+        require(bool(self.behaviour_id), "a behaviour needs an id", self, self.behaviour_id)
+        require(bool(self.request.strip()), "a behaviour needs a request", self, self.request)
+        require(self.label in LABELS, f"label must be one of {LABELS}", self, self.label)
+        require(
             self.split is None or self.split in SPLITS,
             f"split must be one of {SPLITS}",
             self,
@@ -178,26 +178,31 @@ class AttackArtifact(Record):
     snapshots: list[Row] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
+    def with_request(self, request: str) -> str | None:
+        """The prompt with another request in place of its own; None where it has not its own."""
+        old = self.request
+        return self.prompt.replace(old, request) if old and old in self.prompt else None
+
     def __post_init__(self) -> None:
-        _require(bool(self.prompt), "an artifact needs a prompt", self, self.prompt)
-        _require(
+        require(bool(self.prompt), "an artifact needs a prompt", self, self.prompt)
+        require(
             self.suffix is None or self.suffix in self.prompt,
             "the suffix must stand verbatim in the prompt",
             self,
             (self.suffix, self.prompt),
         )
-        _require(
+        require(
             self.loss is None or math.isfinite(self.loss), "loss must be finite", self, self.loss
         )
         if self.best_step is not None:
-            _require(
+            require(
                 0 <= self.best_step < len(self.loss_history),
                 "best_step must lie in loss_history",
                 self,
                 (self.best_step, len(self.loss_history)),
             )
         steps = [s["step"] for s in self.snapshots]
-        _require(
+        require(
             steps == sorted(steps) and all(0 <= step < len(self.loss_history) for step in steps),
             "snapshots must be of steps of loss_history, in order",
             self,
@@ -233,122 +238,3 @@ class Replay(Record):
     d: float | None = None
     log_odds: float | None = None
     schema_version: int = SCHEMA_VERSION
-
-
-@dataclass(frozen=True)
-class PlanePoint(Record):
-    """One prompt in the (harmfulness, refusal) plane of one model.
-
-    ``x`` is the projection of the residual at t_inst on the harmfulness direction, ``y`` that at
-    t_post_inst on the refusal direction, both at ``layer`` and relative to the harmless centroid of
-    the frame's model, in units of the residual stream; ``x_cosine`` and ``y_cosine`` are cosines of
-    the uncentred residual with the same directions.
-    ``frame`` says whose directions: ``base`` or ``own``; the two ``cos_base_own_*`` tell how far
-    those differ.
-    ``kind`` is ``attack`` or ``anchor`` (a held-out plain prompt); ``class_name`` is what the point
-    is drawn and summarised with: the attack (with its source, where that attack has several, and
-    its label, unless harmful) or the anchor's label. ``plain_x`` and ``plain_y`` are where the same
-    behaviour's plain request lies (None for plain requests and anchors).
-    """
-
-    prompt_id: str
-    behaviour_id: str
-    kind: str
-    class_name: str
-    label: str
-    attack: str
-    source: str
-    target: str
-    frame: str
-    layer: int
-    x: float
-    y: float
-    x_cosine: float
-    y_cosine: float
-    x_t_goal: float | None
-    cos_base_own_harmfulness: float
-    cos_base_own_refusal: float
-    jailbroken: bool | None
-    plain_x: float | None = None
-    plain_y: float | None = None
-    schema_version: int = SCHEMA_VERSION
-
-    def __post_init__(self) -> None:
-        _require(self.frame in ("base", "own"), "frame must be base or own", self, self.frame)
-        _require(
-            self.kind in ("attack", "anchor"), "kind must be attack or anchor", self, self.kind
-        )
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Residual stream of prompts at named positions, before each block and after the last one.
-
-    ``resid`` is (prompt, layer, position, d_model) float32 on the CPU, layer in 0..n_layers. A
-    position that a prompt does not have (no request span, say) holds NaN.
-    """
-
-    resid: torch.Tensor
-    positions: tuple[str, ...]
-    prompt_ids: tuple[str, ...]
-    model: str
-    schema_version: int = SCHEMA_VERSION
-
-    def __post_init__(self) -> None:
-        shape = tuple(self.resid.shape)
-        _require(len(shape) == 4, "resid must be (prompt, layer, position, d_model)", self, shape)
-        _require(shape[0] == len(self.prompt_ids), "one prompt id a row of resid", self, shape)
-        _require(shape[2] == len(self.positions), "one name a position of resid", self, shape)
-
-    def at(self, position: str) -> torch.Tensor:
-        """(prompt, layer, d_model) at one named position."""
-        return self.resid[:, :, self.positions.index(position)]
-
-
-@dataclass(frozen=True)
-class Directions:
-    """Harmfulness and refusal directions of one model, one per layer, and what judges them.
-
-    ``harmfulness`` and ``refusal`` are (n_layers + 1, d_model) float32, pointing from harmless to
-    harmful (accepted to refused for the ``zhao`` refusal estimator). ``harmfulness_norm`` and
-    ``refusal_norm`` (n_layers + 1) are lengths of the mean differences before normalising.
-    ``harmless_t_inst`` and ``harmless_t_post_inst`` (n_layers + 1, d_model) are the harmless
-    centroids. ``statistics`` maps a name to (n_layers + 1) numbers, or to (n_layers + 1, 2) for the
-    ends of a 95 % interval; see ``geometry.directions.estimate``.
-    """
-
-    model: str
-    estimator: str
-    harmfulness: torch.Tensor
-    refusal: torch.Tensor
-    harmfulness_norm: torch.Tensor
-    refusal_norm: torch.Tensor
-    harmless_t_inst: torch.Tensor
-    harmless_t_post_inst: torch.Tensor
-    sample_counts: dict[str, int]
-    statistics: dict[str, torch.Tensor] = field(default_factory=dict)
-    settings: Row = field(default_factory=dict)
-    schema_version: int = SCHEMA_VERSION
-
-    TENSORS: ClassVar[tuple[str, ...]] = (
-        "harmfulness",
-        "refusal",
-        "harmfulness_norm",
-        "refusal_norm",
-        "harmless_t_inst",
-        "harmless_t_post_inst",
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("harmfulness", "refusal"):
-            lengths = getattr(self, name).norm(dim=-1)
-            _require(
-                bool((((lengths - 1).abs() < 1e-4) | (lengths == 0)).all()),
-                f"{name} must be unit vectors, or zeros where the classes do not differ",
-                self,
-                lengths.tolist(),
-            )
-
-    @property
-    def n_layers(self) -> int:
-        return self.harmfulness.shape[0] - 1

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
-from core.records import LABELS, SPLITS, Behaviour, nearest
+from core.records import HARMFUL, HARMLESS, LABELS, SPLITS, Behaviour, nearest
 from core.rows import Row
 from evaluation.behaviour_rows import (
     read_csv,
@@ -141,6 +141,16 @@ def load_held_out(source: str) -> list[Behaviour]:
     """The split test of a set that has one, else all of it."""
     rows = load_behaviours(source)
     return [b for b in rows if b.split in HELD_OUT_SPLITS] or rows
+
+
+def counterparts(behaviours: Sequence[Behaviour]) -> dict[str, Behaviour]:
+    """Id of a harmful behaviour -> the harmless one that is matched with it."""
+    harmless = {b.pair_id: b for b in behaviours if b.label == HARMLESS and b.pair_id}
+    return {
+        b.behaviour_id: harmless[b.pair_id]
+        for b in behaviours
+        if b.label == HARMFUL and b.pair_id and b.pair_id in harmless
+    }
 
 
 def spread(behaviours: Sequence[Behaviour], limit: int | None) -> list[Behaviour]:

@@ -44,7 +44,7 @@ from core.packed import Group, PackedDecoder
 from core.prefix import SharedPrefix, keeps_keys_and_values_only, shared_length
 from core.progress import bar as progress_bar
 from core.prompt import Prompt
-from core.records import Activations
+from core.readings import Activations
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from core.records import PlanePoint
+from core.readings import PlanePoint
 from core.rows import Row
 from core.statistics import RESAMPLES, bootstrap_columns
 from geometry.plane import Nulls
@@ -28,6 +28,10 @@ def describe_classes(
     counts once; intervals resample behaviours. The displacement is the mean of (attacked - plain)
     with its own interval and nulls. The covariance is that of the points themselves, and None with
     fewer than two.
+
+    ``wrapper`` is the mean displacement of harmless requests in the same wrappers, over the
+    behaviours that have one, and ``wrapper_share`` how much of the class's displacement on each
+    axis it is.
     """
     groups: dict[tuple[str, str, str], list[PlanePoint]] = {}
     for p in all_points:
@@ -37,13 +41,10 @@ def describe_classes(
         first = members[0]
         spread = np.array([(p.x, p.y) for p in members])
         where = _by_behaviour([(p.behaviour_id, p.x, p.y) for p in members])
-        moved = _by_behaviour(
-            [
-                (p.behaviour_id, p.x - p.plain_x, p.y - p.plain_y)
-                for p in members
-                if p.plain_x is not None and p.plain_y is not None
-            ]
-        )
+        moved = _by_behaviour([(p.behaviour_id, *p.moved) for p in members if p.moved])
+        both = [(p.behaviour_id, p.wrapper, p.moved) for p in members if p.wrapper and p.moved]
+        wrapper = _by_behaviour([(name, *own) for name, own, _ in both])
+        same = _by_behaviour([(name, *whole) for name, _, whole in both])
         judged = [p.jailbroken for p in members if p.jailbroken is not None]
         none = {"null_random": None, "null_permuted": None}
         rows.append(
@@ -64,10 +65,21 @@ def describe_classes(
                 "displaced": len(moved),
                 "displacement": moved.mean(0).tolist() if len(moved) else None,
                 "displacement_interval": bootstrap_columns(moved, seed=seed, resamples=resamples),
+                "wrapper": wrapper.mean(0).tolist() if len(wrapper) else None,
+                "wrapper_interval": bootstrap_columns(wrapper, seed=seed, resamples=resamples),
+                "wrapper_share": _share(wrapper, same),
                 **(nulls or {}).get((target, frame, name), none),
             }
         )
     return rows
+
+
+def _share(wrapper: np.ndarray, moved: np.ndarray) -> list[float] | None:
+    """[x, y] share of a mean displacement that the wrapper's own is."""
+    if not len(moved):
+        return None
+    own, whole = wrapper.mean(0), moved.mean(0)
+    return [float(a / b) if abs(b) > 1e-9 else 0.0 for a, b in zip(own, whole, strict=True)]
 
 
 def _by_behaviour(rows: Sequence[tuple[str, float, float]]) -> np.ndarray:

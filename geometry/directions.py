@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from core.errors import AttackPlaneError
-from core.records import Activations, Directions
+from core.readings import Activations, Directions
 from geometry.contrasts import (
     SMALLEST_CLASS,
     Contrast,

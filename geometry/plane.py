@@ -4,6 +4,9 @@
                         layer
     y = (h[t_post_inst] - harmless centroid at t_post_inst) . refusal direction
 
+Under attack the last token of the content is a wrapper's or a suffix's. At t_goal, the last token
+of the request, x can be read instead; on plain requests the two are one.
+
 Frame ``own``: directions and centroids of the model that read the prompt. Frame ``base``: those of
 one reference model, so that movement between checkpoints shows. More of x is more harmful, more of
 y more refusing.
@@ -12,7 +15,7 @@ y more refusing.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +23,8 @@ import torch
 from torch import Tensor
 
 from core.errors import AttackPlaneError
-from core.records import PLAIN, Activations, Directions, PlanePoint
+from core.readings import Activations, Directions, PlanePoint
+from core.records import PLAIN
 from geometry.contrasts import unit
 from geometry.resampling import upper
 
@@ -70,8 +74,18 @@ def points(
     own: Directions,
     base: Directions,
     layer: int,
+    *,
+    position: str = "t_inst",
+    wrappers: Mapping[int, tuple[int, int]] | None = None,
 ) -> list[PlanePoint]:
-    """Points of all prompts in both frames, frame by frame, in the order of ``activations``."""
+    """Points of all prompts in both frames, frame by frame, in the order of ``infos``.
+
+    Args:
+        activations: of the prompts of ``infos``, and others after them.
+        position: where x is read, t_inst or t_goal. A prompt that has no t_goal has no point.
+        wrappers: prompt -> (the same wrapper with a harmless request in it, that request plain),
+            as numbers of rows of ``activations``.
+    """
     if own.harmfulness.shape != base.harmfulness.shape:
         raise AttackPlaneError(
             "the base frame is of another size",
@@ -89,13 +103,16 @@ def points(
     for frame, directions in (("base", base), ("own", own)):
         h, r = directions.harmfulness[layer], directions.refusal[layer]
         centre = directions.harmless_t_inst[layer]
-        x, x_cosine = project(activations.at("t_inst")[:, layer], h, centre)
+        x, x_cosine = project(activations.at(position)[:, layer], h, centre)
         x_goal, _ = project(activations.at("t_goal")[:, layer], h, centre)
         y, y_cosine = project(
             activations.at("t_post_inst")[:, layer], r, directions.harmless_t_post_inst[layer]
         )
         for i, (info, plain) in enumerate(zip(infos, plain_requests(infos), strict=True)):
+            if np.isnan(float(x[i])):
+                continue
             goal = float(x_goal[i])
+            wrapped = (wrappers or {}).get(i)
             rows.append(
                 PlanePoint(
                     prompt_id=info.prompt_id,
@@ -118,6 +135,9 @@ def points(
                     jailbroken=info.jailbroken,
                     plain_x=None if plain is None else float(x[plain]),
                     plain_y=None if plain is None else float(y[plain]),
+                    wrapper_x=float(x[wrapped[0]] - x[wrapped[1]]) if wrapped else None,
+                    wrapper_y=float(y[wrapped[0]] - y[wrapped[1]]) if wrapped else None,
+                    position=position,
                 )
             )
     return rows
@@ -134,6 +154,7 @@ def displacement_nulls(
     layer: int,
     *,
     draws: int = 2000,
+    position: str = "t_inst",
 ) -> Nulls:
     """How far each class would seem to move along directions that mean nothing.
 
@@ -147,7 +168,8 @@ def displacement_nulls(
     random = unit(random)
     pairs: dict[str, list[tuple[int, int, str]]] = {}
     for n, (info, start) in enumerate(zip(infos, plain_requests(infos), strict=True)):
-        if start is not None:
+        there = not activations.at(position)[n, layer].isnan().any()
+        if start is not None and there:
             pairs.setdefault(info.class_name, []).append((n, start, info.behaviour_id))
     nulls: Nulls = {}
     for name, members in pairs.items():
@@ -158,8 +180,8 @@ def displacement_nulls(
         weights = torch.tensor([1 / count[member[2]] / len(count) for member in members])
         for frame, directions in (("base", base), ("own", own)):
             ends: dict[str, list[float]] = {"null_random": [], "null_permuted": []}
-            for position, axis in (("t_inst", "harmfulness"), ("t_post_inst", "refusal")):
-                resid = activations.at(position)[:, layer]
+            for where, axis in ((position, "harmfulness"), ("t_post_inst", "refusal")):
+                resid = activations.at(where)[:, layer]
                 moved = (weights[:, None] * (resid[attacked] - resid[begun])).sum(0)
                 permuted = directions.statistics[f"null_permuted_directions_{axis}"][:, layer]
                 for key, vectors in (("null_random", random), ("null_permuted", permuted)):

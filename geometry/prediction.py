@@ -30,7 +30,8 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from core.records import HARMFUL, PLAIN, PlanePoint
+from core.readings import PlanePoint
+from core.records import HARMFUL, PLAIN
 from core.rows import Row
 from core.significance import sign_flip_p
 from core.statistics import auroc, cluster_rows, percentile_interval
@@ -218,11 +219,8 @@ def regress(
     is left of the regressor. The p-values flip the signs of the behaviours' parts of the score,
     sum of (regressor x outcome); the interval resamples behaviours.
     """
-    kept, moved = [], []
-    for i, p in enumerate(points):
-        if p.plain_x is not None and p.plain_y is not None:
-            kept.append(i)
-            moved.append((p.x - p.plain_x, p.y - p.plain_y))
+    kept = [i for i, p in enumerate(points) if p.moved]
+    moved = [p.moved for p in points if p.moved]
     if len(kept) < 2:
         return []
     where = np.array(moved)

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from core.records import PLAIN, PlanePoint
+from core.readings import PlanePoint
+from core.records import PLAIN
 from core.rows import Row
 from core.statistics import cluster_rows, percentile_interval, permutation_p
 

@@ -14,7 +14,8 @@ from functools import cached_property
 from core.generate import complete
 from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Prompt, Renderer
-from core.records import HARMFUL, Activations, Behaviour, content_hash
+from core.readings import Activations
+from core.records import HARMFUL, Behaviour, content_hash
 from core.rows import Row
 from core.store import RunFolder
 from evaluation.behaviours import (

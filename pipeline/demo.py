@@ -18,7 +18,8 @@ from typing import Any
 
 from attacks.gcg import ATTACK, GCGConfig
 from core.models import ModelHandle, OpenModel
-from core.records import LABELS, Directions
+from core.readings import Directions
+from core.records import LABELS
 from core.store import ATTACKS, REPLAYS
 from evaluation.behaviours import HELD_OUT_SPLITS, load_behaviours, spread
 from evaluation.judges import DEFAULT_JUDGES

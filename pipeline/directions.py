@@ -9,7 +9,7 @@ from pathlib import Path
 
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
-from core.records import Directions
+from core.readings import Directions
 from core.rows import Row
 from core.store import RunFolder
 from evaluation.form import form_auroc

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from core.errors import AttackPlaneError
-from core.records import Directions
+from core.readings import Directions
 from core.specs import canonical_name
 from core.store import write_atomically
 

@@ -19,15 +19,8 @@ from core.models import LoadedModel, evaluating
 from core.progress import OnProgress, reporting
 from core.progress import bar as progress_bar
 from core.prompt import Conversation, Prompt, Renderer
-from core.records import (
-    HARMFUL,
-    PLAIN,
-    AttackArtifact,
-    Behaviour,
-    Directions,
-    PlanePoint,
-    Replay,
-)
+from core.readings import Directions, PlanePoint
+from core.records import HARMFUL, PLAIN, AttackArtifact, Behaviour, Replay
 from core.rows import Row
 from evaluation.judges import DEFAULT_JUDGE, QUICK_JUDGE, Exchange, Judge, make_judge, refusals
 from geometry.activations import collect

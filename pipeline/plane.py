@@ -15,11 +15,12 @@ from pathlib import Path
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
 from core.prompt import Conversation, Prompt, Renderer
-from core.records import HARMFUL, AttackArtifact, Behaviour, Directions, PlanePoint, content_hash
+from core.readings import Activations, Directions, PlanePoint
+from core.records import HARMFUL, PLAIN, AttackArtifact, Behaviour, content_hash
 from core.rows import Row
 from core.specs import short_spec
 from core.store import RunFolder, write_atomically
-from evaluation.behaviours import DEMONSTRATION, HELD_OUT_SPLITS, load_behaviours
+from evaluation.behaviours import DEMONSTRATION, HELD_OUT_SPLITS, counterparts, load_behaviours
 from geometry.activations import collect
 from geometry.directions import best_layers
 from geometry.plane import Nulls, PromptInfo, displacement_nulls, points
@@ -40,7 +41,8 @@ class PlaneConfig:
     """What is projected, and in which frame.
 
     ``base`` is the model of the base frame, the first target if None. ``layer`` is the base model's
-    best if None. ``anchors`` are plain prompts that are drawn beside the attacks.
+    best if None. ``anchors`` are plain prompts that are drawn beside the attacks. ``position`` is
+    where harmfulness is read.
     """
 
     base: str | None = None
@@ -48,6 +50,20 @@ class PlaneConfig:
     layer: int | None = None
     anchors: str = DEMONSTRATION
     anchor_splits: tuple[str, ...] = HELD_OUT_SPLITS
+    position: str = "t_inst"
+
+
+@dataclass(frozen=True)
+class PlaneReading:
+    """What one target read: residuals of all prompts, and of the wrappers' counterparts.
+
+    ``infos`` are those of the first rows of ``activations``; ``wrappers``: prompt -> (the same
+    wrapper with the matched harmless request in it, that request plain), as numbers of rows.
+    """
+
+    activations: Activations
+    infos: list[PromptInfo]
+    wrappers: dict[int, tuple[int, int]]
 
 
 @dataclass
@@ -96,6 +112,7 @@ class PlaneStage:
         check_specs([*self.targets, self.base])
         self.anchors = load_behaviours(config.anchors, splits=config.anchor_splits)
         run.note_behaviours(self.anchors)
+        self.matched = counterparts([*self.anchors, *run.behaviours().values()])
         self.infos = prompt_infos(run, self.artifacts, self.anchors)
         self.points: list[PlanePoint] = []
         self.nulls: Nulls = {}
@@ -145,21 +162,61 @@ class PlaneStage:
         return True
 
     # --- work -------------------------------------------------------------------------------------
-    def read(self, model: ModelHandle) -> None:
+    def read(self, model: ModelHandle) -> PlaneReading:
         """Project everything on one target, in both frames."""
         spec, own = model.spec, self._directions(model.spec)
-        base, layer = self.frame, self.layer
+        base, layer, position = self.frame, self.layer, self.config.position
         self._begin(model)
         renderer = Renderer(model.loaded)
         prompts, infos = self._rendered(renderer)
         replays = [r for r in replays_of(self.run) if r.target_model == spec]
         verdicts = {r.artifact_id: r.jailbroken for r in replays}
         judged = [replace(i, jailbroken=verdicts.get(i.prompt_id)) for i in infos]
-        activations = collect(model.loaded, prompts, [i.prompt_id for i in infos])
-        self.points += points(activations, judged, own, base, layer)
-        self.nulls |= displacement_nulls(activations, judged, own, base, layer)
+        others, wrappers = self._counterparts(renderer, infos)
+        ids = [i.prompt_id for i in infos] + [f"counterpart {n}" for n in range(len(others))]
+        activations = collect(model.loaded, [*prompts, *others], ids)
+        found = points(activations, judged, own, base, layer, position=position, wrappers=wrappers)
+        if len(found) < 2 * len(judged):
+            lacking = len(judged) - len(found) // 2
+            self._note(f"{lacking} prompts do not hold their request: no point at {position}")
+        self.points += found
+        self.nulls |= displacement_nulls(activations, judged, own, base, layer, position=position)
         frames = {"base": base, "own": own}
         self.trajectories += trajectory_rows(renderer, self.artifacts, frames, layer)
+        return PlaneReading(activations, judged, wrappers)
+
+    def _counterparts(
+        self, renderer: Renderer, infos: Sequence[PromptInfo]
+    ) -> tuple[list[Prompt], dict[int, tuple[int, int]]]:
+        """The wrappers of attacks with matched harmless requests in them, and those requests."""
+        prompts: list[Prompt] = []
+        plain: dict[tuple[str, str | None], int] = {}
+        wrappers: dict[int, tuple[int, int]] = {}
+        by_id = {a.artifact_id: a for a in self.artifacts}
+
+        def add(content: str, request: str, a: AttackArtifact, suffix: str | None) -> int:
+            conversation = Conversation.of_prompt(
+                content, request=request, suffix=suffix, system=a.system_prompt
+            )
+            prompts.append(renderer.render(conversation, allow_trim=True))
+            return len(infos) + len(prompts) - 1
+
+        for n, info in enumerate(infos):
+            a = by_id.get(info.prompt_id)
+            other = self.matched.get(info.behaviour_id)
+            content = a.with_request(other.request) if a and other else None
+            if not (a and other and content) or info.attack == PLAIN:
+                continue
+            try:
+                wrapped = add(content, other.request, a, a.suffix)
+                key = other.request, a.system_prompt
+                if key not in plain:
+                    plain[key] = add(other.request, other.request, a, None)
+            except AttackPlaneError as error:
+                self._note(f"no counterpart of {a.attack} {a.behaviour_id}: {error}")
+                continue
+            wrappers[n] = wrapped, plain[key]
+        return prompts, wrappers
 
     def _begin(self, model: ModelHandle) -> None:
         settings = {**asdict(self.config), "base": self.base, "layer": self.layer}

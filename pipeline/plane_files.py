@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.records import PlanePoint
+from core.readings import PlanePoint
 from core.rows import Row
 from core.store import PLANE, write_atomically
 from geometry.classes import describe_classes

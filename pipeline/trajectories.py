@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from core.errors import AttackPlaneError
 from core.prompt import Conversation, Prompt, Renderer
-from core.records import AttackArtifact, Directions
+from core.readings import Directions
+from core.records import AttackArtifact
 from core.rows import Row
 from geometry.activations import collect
 from geometry.plane import project

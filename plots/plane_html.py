@@ -63,7 +63,7 @@ def draw(folder: Path) -> Path:
         updatemenus=[
             {"buttons": buttons, "x": 1.0, "y": 1.02, "xanchor": "right", "yanchor": "bottom"}
         ],
-        xaxis_title="harmfulness projection at t_inst (residual units)",
+        xaxis_title=f"harmfulness projection at {rows[0]['position']} (residual units)",
         yaxis_title="refusal projection at t_post_inst (residual units)",
         legend={"itemsizing": "constant"},
         margin={"t": 130},
@@ -80,7 +80,7 @@ def _title(row: Row) -> str:
         f"{row['layer']}"
         f"<br><sub>cos(base, own): harmfulness {row['cos_base_own_harmfulness']:.2f}, refusal "
         f"{row['cos_base_own_refusal']:.2f}. Filled: jailbroken, hollow: not, grey: not judged. "
-        "Ellipses: one standard deviation.</sub>"
+        "Ellipses: one standard deviation. Dashed: the wrapper with a harmless request.</sub>"
     )
 
 
@@ -133,6 +133,9 @@ def _traces(
             if centre and (start := centre_start(centre)):
                 (x0, y0), (x1, y1) = start, centre["centroid"]
                 traces.append(_line([x0, x1], [y0, y1], colour, name, 3, arrows=True))
+                if centre["wrapper"]:
+                    x1, y1 = x0 + centre["wrapper"][0], y0 + centre["wrapper"][1]
+                    traces.append(_line([x0, x1], [y0, y1], colour, name, 2, dash="dash"))
     return traces
 
 

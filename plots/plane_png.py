@@ -2,8 +2,8 @@
 
 Colour and shape name the class, a filled marker is a success, a hollow one a failure, a grey one
 was not judged. Thin arrows run from the plain request to the attacked one, the bold one is a
-class's mean displacement and ends at its centroid; ellipses are one standard deviation about the
-centroid.
+class's mean displacement and ends at its centroid; the dashed one is what harmless requests in the
+same wrappers show. Ellipses are one standard deviation about the centroid.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def figure_of(rows: list[Row], classes: list[Row]) -> Figure:
             if column == 0:
                 panel.set_ylabel("refusal projection at t_post_inst", fontsize=9)
             if line == len(frames) - 1:
-                panel.set_xlabel("harmfulness projection at t_inst", fontsize=9)
+                panel.set_xlabel(f"harmfulness projection at {here[0]['position']}", fontsize=9)
     handles = _legend(style, {r["class_name"] for r in rows})
     columns = max(2, min(len(handles), int(figure.get_figwidth() / 2.2)))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
@@ -91,6 +91,7 @@ def _legend(style: dict[str, tuple[str, str]], present: set[str]) -> list[Any]:
         ("not jailbroken", {"marker": "o", "fillstyle": "none"}),
         ("not judged", {"marker": "o", "markerfacecolor": NOT_JUDGED}),
         ("from plain to attacked", {"marker": r"$\rightarrow$", "markersize": 11}),
+        ("the wrapper alone, with a harmless request", {"linestyle": "--"}),
     ):
         options: Row = {"color": "#555555", "linestyle": "", "label": label}
         handles.append(Line2D([], [], **(options | look)))
@@ -146,11 +147,24 @@ def _panel(
             panel.plot(x, y, ".", color=colour, markersize=3, zorder=4)
         if start := centre_start(c):
             _arrow(panel, start, (x, y), colour, 2.0, 0.9)
+            if c["wrapper"]:
+                end = start[0] + c["wrapper"][0], start[1] + c["wrapper"][1]
+                _arrow(panel, start, end, colour, 1.2, 0.9, dashed=True)
     panel.tick_params(labelsize=8)
 
 
-def _arrow(panel: Any, start: Any, end: Any, colour: str, width: float, alpha: float) -> None:
+def _arrow(
+    panel: Any,
+    start: Any,
+    end: Any,
+    colour: str,
+    width: float,
+    alpha: float,
+    *,
+    dashed: bool = False,
+) -> None:
     style = {"arrowstyle": "->", "color": colour, "linewidth": width, "alpha": alpha}
+    style |= {"linestyle": "--"} if dashed else {}
     panel.annotate(
         "", xy=end, xytext=start, arrowprops={**style, "shrinkA": 2, "shrinkB": 3}, zorder=2
     )

@@ -167,8 +167,8 @@ class _Claims:
         if self.transfer and self.plane:
             self.transfer.replay_on(model, self._not_sent)
             _ = study.directions  # the plane needs them in the run
-            self.plane.read(model)
-            evidence = Evidence(study, self.controls, *self._attacked(model.spec))
+            reading = self.plane.read(model)
+            evidence = Evidence(study, self.controls, *self._attacked(model.spec), reading)
         self.result.claims += [test.measure(evidence) for test in self.tests]
 
     def _attacked(self, spec: str) -> tuple[list, list, list]:

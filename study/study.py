@@ -19,7 +19,8 @@ from core.generate import first_turn
 from core.kept import Kept
 from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Prompt, Renderer
-from core.records import HARMFUL, HARMLESS, AttackArtifact, Behaviour, Directions
+from core.readings import Directions
+from core.records import HARMFUL, HARMLESS, AttackArtifact, Behaviour
 from core.rows import Row
 from core.store import RunFolder
 from evaluation.behaviours import (

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from core.errors import AttackPlaneError
-from core.prompt import Conversation, Prompt
-from core.records import HARMLESS, AttackArtifact, Behaviour
-from evaluation.behaviours import load_behaviours
-from geometry.activations import POSITIONS, collect
-from study.study import Study
+from core.records import AttackArtifact, Behaviour
+from core.store import RunFolder
+from evaluation.behaviours import counterparts
+from geometry.activations import POSITIONS
+from pipeline.plane import PlaneReading
 
 
 @dataclass(frozen=True)
@@ -48,64 +48,31 @@ class Wrapped:
         return first.double() - second.double()
 
 
-def content_with(artifact: AttackArtifact, request: str) -> str | None:
-    """The attacked prompt with another request in its place; None where it has not the request."""
-    old = artifact.request
-    return artifact.prompt.replace(old, request) if old and old in artifact.prompt else None
-
-
-def counterparts(study: Study) -> dict[str, Behaviour]:
-    """Harmful held-out behaviour id -> the harmless request that is matched with it."""
-    source, splits = study.config.held_out, study.config.held_out_splits
-    rows = load_behaviours(source, splits=splits)
-    harmless = {b.pair_id: b for b in rows if b.label == HARMLESS and b.pair_id}
-    return {b.behaviour_id: harmless[b.pair_id] for b in rows if b.pair_id in harmless}
-
-
-def wrapped(study: Study, artifacts: Sequence[AttackArtifact]) -> Wrapped:
-    """Read the attacked prompts and their counterparts.
+def wrapped(reading: PlaneReading, artifacts: Sequence[AttackArtifact], run: RunFolder) -> Wrapped:
+    """The attacked prompts that have a counterpart, from what the plane has read.
 
     Raises:
-        AttackPlaneError: none has a counterpart.
+        AttackPlaneError: none has one.
     """
-    other = counterparts(study)
-    kept: list[tuple[AttackArtifact, Behaviour, Prompt, Prompt]] = []
-    for a in artifacts:
-        b = other.get(a.behaviour_id)
-        content = content_with(a, b.request) if b else None
-        if b and content:
-            kept.append(
-                (
-                    a,
-                    b,
-                    _rendered(study, a, a.prompt, a.request),
-                    _rendered(study, a, content, b.request),
-                )
-            )
-    if not kept:
+    by_id = {a.artifact_id: a for a in artifacts}
+    matched = counterparts(list(run.behaviours().values()))
+    rows = [n for n in reading.wrappers if reading.infos[n].prompt_id in by_id]
+    if not rows:
         raise AttackPlaneError(
             "no attack has a harmless counterpart",
-            where=study.spec,
+            where=run.path,
             got=f"{len(artifacts)} attacks",
             remedy="attack a set of matched pairs, with classes that keep the request as it is",
         )
-    columns = list(zip(*kept, strict=True))
+    others = [reading.wrappers[n][0] for n in rows]
+    read = reading.activations
+    chosen = tuple(by_id[reading.infos[n].prompt_id] for n in rows)
     return Wrapped(
-        tuple(columns[0]), tuple(columns[1]), _read(study, columns[2]), _read(study, columns[3])
+        chosen,
+        tuple(matched[a.behaviour_id] for a in chosen),
+        {position: read.at(position)[rows] for position in POSITIONS},
+        {position: read.at(position)[others] for position in POSITIONS},
     )
-
-
-def _rendered(study: Study, a: AttackArtifact, content: str, request: str | None) -> Prompt:
-    conversation = Conversation.of_prompt(
-        content, request=request, suffix=a.suffix, system=a.system_prompt
-    )
-    return study.renderer.render(conversation, allow_trim=True)
-
-
-def _read(study: Study, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    ids = [str(n) for n in range(len(prompts))]
-    read = collect(study.loaded, prompts, ids, description="wrapped requests")
-    return {position: read.at(position) for position in POSITIONS}
 
 
 def by_behaviour(behaviours: Iterable[str], values: Tensor) -> list[float]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from core.errors import AttackPlaneError
-from core.records import PlanePoint
+from core.readings import PlanePoint
 from core.statistics import auroc
 from geometry.carriers import Carrier
 from geometry.contrasts import Contrast, held_out_separation, unit

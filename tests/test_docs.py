@@ -83,7 +83,7 @@ def test_what_the_how_to_pages_add_can_be_added(name):
         elif name == "add-a-judge":
             assert make_judge("long:3").length == 3
         else:
-            assert CLAIMS.get("99").title.startswith("A model has more")
+            assert CLAIMS.get("99").title.startswith("Prompts are longer")
     finally:
         for registry, key in ((ATTACKS, "polite"), (JUDGES, "long"), (CLAIMS, "99")):
             registry.remove(key)

@@ -11,7 +11,7 @@ import torch
 from core.errors import AttackPlaneError
 from core.packed import PackedDecoder
 from core.prompt import Conversation, Renderer
-from core.records import Activations, PlanePoint
+from core.readings import Activations, PlanePoint
 from core.store import RunFolder
 from geometry.activations import POSITIONS, collect
 from geometry.classes import describe_classes

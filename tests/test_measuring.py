@@ -17,7 +17,8 @@ from commands.tables.study import claims_table
 from core.errors import AttackPlaneError
 from core.generate import first_turn
 from core.models import ModelHandle
-from core.records import Behaviour, Directions, Replay
+from core.readings import Directions
+from core.records import Behaviour, Replay
 from core.store import ATTACKS, REPLAYS, RunFolder, read_rows
 from evaluation.behaviours import load_behaviours, spread
 from evaluation.calibration import Errors

@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from core.records import PlanePoint
+from core.readings import PlanePoint
 from geometry.separability import (
     balanced_accuracy,
     held_out_predictions,

@@ -7,7 +7,8 @@ import logging
 import pytest
 
 from core.errors import AttackPlaneError
-from core.records import AttackArtifact, Behaviour, PlanePoint, config_from_dict, content_hash
+from core.readings import PlanePoint
+from core.records import AttackArtifact, Behaviour, config_from_dict, content_hash
 from core.store import RunFolder, read_rows, write_atomically
 
 

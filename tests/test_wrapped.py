@@ -1,74 +1,85 @@
-"""Harmless requests in the wrappers of attacks."""
-
-import dataclasses
+"""Harmless requests in the wrappers of attacks: on the plane, in its table, and for claims."""
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from attacks.templates import ATTACK, TemplatesConfig
+from cli import cli
 from core.errors import AttackPlaneError
 from core.models import ModelHandle
-from core.records import AttackArtifact
-from core.store import RunFolder
-from study.config import StudyConfig
-from study.study import Study
-from study.wrapped import by_behaviour, content_with, counterparts, wrapped
+from core.prompt import Conversation, Renderer
+from core.store import RunFolder, read_rows
+from evaluation.behaviours import counterparts, load_behaviours
+from geometry.activations import collect
+from pipeline.campaign import Plan, baseline_plans, campaign
+from pipeline.plane import PlaneConfig, PlaneStage
+from pipeline.runs import artifacts_of
+from study.wrapped import by_behaviour, wrapped
 
 
-def artifact(behaviour, prompt):
-    return AttackArtifact(
-        artifact_id=f"a-{behaviour.behaviour_id}",
-        behaviour_id=behaviour.behaviour_id,
-        attack="persona",
-        source_model="none",
-        request=behaviour.request,
-        prompt=prompt,
-        suffix=None,
-        suffix_ids=None,
-        target_string="Sure",
-        loss=None,
-        loss_history=[],
-        best_step=None,
-        seed=0,
-        config_hash="x",
-        token_fidelity=None,
-    )
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory, tiny_folders):
+    """A run with two classes on three harmful requests, and the directions of a tiny model."""
+    path, spec = tmp_path_factory.mktemp("attacked") / "run", str(tiny_folders["qwen2"])
+    behaviours = load_behaviours("demonstration", label="harmful", splits=("test",))[:3]
+    plan = Plan(ATTACK, TemplatesConfig(("persona", "encoding")))
+    campaign(path, behaviours, [*baseline_plans(plan), plan])
+    arguments = ["directions", "--run", path, "--model", spec, "--resamples", 20]
+    arguments += ["--estimator", "harc"]
+    result = CliRunner().invoke(cli, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return path, spec
 
 
-@pytest.fixture
-def study(tiny_folders, tmp_path):
-    with RunFolder(tmp_path) as run:
-        yield Study(run, ModelHandle(str(tiny_folders["qwen2"])), StudyConfig())
+def test_each_attack_is_read_beside_its_matched_harmless_request(attacked):
+    path, spec = attacked
+    with RunFolder(path) as run:
+        stage = PlaneStage(run, [spec], PlaneConfig())
+        model = ModelHandle(spec)
+        reading = stage.read(model)
+        pairs = wrapped(reading, artifacts_of(run), run)
+        other = counterparts(list(run.behaviours().values()))
+        with pytest.raises(AttackPlaneError, match="no attack has a harmless counterpart"):
+            wrapped(reading, [], run)
+    assert {a.attack for a in pairs.artifacts} == {"persona"}  # an encoded request has none
+    assert {a.behaviour_id for a in pairs.artifacts} == set(pairs.behaviours)
+    for a, b in zip(pairs.artifacts, pairs.harmless, strict=True):
+        assert other[a.behaviour_id] == b and b.label == "harmless"
+    # the counterpart is what the same model reads of the same wrapper, and so is the point
+    a, b = pairs.artifacts[1], pairs.harmless[1]
+    texts = [a.with_request(b.request), b.request]
+    render = Renderer(model.loaded).render
+    prompts = [
+        render(Conversation.of_prompt(t, request=b.request, suffix=None, system=a.system_prompt))
+        for t in texts
+    ]
+    read = collect(model.loaded, prompts, ["wrapped", "plain"])
+    for position in ("t_goal", "t_inst", "t_post_inst"):
+        assert torch.allclose(pairs.counterpart[position][1], read.at(position)[0], atol=1e-4)
+    point = next(p for p in stage.points if p.prompt_id == a.artifact_id and p.frame == "own")
+    direction = stage.frame.harmfulness[point.layer].double()
+    moved = (read.at("t_inst")[0] - read.at("t_inst")[1])[point.layer].double() @ direction
+    assert point.wrapper_x == pytest.approx(float(moved), abs=1e-4) and point.wrapper
+    plain = next(p for p in stage.points if p.attack == "plain")
+    assert plain.wrapper is None and plain.moved is None
 
 
-def test_each_attack_is_read_beside_its_matched_harmless_request(study):
-    harmful = study.held_out("harmful")[:3]
-    made = [artifact(b, f"You are Max. {b.request} Begin now.") for b in harmful]
-    rewritten = artifact(harmful[0], "In the past, how was it done?")
-    pairs = wrapped(study, [*made, rewritten])
-    assert [a.artifact_id for a in pairs.artifacts] == [a.artifact_id for a in made]
-    other = counterparts(study)
-    assert [b.request for b in pairs.harmless] == [other[b.behaviour_id].request for b in harmful]
-    assert all(b.pair_id == h.pair_id for b, h in zip(pairs.harmless, harmful, strict=True))
-    # the counterpart is what the same model reads of the same wrapper
-    again = dataclasses.replace(
-        made[1],
-        prompt=f"You are Max. {pairs.harmless[1].request} Begin now.",
-        request=pairs.harmless[1].request,
-    )
-    by_hand = study.residuals(study.prompts_of([(again.prompt, None)]), "t_post_inst")[0]
-    assert torch.allclose(pairs.counterpart["t_post_inst"][1], by_hand, atol=1e-4)
-    # at t_goal nothing but the request differs
-    moved = pairs.moved("t_goal", 2)
-    assert moved.shape == (3, study.loaded.d_model) and float(moved.norm(dim=1).min()) > 0
-    with pytest.raises(AttackPlaneError, match="no attack has a harmless counterpart"):
-        wrapped(study, [rewritten])
-
-
-def test_a_request_is_replaced_wherever_it_stands(study):
-    b = study.held_out("harmful")[0]
-    twice = artifact(b, f"{b.request}? {b.request}!")
-    assert content_with(twice, "Brew tea") == "Brew tea? Brew tea!"
-    assert content_with(artifact(b, "something else"), "Brew tea") is None
+def test_the_plane_is_read_at_the_request_and_tells_the_wrappers_share(attacked):
+    path, spec = attacked
+    arguments = ["plane", "--run", path, "--target", spec, "--position", "t_goal"]
+    result = CliRunner().invoke(cli, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    assert "wrapper alone H, R" in result.output and "no point at t_goal" in result.output
+    rows = read_rows(path / "plane.jsonl")
+    assert {r["position"] for r in rows} == {"t_goal"}
+    assert all(r["x"] == r["x_t_goal"] for r in rows)
+    classes = {(c["class"], c["frame"]): c for c in read_rows(path / "plane_classes.jsonl")}
+    persona = classes["persona", "own"]
+    share = persona["wrapper"][0] / persona["displacement"][0]
+    assert persona["wrapper_share"][0] == pytest.approx(share)
+    assert classes["plain", "own"]["wrapper"] is None
+    assert ("encoding", "own") not in classes  # it does not hold the request
 
 
 def test_behaviours_count_once():

@@ -11,7 +11,10 @@ from commands.tables.layout import Columns, Row, ends, text_of
 def classes_table(
     rows: Sequence[Row], *, frames: Sequence[str] = ("base", "own"), anchors: bool = True
 ) -> str:
-    """Where each class lies: centroid, and displacement from the plain request."""
+    """Where each class lies: centroid, and displacement from the plain request.
+
+    ``wrapper alone`` is the share of it that a harmless request in the same wrappers shows.
+    """
 
     def moved(axis: int) -> Callable[[Any], str]:
         def fill(c: Row) -> str:
@@ -26,6 +29,9 @@ def classes_table(
         pairs = zip(c["null_random"] or [], c["null_permuted"] or [], strict=True)
         return ", ".join(f"{max(a, b):.1f}" for a, b in pairs)
 
+    def wrapper(c: Row) -> str:
+        return ", ".join(f"{share:.0%}" for share in c.get("wrapper_share") or [])
+
     columns: Columns = [
         ("target", lambda c: c["target"]),
         ("frame", lambda c: c["frame"]),
@@ -38,6 +44,7 @@ def classes_table(
         ("H moved", moved(0)),
         ("R moved", moved(1)),
         ("null H, R", null),
+        ("wrapper alone H, R", wrapper),
     ]
     shown = [c for c in rows if c["frame"] in frames and (anchors or c["kind"] != "anchor")]
     return text_of(columns, shown)

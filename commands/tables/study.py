@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from commands.tables.layout import Columns, Row, ends, text_of
-from core.records import Directions
+from core.readings import Directions
 from core.specs import short_spec
 from study.verdicts import Check, Claim
 

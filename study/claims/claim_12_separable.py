@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from core.errors import AttackPlaneError
-from core.records import BASELINES, PlanePoint
+from core.readings import PlanePoint
+from core.records import BASELINES
 from geometry.plane import project
 from geometry.separability import separability
 from study.claims.evidence import Evidence

@@ -24,7 +24,7 @@ from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest
 from study.replies import replies_of, response_residuals
 from study.verdicts import ABOVE, NOT_ABOVE, Check, Claim, mean_check
-from study.wrapped import by_behaviour, content_with
+from study.wrapped import by_behaviour
 
 MARGIN = 0.25
 """Of the contrast set's gap between harmful and harmless: less counts as not above benign."""
@@ -43,7 +43,7 @@ def measure(evidence: Evidence) -> Claim:
     contents, requests = [], []
     for i in chosen:
         a, b = pairs.artifacts[i], pairs.harmless[i]
-        content = content_with(a, b.request)
+        content = a.with_request(b.request)
         assert content is not None  # or it would not be among the pairs
         contents.append((content, a.system_prompt))
         requests.append(b)

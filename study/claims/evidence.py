@@ -12,7 +12,9 @@ from functools import cached_property
 
 import numpy as np
 
-from core.records import BASELINES, HARMFUL, HARMLESS, AttackArtifact, PlanePoint, Replay
+from core.errors import AttackPlaneError
+from core.readings import PlanePoint
+from core.records import BASELINES, HARMFUL, HARMLESS, AttackArtifact, Replay
 from core.rows import Row
 from evaluation.judges import REFUSED
 from geometry.carriers import Carrier
@@ -20,6 +22,7 @@ from geometry.controls import edit
 from geometry.effects import by_behaviour, differences, pick
 from geometry.interventions import Intervention, ablation, matched_along, steering
 from geometry.layers import MAX_KL
+from pipeline.plane import PlaneReading
 from study.outcomes import measure, site_of
 from study.replies import Responses, replies_to, responses
 from study.searched import KINDS, searched
@@ -41,7 +44,8 @@ class Evidence:
     """What a claim may look at.
 
     ``artifacts``, ``replays`` and ``points`` (own frame) are of behaviours that no direction was
-    estimated on. They are there for claims that need attacks. ``controls``: directions that mean
+    estimated on, and ``reading`` what the plane has read. They are there for claims that need
+    attacks. ``controls``: directions that mean
     nothing, of each kind.
     """
 
@@ -50,6 +54,7 @@ class Evidence:
     artifacts: Sequence[AttackArtifact] = ()
     replays: Sequence[Replay] = ()
     points: Sequence[PlanePoint] = ()
+    reading: PlaneReading | None = None
 
     # --- interventions on held-out prompts --------------------------------------------------------
     @cached_property
@@ -121,7 +126,10 @@ class Evidence:
         Raises:
             AttackPlaneError: none has a counterpart.
         """
-        return wrapped(self.study, [a for a in self.artifacts if a.attack not in BASELINES])
+        if self.reading is None:
+            raise AttackPlaneError("no attacked prompts were read", where=self.study.spec)
+        attacked = [a for a in self.artifacts if a.attack not in BASELINES]
+        return wrapped(self.reading, attacked, self.study.run)
 
     @cached_property
     def refuses(self) -> tuple[int, int]:
