@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,10 @@ class Kept:
         """``make()`` as JSON, from the run where the same was made before."""
         key = content_hash([what, model.fingerprint, depends])
         if key not in self._known:
+            start = time.monotonic()
             self._known[key] = make()
-            row = {"key": key, "what": what, "model": model.spec, "value": self._known[key]}
+            seconds = round(time.monotonic() - start, 1)
+            row = {"key": key, "what": what, "model": model.spec, "seconds": seconds}
+            row["value"] = self._known[key]
             self._run.append(self._name, row)
         return self._known[key]

@@ -95,9 +95,12 @@ class Study:
             )
         return behaviours
 
-    def held_out_pairs(self) -> list[tuple[Behaviour, Behaviour]]:
-        """Harmful and harmless held-out requests that are matched; in their order if none is."""
-        harmful, harmless = self.held_out(HARMFUL), self.held_out(HARMLESS)
+    def held_out_pairs(self, limit: int | None = None) -> list[tuple[Behaviour, Behaviour]]:
+        """Harmful and harmless held-out requests that are matched; in their order if none is.
+
+        ``limit``: so many at most, spread over categories.
+        """
+        harmful, harmless = spread(self.held_out(HARMFUL), limit), self.held_out(HARMLESS)
         of = {b.unit: b for b in harmless}
         return [(b, of[b.unit]) for b in harmful if b.unit in of] or list(
             zip(harmful, harmless, strict=False)

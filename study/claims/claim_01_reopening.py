@@ -23,7 +23,10 @@ def measure(evidence: Evidence) -> Claim:
     bad = evidence.ablations
     alone = pick(bad, mode="none")
     of = {mode: pick(bad, mode=mode, kind="intervention") for mode in ("H", "R", "R-H")}
-    controls = {mode: evidence.ablated_controls(mode) for mode in "HR"}
+    controls = {
+        "R": evidence.ablated_controls("R"),
+        "H": evidence.ablated_controls("H", ("matched",)),
+    }
     beyond = {
         mode: differences(of[mode], pick(controls[mode], mode=mode, kind="matched"), "d")
         for mode in "HR"

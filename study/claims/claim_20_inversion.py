@@ -27,7 +27,7 @@ from geometry.contrasts import unit
 from geometry.interventions import Intervention, steering
 from geometry.resampling import permuted
 from geometry.rollout import rollout
-from study.claims.evidence import NATS, Evidence
+from study.claims.evidence import CONTROL_PROMPTS, NATS, Evidence
 from study.claims.registry import CLAIMS, ClaimTest
 from study.study import Study
 from study.verdicts import Claim, mean_check
@@ -72,7 +72,7 @@ def _moved(study: Study, controls: int) -> tuple[np.ndarray, dict[str, np.ndarra
     directions = _directions(study, controls)
     length = STRENGTH * float(study.harmfulness.difference[study.layer].norm())
     changes, alone = [], {}
-    pairs = study.held_out_pairs()
+    pairs = study.held_out_pairs(CONTROL_PROMPTS)
     for label, side, sign in ((HARMFUL, 0, -1.0), (HARMLESS, 1, 1.0)):
         rows = _judgements(study, [pair[side] for pair in pairs], directions, sign * length)
         alone[label] = np.array([row["alone"] for row in rows])

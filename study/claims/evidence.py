@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from core.errors import AttackPlaneError
 from core.readings import PlanePoint
 from core.records import BASELINES, HARMFUL, HARMLESS, AttackArtifact, Replay
 from core.rows import Row
+from evaluation.behaviours import spread
 from evaluation.judges import REFUSED
 from geometry.carriers import Carrier
 from geometry.controls import edit
@@ -32,6 +34,8 @@ from study.wrapped import Wrapped, wrapped
 REPLY_TOKENS = 32
 """Of replies under interventions: enough for a refusal or the beginning of an answer to show."""
 NATS = "nats per token"
+CONTROL_PROMPTS = 12
+"""Held-out prompts of a label on which controls are run: what takes most of the time."""
 REFUSED_SHARE = 0.5
 """Share of held-out harmful prompts that a model must refuse by itself before it is aligned."""
 REFUSED_COUNT = 5
@@ -72,29 +76,35 @@ class Evidence:
         edits = [edit(mode, "ablate", 1.0, site.vectors, site.layers, site) for mode in MODES]
         return measure(self.study, edits, self.study.held_out(label), tokens, made_from)
 
-    def ablated_controls(self, mode: str) -> list[Row]:
-        """Outcome D of the controls of one carrier's ablation, on held-out harmful prompts.
+    def ablated_controls(self, mode: str, kinds: Sequence[str] = KINDS) -> list[Row]:
+        """Outcome D of the controls of one carrier's ablation, beside its own and the model alone.
 
-        Kind ``matched``: searched random directions, moved as far as the carrier moves. Kind
-        ``permuted``: searched directions of permuted labels, ablated as they are.
+        On ``CONTROL_PROMPTS`` held-out harmful prompts. Kind ``matched``: searched random
+        directions, moved as far as the carrier moves. Kind ``permuted``: searched directions of
+        permuted labels, ablated as they are.
         """
         site, made_from = site_of(self.study, None)
         own = edit(mode, "ablate", 1.0, site.vectors, site.layers, site)
-        edits = [
-            own,
-            *matched_along(own, [c.vector[None] for c in self._searched(mode, "matched")]),
-        ]
-        for draw, c in enumerate(self._searched(mode, "permuted")):
-            other = ablation(mode, c.vector[None], site.layers)
-            edits.append(replace(other, kind="permuted", draw=draw))
-        depends = [made_from, self.controls]
-        return measure(self.study, edits, self.study.held_out(HARMFUL), 0, depends)
+        edits = [own]
+        if "matched" in kinds:
+            along = [c.vector[None] for c in self._searched(mode, "matched")]
+            edits += matched_along(own, along)
+        if "permuted" in kinds:
+            for draw, c in enumerate(self._searched(mode, "permuted")):
+                other = ablation(mode, c.vector[None], site.layers)
+                edits.append(replace(other, kind="permuted", draw=draw))
+        return self._without_replies(HARMFUL, edits, made_from)
+
+    def _without_replies(self, label: str, edits: list[Intervention], made_from: Any) -> list[Row]:
+        behaviours = spread(self.study.held_out(label), CONTROL_PROMPTS)
+        return measure(self.study, edits, behaviours, 0, [made_from, self.controls])
 
     @cached_property
     def additions(self) -> list[Row]:
         """Outcome D with refusal added to held-out harmless prompts, with controls of both kinds.
 
-        Controls are added at their own layers, at the length of the carrier.
+        On ``CONTROL_PROMPTS`` of them. Controls are added at their own layers, at the length of
+        the carrier.
         """
         site, made_from = site_of(self.study, None, operation="steer")
         own = edit("R", "steer", 1.0, site.vectors, site.layers, site)
@@ -103,8 +113,7 @@ class Evidence:
             for draw, c in enumerate(self._searched("R", kind)):
                 other = steering("R", c.vector, [c.layer], site.length)
                 edits.append(replace(other, kind=kind, draw=draw, strength=1.0))
-        depends = [made_from, self.controls]
-        return measure(self.study, edits, self.study.held_out(HARMLESS), 0, depends)
+        return self._without_replies(HARMLESS, edits, made_from)
 
     def _searched(self, carrier: str, kind: str) -> list[Carrier]:
         return searched(self.study, carrier, kind, self.controls)
