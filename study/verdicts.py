@@ -192,6 +192,7 @@ def mean_check(
     threshold: float = 0.0,
     claimed: str = ABOVE,
     controls: Numbers = (),
+    ranked: float | None = None,
     what: str = "controls",
     seed: int = 0,
 ) -> Check:
@@ -201,6 +202,7 @@ def mean_check(
         claimed: ``within`` is an equivalence test: above minus the threshold and below it.
         controls: the same mean of each control. What is claimed to be small (``within``, ``not
             above``) needs not beat them; to refute it, it must.
+        ranked: what is ranked among them, where they were run on fewer units; None: the mean.
     """
     array = np.asarray([v for v in values if math.isfinite(v)], dtype=np.float64)
     n = len(array)
@@ -218,7 +220,7 @@ def mean_check(
         pair = (up, down) if claimed == ABOVE else (down, up)
     test, nulls = f"sign flips over {n}", {}
     if len(controls):
-        ranks = _ranks(mean, controls, claimed)
+        ranks = _ranks(mean if ranked is None else ranked, controls, claimed)
         pair = max(pair[0], ranks[0]), max(pair[1], ranks[1])
         test += f"; rank among {len(controls)} {what}"
         nulls = _ends(controls)

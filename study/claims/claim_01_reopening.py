@@ -31,6 +31,7 @@ def measure(evidence: Evidence) -> Claim:
         mode: differences(of[mode], pick(controls[mode], mode=mode, kind="matched"), "d")
         for mode in "HR"
     }
+    own, changes = control_changes(controls["R"], "R")
     fall, rest = (differences(of[mode], alone, "d") for mode in ("R", "R-H"))
     checks = (
         mean_check(
@@ -38,7 +39,8 @@ def measure(evidence: Evidence) -> Claim:
             list(fall.values()),
             unit=NATS,
             claimed=BELOW,
-            controls=control_changes(controls["R"], "R"),
+            controls=changes,
+            ranked=own,
             what="searched controls",
         ),
         mean_check(

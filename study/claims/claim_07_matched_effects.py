@@ -32,7 +32,7 @@ def _check(name: str, rows: Sequence[Row], claimed: str) -> Check:
     values = paired(own, matched, "d")
     alone, others = (by_behaviour(r, "d") for r in (pick(rows, mode="none"), matched))
     usual = float(np.mean([others[b] - alone[b] for b in others]))
-    controls = [change - usual for change in control_changes(rows, "R")]
+    controls = [change - usual for change in control_changes(rows, "R")[1]]
     return mean_check(
         name, values, unit=NATS, claimed=claimed, controls=controls, what="searched controls"
     )

@@ -6,7 +6,7 @@ response side, what the model does when it is left alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -190,16 +190,21 @@ class Evidence:
         )
 
 
-def control_changes(rows: Sequence[Row], mode: str, outcome: str = "d") -> list[float]:
-    """By control: its mean change of an outcome from the model left alone."""
+def control_changes(
+    rows: Sequence[Row], mode: str, outcome: str = "d"
+) -> tuple[float, list[float]]:
+    """Mean change of an outcome from the model left alone: the intervention's, each control's."""
     alone = pick(rows, mode="none")
-    changes: list[float] = []
+
+    def change(own: Sequence[Mapping[str, Any]]) -> float:
+        return float(np.mean(list(differences(own, alone, outcome).values())))
+
+    changes = []
     for kind in KINDS:
-        own = pick(rows, mode=mode, kind=kind)
-        for draw in sorted({r["draw"] for r in own}):
-            moved = differences(pick(own, draw=draw), alone, outcome)
-            changes.append(float(np.mean(list(moved.values()))))
-    return changes
+        of_kind = pick(rows, mode=mode, kind=kind)
+        draws = sorted({r["draw"] for r in of_kind})
+        changes += [change(pick(of_kind, draw=draw)) for draw in draws]
+    return change(pick(rows, mode=mode, kind="intervention")), changes
 
 
 def _place(carrier: Carrier) -> str:
