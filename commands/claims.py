@@ -19,10 +19,20 @@ from commands.study_options import study_config, study_options, study_run
     default=99,
     help="Directions that mean nothing, of each kind: with 99 of two kinds p is at least 0.005.",
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print what would be done and how long it takes here, measured on a few prompts.",
+)
 @click.option("--claims", "numbers", help="Comma-separated numbers, for example 1,2 [default: all]")
 @quiet_libraries
 def claims(
-    run: Path | None, models: tuple[str, ...], numbers: str | None, controls: int, **study: Any
+    run: Path | None,
+    models: tuple[str, ...],
+    numbers: str | None,
+    controls: int,
+    dry_run: bool,
+    **study: Any,
 ) -> None:
     """Confirm or refute published claims on a model.
 
@@ -37,12 +47,17 @@ def claims(
       python cli.py claims --model embedded --claims 1,2,7
     """
     from commands.tables.attacks import agreements_table, matrix_table
-    from commands.tables.study import claims_table, coupling_table
+    from commands.tables.study import claims_table, coupling_table, plan_table
     from study.measure import claims as stage
+    from study.measure import planned
 
     wanted = numbers_of(numbers, "numbers, for example 1,2,7")
     config = study_config(study)
     path = study_run(run, models, config)
+    if dry_run:
+        works = planned(path, models, wanted, config, controls=controls, open_model=open_model)
+        click.echo(plan_table(works))
+        return
     result = stage(path, models, wanted, config, controls=controls, open_model=open_model)
     echo_notes(result.notes)
     if result.matrix:

@@ -23,6 +23,11 @@ def study_options(command: Callable[..., None]) -> Callable[..., None]:
         SYSTEM,
         JUDGE,
         click.option(
+            "--outputs",
+            is_flag=True,
+            help="Ablate what attention and MLP write too, as Arditi does.",
+        ),
+        click.option(
             "--resamples",
             type=click.IntRange(20),
             default=200,
@@ -71,7 +76,7 @@ def study_config(options: Row) -> StudyConfig:
     from study.study import StudyConfig
 
     contrast, held_out = options.pop("contrast"), options.pop("held_out")
-    names = ("estimator", "resamples", "judge", "seed")
+    names = ("estimator", "resamples", "judge", "seed", "outputs")
     return StudyConfig(
         contrast=contrast,
         splits=splits_of(contrast, (), CONTRAST_SPLITS),

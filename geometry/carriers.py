@@ -36,7 +36,7 @@ from core.prompt import Prompt
 from core.rows import Row
 from geometry import attribution
 from geometry.contrasts import Contrast, unit
-from geometry.interventions import ablation, steering
+from geometry.interventions import Intervention, ablation, steering
 from geometry.layers import DEPTH, MAX_KL, inner_layers
 from geometry.rollout import rollout
 
@@ -76,11 +76,15 @@ class Carrier:
 
 
 class Tried(NamedTuple):
-    """What candidates are tried on: contrast prompts, and the texts of outcome D."""
+    """What candidates are tried on: contrast prompts, and the texts of outcome D.
+
+    ``outputs``: ablations take a direction out of what attention and MLP write too.
+    """
 
     harmful: Sequence[Prompt]
     harmless: Sequence[Prompt]
     texts: attribution.Texts
+    outputs: bool = False
 
 
 def candidates(field: dict[str, Contrast], n_layers: int, every: int = 1) -> list[Carrier]:
@@ -102,9 +106,8 @@ def candidates(field: dict[str, Contrast], n_layers: int, every: int = 1) -> lis
 
 def scored(loaded: LoadedModel, carriers: Sequence[Carrier], tried: Tried) -> list[Carrier]:
     """The candidates with their full scores, in their order."""
-    harmful, harmless, texts = tried
-    everywhere = range(loaded.n_layers + 1)
-    ablations = [ablation("carrier", c.vector[None], everywhere) for c in carriers]
+    harmful, harmless, texts, _ = tried
+    ablations = [_ablated(loaded, c, tried) for c in carriers]
     additions = [steering("carrier", c.vector, [c.layer], c.norm) for c in carriers]
     bad = rollout(
         loaded,
@@ -139,7 +142,7 @@ def scored(loaded: LoadedModel, carriers: Sequence[Carrier], tried: Tried) -> li
 
 def estimated(loaded: LoadedModel, carriers: Sequence[Carrier], tried: Tried) -> list[Carrier]:
     """The candidates with their scores by gradients, in their order."""
-    harmful, harmless, texts = tried
+    harmful, harmless, texts, _ = tried
     vectors = torch.stack([c.vector for c in carriers])
     layers, lengths = [c.layer for c in carriers], torch.tensor([c.norm for c in carriers])
     comply = -attribution.ablated(loaded, harmful, texts, vectors)
@@ -170,9 +173,7 @@ def best_of_each(
     for group in groups:
         own = [next(flat) for _ in group]
         kept.append([own[i] for i in ranked(own)[:KEPT]])
-    edits = [
-        ablation("carrier", c.vector[None], range(loaded.n_layers + 1)) for g in kept for c in g
-    ]
+    edits = [_ablated(loaded, c, tried) for few in kept for c in few]
     rows = rollout(loaded, tried.harmless, edits, description="KL of candidates")
     kl = iter(torch.tensor([[o.kl for o in row] for row in rows]).double().mean(0).tolist())
     best = []
@@ -180,3 +181,8 @@ def best_of_each(
         measured = [replace(c, kl=next(kl)) for c in few]
         best.append(measured[ranked(measured)[0]])
     return best
+
+
+def _ablated(loaded: LoadedModel, carrier: Carrier, tried: Tried) -> Intervention:
+    every = range(loaded.n_layers + 1)
+    return ablation("carrier", carrier.vector[None], every, outputs=tried.outputs)

@@ -38,7 +38,7 @@ class Site:
     ``elsewhere`` holds the vectors of another place, by the control's name.
 
     ``length``: residual units of a steering strength of 1 by mode (1.0: strengths are in units of
-    the residual).
+    the residual). ``outputs``: ablate what attention and MLP write too.
     """
 
     vectors: Pair
@@ -47,6 +47,7 @@ class Site:
     other_layers: tuple[int, ...]
     where: str = "all"
     length: float = 1.0
+    outputs: bool = False
 
 
 def far_layer(layer: int, n_layers: int) -> int:
@@ -61,7 +62,7 @@ def edit(
     """One intervention of a mode with a pair of vectors."""
     rows = basis(mode, *pair)
     if operation == "ablate":
-        return ablation(mode, rows, layers, strength, site.where)
+        return ablation(mode, rows, layers, strength, site.where, outputs=site.outputs)
     if operation != "steer":
         raise AttackPlaneError("unknown operation", got=operation, remedy=" or ".join(OPERATIONS))
     # both rows are orthonormal, so n(h + r) is their sum only for orthogonal directions: take the

@@ -19,7 +19,8 @@ from core.models import LoadedModel
 from core.prefix import forked
 from core.prompt import Prompt
 from geometry.activations import read_residuals
-from geometry.interventions import Edits, Intervention, edited, touched
+from geometry.edits import Edits, edited
+from geometry.interventions import Intervention, touched
 
 
 @contextmanager

@@ -17,8 +17,9 @@ alone. H+R ablates their span, or steers by the unit vector of h + r. H-R is h w
 along r, at unit length; R-H is the reverse.
 
 Residual layers are numbered as everywhere: layer L enters block L, and n_layers leaves the last
-block. Within a block, attention may write the direction back before the MLP reads. Arditi projects
-the output of attention too. SG does not, and neither do we.
+block. Within a block, attention may write the direction back before the MLP reads. SG leaves it
+there. Arditi edits the outputs of attention and MLP too (``outputs``), which is the same as taking
+the direction out of all weights that write to the residual.
 
 ``where`` names the touched tokens: ``all``, the ``prompt``, the ``reply``, one position (such as
 ``t_inst`` or ``-1``), or a range of positions (``t_inst..t_post_inst``).
@@ -27,18 +28,13 @@ the output of attention too. SG does not, and neither do we.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.errors import AttackPlaneError
-from core.hooks import before_block
-from core.models import LoadedModel
 from core.prompt import Prompt
 from core.records import nearest
 from geometry.activations import span_of
@@ -70,6 +66,8 @@ class Intervention:
     draw: int = 0
     follows: Intervention | None = None
     """The intervention whose (read . a) is taken, in the same batch."""
+    outputs: bool = False
+    """Edit what attention and MLP write too, before it joins the residual (Arditi's ablation)."""
 
     @property
     def rank(self) -> int:
@@ -118,14 +116,21 @@ def basis(mode: str, h: Tensor, r: Tensor) -> Tensor:
 
 
 def ablation(
-    name: str, rows: Tensor, layers: Sequence[int], strength: float = 1.0, where: str = "all"
+    name: str,
+    rows: Tensor,
+    layers: Sequence[int],
+    strength: float = 1.0,
+    where: str = "all",
+    *,
+    outputs: bool = False,
 ) -> Intervention:
     """Takes ``strength`` times the component in the span of ``rows`` out of the residual.
 
-    ``rows`` is (k, d_model) and orthonormal.
+    ``rows`` is (k, d_model) and orthonormal. ``outputs``: also out of what attention and MLP write.
     """
+    write = strength * rows
     return Intervention(
-        name, tuple(layers), rows, strength * rows, None, where, "intervention", strength
+        name, tuple(layers), rows, write, None, where, strength=strength, outputs=outputs
     )
 
 
@@ -201,116 +206,3 @@ def touched(prompt: Prompt, where: str) -> tuple[Tensor, bool]:
         )
     mask[start.start : stop.stop] = 1
     return mask, False
-
-
-class Edits:
-    """The interventions of a batch's rows, stacked.
-
-    Attributes:
-        mask: (row, fed token), which tokens the next pass edits; None edits all of them.
-        moved: (row,), the summed length of what was added to tokens.
-        count: (row,), how many tokens that were.
-    """
-
-    def __init__(
-        self, rows: Sequence[Intervention | None], d_model: int, device: torch.device | str
-    ) -> None:
-        self.mask: Tensor | None = None
-        self.moved, self.count = torch.zeros(len(rows)), torch.zeros(len(rows))
-        self._device = device
-        own = {id(row): i for i, row in reversed(list(enumerate(rows))) if row}
-        self.leader = torch.arange(len(rows), device=device)
-        """(row,) whose (read . a) each row takes: its own, or that of the nearest earlier row that
-        it follows."""
-        for i, row in enumerate(rows):
-            if row and row.follows:
-                before = [j for j in range(i) if rows[j] is row.follows]
-                self.leader[i] = before[-1] if before else own[id(row.follows)]
-        self.layers = sorted({layer for row in rows if row for layer in row.layers})
-        rank = max([0, *(len(row.read) for row in rows if row and row.read is not None)])
-        self._stacked: dict[tuple[int, ...], list[Tensor]] = {}
-        self._at = {}
-        for layer in self.layers:
-            here = tuple(i for i, row in enumerate(rows) if row and layer in row.layers)
-            if here not in self._stacked:
-                self._stacked[here] = self._stack(rows, here, rank, d_model)
-            self._at[layer] = here
-
-    def _stack(
-        self, rows: Sequence[Intervention | None], here: Sequence[int], rank: int, d: int
-    ) -> list[Tensor]:
-        """The rows' read, write and shift, and which rows are edited.
-
-        A row without an edit holds zeros, which leave it as it was, to the bit.
-        """
-        read, write = torch.zeros(len(rows), rank, d), torch.zeros(len(rows), rank, d)
-        shift, edited = torch.zeros(len(rows), 1, d), torch.zeros(len(rows), 1)
-        for i in here:
-            row = rows[i]
-            assert row is not None
-            edited[i] = 1
-            if row.read is not None and row.write is not None:
-                read[i, : len(row.read)], write[i, : len(row.read)] = row.read, row.write
-            if row.shift is not None:
-                shift[i, 0] = row.shift
-        return [t.to(self._device) for t in (read, write, shift, edited)]
-
-    def select(self, keep: Tensor) -> None:
-        """Go on with some rows only."""
-        self._stacked = {k: [t[keep] for t in v] for k, v in self._stacked.items()}
-        self.mask = None if self.mask is None else self.mask[keep]
-        self.moved, self.count = self.moved[keep.cpu()], self.count[keep.cpu()]
-        new = torch.zeros_like(self.leader)
-        new[keep] = torch.arange(len(keep), device=new.device)
-        self.leader = new[self.leader[keep]]
-
-    def __call__(self, layer: int, hidden: Tensor) -> Tensor:
-        """(row, fed, d_model) -> the same, edited."""
-        read, write, shift, edited = self._stacked[self._at[layer]]
-        a, leader = hidden.float(), self.leader
-        if len(read) == 1 != len(a):  # one intervention for whatever the model is given
-            read, write = (t.expand(len(a), -1, -1) for t in (read, write))
-            leader = torch.arange(len(a), device=leader.device)
-        components = torch.bmm(a, read.transpose(1, 2))[leader]
-        change = shift - torch.bmm(components, write)
-        mask = torch.ones_like(a[..., 0]) if self.mask is None else self.mask
-        change = change * mask[..., None]
-        moved = change.detach().norm(dim=-1).sum(1).cpu()
-        count = (mask * edited).sum(1).cpu()
-        shared = len(self.moved) == 1 != len(moved)
-        self.moved += moved.sum() if shared else moved
-        self.count += count.sum() if shared else count
-        return (a + change).to(hidden.dtype)
-
-
-@contextmanager
-def edited(loaded: LoadedModel, edits: Edits) -> Iterator[None]:
-    """While open, forward passes of the model are edited. The hooks always go when it closes."""
-    handles = []
-
-    def after(_: nn.Module, __: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return edits(loaded.n_layers, output[0]), *output[1:]
-        return edits(loaded.n_layers, output)
-
-    try:
-        for layer in edits.layers:
-            if not 0 <= layer <= loaded.n_layers:
-                raise AttackPlaneError(
-                    "no such layer", where=loaded.spec, got=layer, remedy=f"0 to {loaded.n_layers}"
-                )
-            if layer < loaded.n_layers:
-                handles.append(before_block(loaded.blocks[layer], partial(edits, layer)))
-            else:
-                handles.append(loaded.blocks[-1].register_forward_hook(after))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def intervened(loaded: LoadedModel, intervention: Intervention) -> Iterator[None]:
-    """While open, every token that the model reads is edited, whatever ``where`` says."""
-    with edited(loaded, Edits([intervention], loaded.d_model, loaded.device)):
-        yield

@@ -10,7 +10,8 @@ from torch import Tensor
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from geometry.contrasts import unit
-from geometry.interventions import ablation, intervened, steering
+from geometry.edits import intervened
+from geometry.interventions import ablation, steering
 
 
 @contextmanager

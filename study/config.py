@@ -23,7 +23,7 @@ class StudyConfig:
     else harc. ``held_out_prompts``: how many of each label effects are measured on, spread over
     categories. ``carrier_prompts`` of each label, and every ``carrier_every``-th layer, are tried
     for carriers. ``refusals``: how many refusals, and openings that comply, outcome D has there.
-    ``judge`` says refused or complied.
+    ``judge`` says refused or complied. ``outputs``: ablate what attention and MLP write too.
     """
 
     contrast: str = DEMONSTRATION
@@ -40,6 +40,7 @@ class StudyConfig:
     seed: int = 0
     system_prompt: str | None = None
     judge: str = QUICK_JUDGE
+    outputs: bool = False
 
     def to_settings(self) -> Row:
         """For a run's manifest."""

@@ -10,9 +10,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from attacks.templates import ATTACK as TEMPLATES
 from attacks.templates import TemplatesConfig
@@ -33,6 +35,7 @@ from plots import claims_png
 from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest
 from study.config import StudyConfig
+from study.plan import Piece, plan
 from study.study import Study
 from study.verdicts import Claim, claim_of, with_holm
 from transfer.agreement import Agreement, agreements
@@ -105,6 +108,31 @@ def claims(
             stage.measure(model)
             model.release()
         return stage.write(models)
+
+
+def planned(
+    path: Path,
+    specs: Sequence[str],
+    numbers: Sequence[int],
+    config: StudyConfig,
+    *,
+    controls: int = CONTROLS,
+    open_model: OpenModel = ModelHandle,
+) -> dict[str, list[Piece]]:
+    """By model: the pieces of work of ``claims`` and how long they will take; nothing is kept."""
+    check_specs(specs)
+    tests = chosen_tests(numbers)
+    pieces = {}
+    for spec in specs:
+        with TemporaryDirectory() as folder:
+            scratch = Path(folder)
+            if (path / ATTACKS).exists():
+                shutil.copy(path / ATTACKS, scratch / ATTACKS)
+            with RunFolder(scratch) as run:
+                model = open_model(spec)
+                pieces[spec] = plan(Study(run, model, config), tests, controls, len(CLASSES))
+                model.release()
+    return pieces
 
 
 def make_attacks(path: Path, config: StudyConfig, open_model: OpenModel) -> None:

@@ -49,8 +49,9 @@ def site_of(
         tuple(far_layer(layer, n) for layer in chosen),
         where,
         r.norm if operation == "steer" else 1.0,
+        study.config.outputs,
     )
-    return site, [study.place(h), study.place(r), study.config.seed]
+    return site, [study.place(h), study.place(r), study.config.seed, *study.how]
 
 
 def measure(

@@ -63,7 +63,8 @@ def ablated_replies(study: Study) -> list[str]:
     carrier = study.carrier("R")
 
     def make() -> list[str]:
-        edit = ablation("R", carrier.vector[None], range(study.loaded.n_layers + 1))
+        every = range(study.loaded.n_layers + 1)
+        edit = ablation("R", carrier.vector[None], every, outputs=study.config.outputs)
         rows = rollout(
             study.loaded,
             harmful,
@@ -73,7 +74,9 @@ def ablated_replies(study: Study) -> list[str]:
         )
         return [study.text(row[0].reply) for row in rows]
 
-    return study.kept("ablated replies", [*study.set_identity, study.place(carrier)], make)
+    return study.kept(
+        "ablated replies", [*study.set_identity, study.place(carrier), *study.how], make
+    )
 
 
 def response_residuals(

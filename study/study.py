@@ -256,7 +256,8 @@ class Study:
     def tried(self) -> Tried:
         """What candidates are tried on: contrast prompts, spread over categories."""
         n = self.config.carrier_prompts
-        return Tried(self.some(True, n), self.some(False, n), self.carrier_texts)
+        sides = self.some(True, n), self.some(False, n)
+        return Tried(*sides, self.carrier_texts, self.config.outputs)
 
     @property
     def carrier_texts(self) -> Texts:
@@ -269,11 +270,23 @@ class Study:
         every = self.config.carrier_every
         return candidates(self.field(kind), self.loaded.n_layers, every)
 
+    @property
+    def how(self) -> list[str]:
+        """How ablations are made, where it is not the usual way."""
+        return ["outputs"] if self.config.outputs else []
+
     def search_identity(self, kind: str) -> list[Any]:
         """What a search for carriers depends on."""
         config = self.config
         sizes = [config.carrier_prompts, config.carrier_every, KEPT]
-        return [*self.set_identity, kind, self.estimator_identity, *sizes, self.carrier_texts]
+        return [
+            *self.set_identity,
+            kind,
+            self.estimator_identity,
+            *sizes,
+            self.carrier_texts,
+            *self.how,
+        ]
 
     def _found(self, kind: str) -> Carrier:
         tried = self.candidates(kind)

@@ -158,6 +158,18 @@ def test_all_claims_are_measured_on_it_by_one_command(refusing, tmp_path):
     assert read_rows(tmp_path / "claims.jsonl") == rows
 
 
+def test_a_dry_run_tells_the_work_and_keeps_nothing(tiny_folders, tmp_path):
+    model = ["--run", tmp_path / "run", "--model", str(tiny_folders["qwen2"]), "--controls", 2]
+    output = command("claims", *model, "--dry-run")
+    for work in ("own replies", "controls, searched", "reply inversion", "replies to attacked"):
+        assert work in output
+    # three kinds of two controls, of each the KL of three candidates on eight prompts
+    assert "144 row" in output and "minutes; what the run has" in output
+    assert not (tmp_path / "run").exists()
+    fewer = command("claims", *model, "--dry-run", "--claims", 21)
+    assert "reply inversion" not in fewer and "controls, searched" not in fewer
+
+
 def test_without_a_run_folder_the_commands_share_one_of_their_own(
     tiny_folders, tmp_path, monkeypatch
 ):

@@ -1,6 +1,7 @@
 """Edits do what their formula says, leave no hooks, and sharing work changes nothing."""
 
 import contextlib
+import copy
 import math
 
 import pytest
@@ -13,13 +14,11 @@ from core.generate import complete
 from core.prompt import Conversation, Renderer
 from geometry.activations import collect, read_residuals
 from geometry.contrasts import unit
+from geometry.edits import Edits, edited, intervened
 from geometry.interventions import (
     MODES,
-    Edits,
     ablation,
     basis,
-    edited,
-    intervened,
     matched_controls,
     random_controls,
     random_rows,
@@ -282,3 +281,36 @@ def test_delta_norm_is_the_mean_length_added_to_touched_tokens(qwen):
     assert found[0][0].delta_norm == pytest.approx(2.5, abs=1e-5)
     plain = collect(qwen, [prompt], ["p"]).at("t_inst")[0, 2]
     assert found[0][1].delta_norm == pytest.approx(float((plain @ u).abs()), abs=1e-5)
+
+
+def test_ablating_outputs_too_is_taking_the_direction_out_of_all_weights_that_write(qwen):
+    """Arditi's ablation and his weight orthogonalisation are one."""
+    u = unit(torch.randn(qwen.d_model, generator=torch.Generator().manual_seed(4)))
+    prompts = [
+        Renderer(qwen).render(Conversation.build(t)) for t in ("Brew some tea", "Say hello to me")
+    ]
+    ids = torch.tensor([list(prompts[0].ids)])
+    with torch.no_grad():
+        plain = qwen.model(ids).logits[0, -1].log_softmax(-1)
+        free = copy.deepcopy(qwen.model)
+        inner = free.model
+        inner.embed_tokens.weight.copy_(
+            inner.embed_tokens.weight - (inner.embed_tokens.weight @ u)[:, None] * u
+        )
+        if free.lm_head.weight.data_ptr() == inner.embed_tokens.weight.data_ptr():
+            free.lm_head.weight = torch.nn.Parameter(qwen.model.lm_head.weight.clone())
+        for block in inner.layers:
+            for part in (block.self_attn.o_proj, block.mlp.down_proj):
+                part.weight.copy_(part.weight - u[:, None] * (u @ part.weight))
+        expected = free(ids).logits[0, -1].log_softmax(-1)
+    layers = range(qwen.n_layers + 1)
+    kl = float((plain.exp() * (plain - expected)).sum())
+    whole, residual = (ablation("u", u[None], layers, outputs=o) for o in (True, False))
+    rows = rollout(qwen, prompts[:1], [whole, residual, None])[0]
+    assert rows[0].kl == pytest.approx(kl, rel=1e-3) and rows[2].kl == pytest.approx(0, abs=1e-6)
+    assert abs(rows[1].kl - kl) > 1e-3 * kl  # attention writes it back before the MLP reads
+    # in one batch with others, and with controls that follow, as alone
+    generator = torch.Generator().manual_seed(0)
+    many = rollout(qwen, prompts, [residual, whole, *matched_controls(whole, 2, generator)])
+    assert many[0][1].kl == pytest.approx(kl, rel=1e-3)
+    assert many[0][0].kl == pytest.approx(rows[1].kl, rel=1e-3)

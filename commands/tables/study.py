@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from commands.tables.layout import Columns, Row, ends, text_of
@@ -235,3 +235,17 @@ def coupling_table(claims: Sequence[Claim]) -> str:
         ("row-normalised", ranks("effective_rank_normalised")),
     ]
     return text_of(columns, [c for c in claims if c.number == 2 and c.settings])
+
+
+def plan_table(works: Mapping[str, Sequence[Any]]) -> str:
+    """What will be done on each model, and the minutes that it takes."""
+    rows = [(model, piece) for model, pieces in works.items() for piece in pieces]
+    columns: Columns = [
+        ("model", lambda row: short_spec(row[0])),
+        ("work", lambda row: row[1].what),
+        ("so often", lambda row: f"{row[1].count} {row[1].unit}"),
+        ("minutes", lambda row: f"{row[1].seconds / 60:.1f}"),
+    ]
+    total = sum(piece.seconds for _, piece in rows) / 60
+    note = f"about {total:.0f} minutes; what the run has is not measured again"
+    return f"{text_of(columns, rows)}\n{note}"

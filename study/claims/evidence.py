@@ -91,7 +91,7 @@ class Evidence:
             edits += matched_along(own, along)
         if "permuted" in kinds:
             for draw, c in enumerate(self._searched(mode, "permuted")):
-                other = ablation(mode, c.vector[None], site.layers)
+                other = ablation(mode, c.vector[None], site.layers, outputs=site.outputs)
                 edits.append(replace(other, kind="permuted", draw=draw))
         return self._without_replies(HARMFUL, edits, made_from)
 

@@ -1,0 +1,142 @@
+"""What a run of ``claims`` will do on one model, and how long it will take here.
+
+The rates are measured on the spot, on a few prompts: seconds of a reply token, of an edited row
+with outcome D, of one without, and of a prompt whose residuals are read. What the run folder has
+already is not measured again, so that a command that goes on takes less.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from core.generate import complete
+from core.records import HARMFUL, HARMLESS
+from core.store import ATTACKS
+from geometry.activations import collect
+from geometry.carriers import KEPT
+from geometry.contrasts import unit
+from geometry.interventions import Intervention, ablation
+from geometry.rollout import rollout
+from study.claims.evidence import CONTROL_PROMPTS, MODES, REPLY_TOKENS
+from study.claims.registry import ClaimTest
+from study.study import Study
+
+PROBED = 8
+"""Prompts, and interventions, that rates are measured on."""
+ATTACK_TOKENS = 80
+"""New tokens of a reply to an attacked prompt, on average."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece of work: how often what is done, and how long it takes (seconds)."""
+
+    what: str
+    count: int
+    unit: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds of one of each, on this model and machine."""
+
+    reply_token: float
+    row: float
+    row_without_texts: float
+    prompt: float
+
+
+def rates(study: Study) -> Rates:
+    """Measured on ``PROBED`` contrast prompts and random ablations at all layers."""
+    loaded = study.loaded
+    prompts = study.some(True, PROBED)
+    directions = unit(torch.randn(PROBED, loaded.d_model, generator=torch.Generator()))
+    edits = [ablation("probe", v[None], range(loaded.n_layers + 1)) for v in directions]
+    texts = study.openings
+
+    def replies() -> int:
+        complete(study.renderer, [p.text for p in prompts], max_new_tokens=PROBED)
+        return PROBED * len(prompts)
+
+    def rows() -> int:
+        refusals, compliances = texts.refusals, texts.compliances
+        every: list[Intervention | None] = [None, *edits]
+        rollout(loaded, prompts[:2], every, refusals=refusals, compliances=compliances)
+        return 2 * len(every)
+
+    def rows_without_texts() -> int:
+        every: list[Intervention | None] = [None, *edits]
+        rollout(loaded, prompts[:2], every, refusal_tokens=texts.first_tokens)
+        return 2 * len(every)
+
+    def residuals() -> int:
+        collect(loaded, prompts, [str(n) for n in range(len(prompts))])
+        return len(prompts)
+
+    residuals()  # the first pass prepares what later ones find
+    return Rates(*(_each(f) for f in (replies, rows, rows_without_texts, residuals)))
+
+
+def _each(work: Callable[[], int]) -> float:
+    """Seconds of one of what ``work`` does so often."""
+    start = time.monotonic()
+    count = work()
+    return (time.monotonic() - start) / count
+
+
+def plan(study: Study, tests: Sequence[ClaimTest], controls: int, classes: int) -> list[Piece]:
+    """The pieces of one model, in the order of the work.
+
+    Args:
+        classes: prompt-level attacks that are made where the run has none.
+    """
+    numbers, r, config = {t.number for t in tests}, rates(study), study.config
+    harmful, harmless = (len(study.held_out(label)) for label in (HARMFUL, HARMLESS))
+    contrast = len(study.behaviours)
+    few = min(CONTROL_PROMPTS, harmful)
+    tried = config.carrier_prompts
+    texts = 2 * config.refusals
+    pieces = []
+
+    def add(what: str, count: int, unit_of: str, seconds: float) -> None:
+        pieces.append(Piece(what, count, unit_of, count * seconds))
+
+    if any(t.needs_attacks for t in tests):
+        kept = study.run.rows(ATTACKS) if (study.run.path / ATTACKS).exists() else []
+        prompts = len(kept) or harmful * (classes + 1)
+        add("replies to attacked prompts", prompts, "reply", ATTACK_TOKENS * r.reply_token)
+        add("residuals of attacked prompts", 2 * prompts, "prompt", r.prompt)
+    add("own replies", contrast + harmful + harmless, "reply", config.reply_tokens * r.reply_token)
+    add("residuals of contrast prompts", contrast, "prompt", r.prompt)
+    backward = 3 * r.prompt * 2
+    if numbers & {1, 2, 7, 14, 15}:
+        passes = 2 * tried * (2 * texts + 8)
+        add("carriers, by gradients", passes, "pass", backward)
+    if numbers & {14, 15}:
+        half = contrast // 2
+        add("replies under ablation", half, "reply", 2 * config.reply_tokens * r.reply_token)
+        add("residuals of replies", 2 * half, "prompt", r.prompt)
+    if numbers & {1, 2, 7}:
+        rows = len(MODES) + 1
+        add(
+            "ablations, harmful prompts",
+            harmful * rows,
+            "row",
+            r.row + REPLY_TOKENS * r.reply_token,
+        )
+        add("ablations, harmless prompts", harmless * rows, "row", r.row)
+    if numbers & {1, 7}:
+        kinds = 3 if 1 in numbers else 2
+        add("controls, searched", kinds * controls * KEPT * tried, "row", r.row_without_texts)
+        add("controls, ablated", few * (kinds * controls + 2), "row", r.row)
+    if 7 in numbers:
+        add("controls, added", few * (2 * controls + 2), "row", r.row)
+    if 20 in numbers:
+        rows = 2 * few * (2 * controls + 3)
+        add("reply inversion", rows, "row", r.row_without_texts)
+    return pieces
