@@ -124,7 +124,7 @@ def test_all_claims_are_measured_on_it_by_one_command(refusing, tmp_path):
     assert {r["verdict"] for r in rows} <= {"holds", "refuted", "undecided"}
     first = rows[0]
     assert len(first["checks"]) == 5 and "held-out harmful prompts" in first["note"]
-    assert first["checks"][0]["value"] < -0.2  # ablating R reopens the model
+    assert first["checks"][0]["value"] < 0  # ablating R reopens the model
     assert first["checks"][0]["p"] == pytest.approx(1 / 5)  # rank among two controls of two kinds
     for row in rows:
         for check in row["checks"]:

@@ -5,6 +5,7 @@ import dataclasses
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -24,6 +25,7 @@ from evaluation.behaviours import load_behaviours, spread
 from evaluation.calibration import Errors
 from geometry.classes import describe_classes
 from geometry.contrasts import d_prime
+from geometry.cross_half import CrossHalf
 from geometry.prediction import POOLED, success_prediction
 from interchange.importer import import_file
 from pipeline.contrast_reading import DirectionsConfig
@@ -177,36 +179,70 @@ def test_a_displacement_says_on_how_many_behaviours_it_rests():
     assert "pairs" in header and " 2 " in line
 
 
-def evidence(points):
-    return SimpleNamespace(points=points, study=SimpleNamespace(spec="m"))
+def evidence(points, **more):
+    return SimpleNamespace(points=points, study=SimpleNamespace(spec="m"), **more)
 
 
-def test_claim_13_counts_the_prompts_that_its_auroc_rests_on():
-    points = [
-        dataclasses.replace(point(f"b{i}", "a", -float(i), 0.0, i < 4), plain_x=0.0, plain_y=0.0)
-        for i in range(8)
+def test_claim_13_rests_on_prompts_with_a_plain_request_and_an_outcome():
+    rng = np.random.default_rng(0)
+    points = []
+    for b in range(8):
+        for name in "ab":
+            p = point(f"b{b}", name, float(rng.normal()), float(rng.normal()), b < 4)
+            points.append(dataclasses.replace(p, x_t_goal=p.x, plain_x=0.0, plain_y=0.0))
+    replays = [
+        with_outcome(replay("a", p.behaviour_id, True, "m"), "complied", d=3 * p.x) for p in points
     ]
-    points += [point(f"b{i}", "a", 0.0, 0.0, i < 4) for i in range(8, 12)]  # no plain request
-    points += [  # a class without failures says nothing within itself
-        dataclasses.replace(point(f"b{i}", "b", 0.0, 0.0, True), plain_x=0.0, plain_y=0.0)
-        for i in range(8)
+    replays = [
+        dataclasses.replace(r, artifact_id=p.prompt_id)
+        for r, p in zip(replays, points, strict=True)
     ]
-    (check,) = measure_13(evidence(points)).checks
-    assert check.n == 8
+    points.append(point("b9", "a", 0.0, 0.0, True))  # no plain request
+    points.append(dataclasses.replace(points[0], attack="plain", prompt_id="plain"))
+    claim = measure_13(evidence(points, replays=replays))
+    h, r = claim.checks
+    assert (h.n, r.n) == (8, 8) and "16 prompts" in claim.note
+    assert h.outcome == "yes" and claim.verdict == "holds"  # one of the two is enough
+    nothing = measure_13(evidence(points, replays=[]))
+    assert nothing.verdict == "undecided" and nothing.held_back
 
 
-def test_baselines_are_no_attack_classes_in_claim_12():
-    points = [
-        point(f"b{i}", name, float(i % 3) + 5 * shift, float(shift), None)
-        for shift, name in enumerate(("gcg", "persona", "initial_suffix", "random_suffix", "plain"))
-        for i in range(6)
-    ]
-    claim = measure_12(evidence(points))
-    assert claim.checks[0].n == 12 and "2 classes" in claim.note
+def test_claim_12_is_about_attacks_less_their_wrappers():
+    """Baselines are no classes, and what a harmless request in the wrapper shows is taken away."""
+    rng = np.random.default_rng(1)
+    points, artifacts, places = [], [], []
+    for shift, name in enumerate(("gcg", "persona", "initial_suffix", "plain")):
+        for b in range(8):
+            own = rng.normal(size=2)
+            p = point(f"b{b}", name, 9.0 * shift + own[0], own[1], None)
+            points.append(dataclasses.replace(p, x_t_goal=p.x))
+            artifacts.append(SimpleNamespace(artifact_id=p.prompt_id))
+            places.append(9.0 * shift)  # all of what tells the classes apart is the wrapper's
+    resid = torch.zeros(len(places), 2, 2)
+    resid[:, 1, 0] = torch.tensor(places)
+    axis = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    other = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    study = SimpleNamespace(
+        spec="m",
+        directions=SimpleNamespace(
+            harmfulness=axis,
+            refusal=other,
+            harmless_t_inst=torch.zeros(2, 2),
+            harmless_t_post_inst=torch.zeros(2, 2),
+        ),
+    )
+    pairs = SimpleNamespace(
+        artifacts=artifacts, counterpart={"t_goal": resid, "t_post_inst": torch.zeros_like(resid)}
+    )
+    claim = measure_12(SimpleNamespace(points=points, study=study, wrapped=pairs))
+    less, goal, inst = claim.checks
+    assert [c.n for c in claim.checks] == [8, 8, 8] and less.decides and not goal.decides
+    assert goal.value == inst.value == 1.0 and goal.outcome == "yes"
+    assert less.outcome == "unclear" and claim.verdict == "undecided"
 
 
 def test_what_held_a_claim_back_is_said_beside_a_check_that_says_yes():
-    yes = Check("an effect", 0.5, 0.4, 0.6, 0.0, "above", "share", 9)
+    yes = Check("an effect", 0.5, 0.4, 0.6, 0.0, "above", "share", 9, 0.01, 1.0, "by hand")
     table = claims_table([Claim(7, "t", "m", (yes,), held_back=("it refuses too little",))])
     assert "yes" in table and "held back: it refuses too little" in table
 
@@ -327,16 +363,16 @@ def test_rows_of_earlier_versions_are_still_read():
     assert old.outcome is None and matrix([old])[0].refused == 0.0
 
 
-def test_an_unreliable_direction_leaves_claim_2_unmeasured_and_says_why(
+def test_an_unreliable_direction_leaves_claim_2_undecided_and_says_why(
     tmp_path, tiny_folders, monkeypatch
 ):
     small = {"contrast": "demonstration-v1", "held_out": "demonstration-v1"}
-    config = StudyConfig(**small, resamples=20, controls=2, carrier_prompts=4, reply_tokens=2)
-    monkeypatch.setattr("study.claims.claim_02_orthogonality._split_half", lambda *_: 0.05)
+    config = StudyConfig(**small, resamples=20, carrier_prompts=4, reply_tokens=2)
+    nothing = CrossHalf(math.nan, np.full(20, math.nan), (0.05, 0.9), 1.0, 40)
+    monkeypatch.setattr("study.claims.claim_02_orthogonality.cross_half", lambda *_: nothing)
     with RunFolder(tmp_path) as run:
         study = Study(run, ModelHandle(str(tiny_folders["qwen2"])), config)
         claim = measure_2(Evidence(study))
-    assert claim.verdict == "undecided" and claim.checks == ()
-    table = claims_table([claim])
-    assert "nan" not in table and "not measured" in table
+    assert claim.verdict == "undecided"
+    assert "nan" not in claims_table([claim])
     assert any("too unreliable" in reason for reason in claim.held_back)

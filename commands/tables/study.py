@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -169,6 +170,9 @@ def claims_table(claims: Sequence[Claim]) -> str:
     def holm(claim: Claim) -> str:
         return ", ".join(f"{p:.3f}" for p in claim.holm or ()) or "-"
 
+    def known(c: Check) -> bool:
+        return math.isfinite(c.value) and math.isfinite(c.low)
+
     def says(c: Check) -> str:
         return c.outcome if c.decides else f"({c.outcome})"
 
@@ -178,8 +182,8 @@ def claims_table(claims: Sequence[Claim]) -> str:
         ("verdict", once(lambda claim: claim.verdict)),
         ("p, against, by Holm", once(holm)),
         ("check", lambda row: row[1].name if row[1] else "not measured"),
-        ("estimate", of_check(lambda c: f"{c.value:+.2f}")),
-        ("interval", of_check(lambda c: ends((c.low, c.high)))),
+        ("estimate", of_check(lambda c: f"{c.value:+.2f}" if known(c) else "-")),
+        ("interval", of_check(lambda c: ends((c.low, c.high)) if known(c) else "-")),
         ("claimed", of_check(claimed)),
         ("nulls", of_check(nulls)),
         ("n", of_check(lambda c: str(c.n))),
