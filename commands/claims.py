@@ -16,8 +16,8 @@ from commands.study_options import study_config, study_options, study_run
 @click.option(
     "--controls",
     type=click.IntRange(2),
-    default=99,
-    help="Directions that mean nothing, of each kind: with 99 of two kinds p is at least 0.005.",
+    default=199,
+    help="Directions that mean nothing, of each kind: p is at least 1 / (1 + so many).",
 )
 @click.option(
     "--dry-run",

@@ -178,6 +178,11 @@ class AttackArtifact(Record):
     snapshots: list[Row] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def begins_before_request(self) -> bool:
+        """Whether something stands before the request: only that can change how it is read."""
+        return bool(self.request) and self.prompt.find(self.request or "") > 0
+
     def with_request(self, request: str) -> str | None:
         """The prompt with another request in place of its own; None where it has not its own."""
         old = self.request

@@ -100,4 +100,5 @@ def units_needed(effect: float, spread: float, *, level: float = LEVEL) -> int |
     if not math.isfinite(effect) or not math.isfinite(spread) or effect == 0:
         return None
     z_level, z_power = (NormalDist().inv_cdf(q) for q in (1 - level, POWER))
-    return math.ceil(((z_level + z_power) * spread / effect) ** 2 + z_level**2 / 2)
+    n = math.ceil(((z_level + z_power) * spread / effect) ** 2 + z_level**2 / 2)
+    return max(n, math.ceil(math.log2(1 / level)))  # sign flips of fewer units cannot decide

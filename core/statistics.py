@@ -136,6 +136,9 @@ def spearman(first: Numbers, second: Numbers) -> float:
 
 
 def permutation_p(value: float, null: Numbers) -> float:
-    """One-sided p-value: (1 + values of the null at least as large) / (1 + values of the null)."""
+    """One-sided p-value: (1 + values of the null at least as large) / (1 + values of the null).
+
+    What is no number counts as at least as large.
+    """
     array = np.asarray(null, dtype=np.float64)
-    return float((1 + (array >= value).sum()) / (1 + len(array)))
+    return float((1 + (~(array < value)).sum()) / (1 + len(array)))

@@ -6,6 +6,7 @@ a_(l-1)t what the layer before wrote into it (w_0t is the embedding), and g_lt t
 number f with respect to a_lt, an edit changes f to first order by
 
     ablating u at all layers    - sum over l, t of (u . w_lt) (u . g_lt)
+    writing u in place of r     - sum over l, t of (r . w_lt) (u . g_lt)      (a matched control)
     adding s u at layer l       s sum over t of u . g_lt
 
 An ablation at all layers takes u out of all that is written, so each write counts once. f is the
@@ -16,9 +17,10 @@ log-probability of v as the next token, and p_v its probability,
 
     KL of the next token        1/2 sum over the likeliest v of p_v (change of f_v)^2
 
-Attribution patching (Nanda 2023) is the same approximation. The first two order candidates as full
-scores do. The KL is about a third of the true one, and orders candidates as it does
-(docs/lab-log.md, 2026-11-28).
+Attribution patching (Nanda 2023) is the same approximation. Measured on 35 candidates of the
+embedded model (docs/lab-log.md, 2026-11-28): estimated and measured changes of refusals have a rank
+correlation of 0.8 to 0.9, the two KLs one of 0.9 to 0.97. The estimated KL is about a third of the
+measured one.
 """
 
 from __future__ import annotations
@@ -55,12 +57,19 @@ class Texts(NamedTuple):
 
 
 def ablated(
-    loaded: LoadedModel, prompts: Sequence[Prompt], texts: Texts, directions: Tensor
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    texts: Texts,
+    directions: Tensor,
+    read: Tensor | None = None,
 ) -> Tensor:
-    """(n, d_model) unit directions -> (n,) change of outcome D, nats per token."""
+    """(n, d_model) unit directions -> (n,) change of outcome D, nats per token.
+
+    ``read`` (d_model,): the direction along which the residual is read, where it is another.
+    """
     total = torch.zeros(len(directions), dtype=torch.float64)
     for weight, written, gradient in _of_texts(loaded, prompts, texts):
-        total -= weight * _products(directions, written, gradient)
+        total -= weight * _products(directions, written, gradient, read)
     return total / len(prompts)
 
 
@@ -80,7 +89,12 @@ def added(
     return along * lengths.double() / len(prompts)
 
 
-def next_token_kl(loaded: LoadedModel, prompts: Sequence[Prompt], directions: Tensor) -> Tensor:
+def next_token_kl(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    directions: Tensor,
+    read: Tensor | None = None,
+) -> Tensor:
     """(n, d_model) unit directions -> (n,) estimated KL of the next token under ablation, nats."""
     total = torch.zeros(len(directions), dtype=torch.float64)
     for prompt in prompts:
@@ -92,7 +106,7 @@ def next_token_kl(loaded: LoadedModel, prompts: Sequence[Prompt], directions: Te
             ):
                 gradient = torch.autograd.grad(of[token], states, retain_graph=True)
                 written = _written(states)
-                total += weight / 2 * _products(directions, written, _stack(gradient)) ** 2
+                total += weight / 2 * _products(directions, written, _stack(gradient), read) ** 2
     return total / len(prompts)
 
 
@@ -131,8 +145,9 @@ def _written(states: Sequence[Tensor]) -> Tensor:
     return torch.cat([a[:1], a[1:] - a[:-1]])
 
 
-def _products(directions: Tensor, written: Tensor, gradient: Tensor) -> Tensor:
-    """(n,) sums over layers and tokens of (u . w) (u . g)."""
+def _products(directions: Tensor, written: Tensor, gradient: Tensor, read: Tensor | None) -> Tensor:
+    """(n,) sums over layers and tokens of (r . w) (u . g); r is u where nothing else is read."""
     u = directions.float().to(written.device)
-    w, g = (t.flatten(0, 1) @ u.T for t in (written, gradient))
+    r = u if read is None else read.float().to(written.device)[None]
+    w, g = written.flatten(0, 1) @ r.T, gradient.flatten(0, 1) @ u.T
     return (w.double() * g.double()).sum(0).cpu()

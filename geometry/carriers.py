@@ -12,7 +12,8 @@ position and layer is a candidate. It is tried on contrast prompts:
     score    refuse + comply - kl
 
 1. All candidates are scored by gradients (``attribution.py``), and ranked: those whose estimated
-   KL says admissible by score, then the others by KL.
+   KL is at most half of what is admissible by score, then the others by KL. (The half: a KL that
+   was chosen for being just small enough is larger on other prompts.)
 2. The KL of the best few is measured. The carrier is the best of these by the same ranking.
 
 Effects and admissibility are measured on held-out prompts afterwards.
@@ -36,11 +37,11 @@ from core.prompt import Prompt
 from core.rows import Row
 from geometry import attribution
 from geometry.contrasts import Contrast, unit
-from geometry.interventions import Intervention, ablation, steering
+from geometry.interventions import Intervention, ablation, matched_along, steering
 from geometry.layers import DEPTH, MAX_KL, inner_layers
 from geometry.rollout import rollout
 
-KEPT = 3
+KEPT = 5
 """Candidates whose KL is measured."""
 ESTIMATED = 1 / 3
 """An estimated KL is about this share of the measured one."""
@@ -140,14 +141,19 @@ def scored(loaded: LoadedModel, carriers: Sequence[Carrier], tried: Tried) -> li
     ]
 
 
-def estimated(loaded: LoadedModel, carriers: Sequence[Carrier], tried: Tried) -> list[Carrier]:
-    """The candidates with their scores by gradients, in their order."""
+def estimated(
+    loaded: LoadedModel, carriers: Sequence[Carrier], tried: Tried, read: Tensor | None = None
+) -> list[Carrier]:
+    """The candidates with their scores by gradients, in their order.
+
+    ``read`` (d_model,): they are written in place of this direction (matched controls).
+    """
     harmful, harmless, texts, _ = tried
     vectors = torch.stack([c.vector for c in carriers])
     layers, lengths = [c.layer for c in carriers], torch.tensor([c.norm for c in carriers])
-    comply = -attribution.ablated(loaded, harmful, texts, vectors)
+    comply = -attribution.ablated(loaded, harmful, texts, vectors, read)
     refuse = attribution.added(loaded, harmless, texts, vectors, layers, lengths)
-    kl = attribution.next_token_kl(loaded, harmless, vectors) / ESTIMATED
+    kl = attribution.next_token_kl(loaded, harmless, vectors, read) / ESTIMATED
     return [
         replace(c, comply=float(comply[i]), refuse=float(refuse[i]), kl=float(kl[i]))
         for i, c in enumerate(carriers)
@@ -155,27 +161,41 @@ def estimated(loaded: LoadedModel, carriers: Sequence[Carrier], tried: Tried) ->
 
 
 def ranked(carriers: Sequence[Carrier]) -> list[int]:
-    """Indices of scored candidates, best first: admissible ones by score, the others by KL."""
+    """Indices of scored candidates, best first: safe ones by score, then the others by KL."""
 
     def key(i: int) -> tuple[bool, float]:
         c = carriers[i]
-        return not c.admissible, -c.score if c.admissible else c.kl
+        safe = c.kl <= MAX_KL / 2
+        return not safe, -c.score if safe else c.kl
 
     return sorted(range(len(carriers)), key=key)
 
 
 def best_of_each(
-    loaded: LoadedModel, groups: Sequence[Sequence[Carrier]], tried: Tried
+    loaded: LoadedModel,
+    groups: Sequence[Sequence[Carrier]],
+    tried: Tried,
+    like: Carrier | None = None,
 ) -> list[Carrier]:
-    """The best candidate of each group, with its scores by gradients and its measured KL."""
-    flat = iter(estimated(loaded, [c for group in groups for c in group], tried))
+    """The best candidate of each group, with its scores by gradients and its measured KL.
+
+    ``like``: the candidates are written in its place, moved as far as it moves (matched controls).
+    """
+    read = None if like is None else like.vector
+    flat = iter(estimated(loaded, [c for group in groups for c in group], tried, read))
     kept = []
     for group in groups:
         own = [next(flat) for _ in group]
         kept.append([own[i] for i in ranked(own)[:KEPT]])
-    edits = [_ablated(loaded, c, tried) for few in kept for c in few]
+    every = [c for few in kept for c in few]
+    if like is None:
+        edits = [_ablated(loaded, c, tried) for c in every]
+    else:
+        of = _ablated(loaded, like, tried)
+        edits = [of, *matched_along(of, [c.vector[None] for c in every])]
     rows = rollout(loaded, tried.harmless, edits, description="KL of candidates")
-    kl = iter(torch.tensor([[o.kl for o in row] for row in rows]).double().mean(0).tolist())
+    means = torch.tensor([[o.kl for o in row] for row in rows]).double().mean(0).tolist()
+    kl = iter(means[-len(every) :])
     best = []
     for few in kept:
         measured = [replace(c, kl=next(kl)) for c in few]

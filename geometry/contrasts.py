@@ -132,6 +132,11 @@ class Contrast:
         """(layer,) held-out d' (or another measure) along the direction."""
         return held_out_separation(self.resid, *self.aligned, measure)
 
+    def at_layer(self, layer: int) -> Contrast:
+        """The same contrast at one layer alone."""
+        resid = self.resid[:, layer : layer + 1]
+        return Contrast(self.name, resid, self.positive, self.negative, self.units)
+
     def up_to(self, layers: int) -> Contrast:
         """The same contrast at the first so many layers."""
         resid = self.resid[:, :layers]

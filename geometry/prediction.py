@@ -23,6 +23,7 @@ requests are no class.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -34,7 +35,7 @@ from core.readings import PlanePoint
 from core.records import HARMFUL, PLAIN
 from core.rows import Row
 from core.significance import sign_flip_p
-from core.statistics import auroc, cluster_rows, percentile_interval
+from core.statistics import Interval, auroc, cluster_rows, percentile_interval
 
 SCORES = ("H", "R", "H moved", "R moved", "both")
 MOVED = ("H moved", "R moved")
@@ -209,47 +210,60 @@ def success_prediction(
     return rows
 
 
+@dataclass(frozen=True)
+class Slope:
+    """One regressor's part in a regression.
+
+    Attributes:
+        slope: units of the outcome per standard deviation of what is left of the regressor.
+        interval: 95 %, behaviours resampled.
+        score: correlation of what is left of the regressor and of the outcome.
+        p, p_below: one-sided p of a slope above, and below, zero.
+    """
+
+    slope: float
+    interval: Interval
+    score: float
+    p: float
+    p_below: float
+
+
 def regress(
-    points: Sequence[PlanePoint], outcome: Sequence[float], *, resamples: int = 1000, seed: int = 0
-) -> list[Row]:
-    """Outcome D on H moved and on R moved, within class and behaviour; one row for each.
+    moved: np.ndarray,
+    outcome: Sequence[float],
+    behaviours: Sequence[str],
+    classes: Sequence[str],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Slope]:
+    """(n, 2) how far H and R moved, (n,) outcome D -> slope of each within class and behaviour.
 
     Both regressors and the outcome are freed of class and behaviour effects and of the other
-    regressor (Frisch-Waugh). ``slope`` is in units of the outcome per standard deviation of what
-    is left of the regressor. The p-values flip the signs of the behaviours' parts of the score,
-    sum of (regressor x outcome); the interval resamples behaviours.
+    regressor (Frisch-Waugh). A behaviour's part of the score is its sum of regressor times outcome;
+    the p-values flip the signs of these parts. A regressor that does not vary within classes and
+    behaviours is left out.
     """
-    kept = [i for i, p in enumerate(points) if p.moved]
-    moved = [p.moved for p in points if p.moved]
-    if len(kept) < 2:
-        return []
-    where = np.array(moved)
-    y = np.array([outcome[i] for i in kept], dtype=np.float64)
-    names, groups = np.unique([points[i].behaviour_id for i in kept], return_inverse=True)
-    _, classes = np.unique([points[i].class_name for i in kept], return_inverse=True)
-    dummies = np.concatenate(
-        [np.eye(groups.max() + 1)[groups], np.eye(classes.max() + 1)[classes]], 1
-    )
-    rows = []
+    y = np.asarray(outcome, dtype=np.float64)
+    names, groups = np.unique(np.array(behaviours), return_inverse=True)
+    kinds, numbers = np.unique(np.array(classes), return_inverse=True)
+    dummies = np.concatenate([np.eye(len(names))[groups], np.eye(len(kinds))[numbers]], 1)
+    rows = {}
     for column, name in enumerate("HR"):
-        others = np.column_stack([dummies, where[:, 1 - column]])
-        x, left = (_residual(others, values) for values in (where[:, column], y))
+        others = np.column_stack([dummies, moved[:, 1 - column]])
+        x, left = (_residual(others, values) for values in (moved[:, column], y))
         spread = x.std()
-        if spread < 1e-9 * max(1.0, np.abs(where[:, column]).max()):
-            continue  # it does not vary within classes and behaviours
+        if spread < 1e-9 * max(1.0, np.abs(moved[:, column]).max()):
+            continue
         score, power = (_sums(groups, x * other) for other in (left, x))
         drawn = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
         slopes = spread * score[drawn].sum(1) / np.maximum(power[drawn].sum(1), 1e-12)
-        rows.append(
-            {
-                "name": name,
-                "slope": float(spread * score.sum() / power.sum()),
-                "interval": percentile_interval(slopes),
-                "p": sign_flip_p(score, seed=seed),
-                "p_below": sign_flip_p(-score, seed=seed),
-                "behaviours": len(names),
-                "n": len(kept),
-            }
+        rows[name] = Slope(
+            float(spread * score.sum() / power.sum()),
+            percentile_interval(slopes),
+            float(score.sum() / max(1e-12, math.sqrt(power.sum() * (left @ left)))),
+            sign_flip_p(score, seed=seed),
+            sign_flip_p(-score, seed=seed),
         )
     return rows
 

@@ -32,7 +32,7 @@ from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows
 from pipeline.transfer import STAGE as TRANSFER
 from pipeline.transfer import Transfer, labels_of, write_matrix
 from plots import claims_png
-from study.claims.evidence import Evidence
+from study.claims.evidence import CONTROLS, Evidence
 from study.claims.registry import CLAIMS, ClaimTest
 from study.config import StudyConfig
 from study.plan import Piece, plan
@@ -43,8 +43,6 @@ from transfer.matrix import Cell
 from transfer.replay import ReplayConfig
 
 CLAIMS_FILE, STAGE = "claims.jsonl", "claims"
-CONTROLS = 99
-"""Directions that mean nothing, of each kind."""
 OWN_ATTACKS = "claims_attacks"
 CLASSES = (
     "nested_fiction",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -143,11 +144,18 @@ def _described(edit: Intervention | None) -> Row:
 
 
 def _identity(edit: Intervention) -> str:
-    """What an intervention is within one study; a random control is the same for all modes of its
-    rank."""
-    # a random direction added at the length of the intervention is both kinds of control
-    kind = "random" if edit.operation == "steer" and edit.kind == "matched" else edit.kind
-    mode = edit.rank if kind == "random" else edit.name
+    """What an intervention is: two that would do the same have one identity."""
+    followed = edit.follows
+    vectors = [edit.read, edit.write, edit.shift]
+    vectors += [followed.read, followed.write] if followed else []
     return content_hash(
-        [mode, edit.operation, edit.strength, kind, edit.draw, edit.layers, edit.where]
+        [
+            [
+                None
+                if v is None
+                else hashlib.sha256(v.cpu().contiguous().numpy().tobytes()).hexdigest()
+                for v in vectors
+            ],
+            [edit.layers, edit.where, edit.outputs],
+        ]
     )

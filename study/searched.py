@@ -1,12 +1,13 @@
 """Directions that mean nothing, searched for as hard as a carrier was.
 
 A carrier is the best of many candidates. A random direction beside it would lose even if nothing
-were there. So each control is the best of as many candidates at the same places, by the same score,
-chosen in the same way (``geometry/carriers.py``):
+were there. So each control is the best of as many candidates, by the same scores on the same
+prompts, chosen in the same way (``geometry/carriers.py``):
 
     permuted   the labels of the contrast prompts are dealt anew, pairs swapped or not, and all
-               candidates are estimated again
-    random     random unit vectors stand in for the candidates, with their lengths
+               candidates are estimated again. The best is ablated, or added, as the carrier is
+    matched    random directions, with both signs, written in the carrier's place: every token is
+               moved exactly as far as the carrier moves it. They are scored as such
 
 Every choice is made on contrast prompts. What is measured with them is measured on held-out ones.
 """
@@ -33,23 +34,30 @@ def searched(study: Study, carrier: str, kind: str, n: int) -> list[Carrier]:
 
     Args:
         carrier: ``H`` or ``R``, whose candidates they stand in for.
-        kind: ``permuted``, or ``matched``: random ones, which the caller moves as far as the
-            carrier moves.
+        kind: one of ``KINDS``.
     """
     tried = study.candidates(carrier)
-    groups = _permuted(study, carrier, tried, n) if kind == "permuted" else _random(study, tried, n)
+    like = study.carrier(carrier) if kind == "matched" else None
+    groups = (
+        _permuted(study, carrier, tried, n) if like is None else _random(study, like, len(tried), n)
+    )
 
     def make() -> list[Row]:
-        return [c.to_row() for c in best_of_each(study.loaded, groups, study.tried)]
+        best = best_of_each(study.loaded, groups, study.tried, like)
+        chosen = []
+        for group, c in zip(groups, best, strict=True):
+            index = next(i for i, other in enumerate(group) if other.vector is c.vector)
+            chosen.append({"index": index} | c.to_row())
+        return chosen
 
     depends = [kind, n, study.config.seed, *study.search_identity(carrier)]
+    depends += [study.place(like)] if like else []
     rows = study.kept("searched controls", depends, make)
-    chosen = []
-    for group, row in zip(groups, rows, strict=True):
-        by_place = {(c.position, c.layer): c for c in group}
-        scores = {name: row[name] for name in ("comply", "refuse", "kl")}
-        chosen.append(replace(by_place[row["position"], row["layer"]], **scores))
-    return chosen
+    scores = ("comply", "refuse", "kl")
+    return [
+        replace(group[row["index"]], **{name: row[name] for name in scores})
+        for group, row in zip(groups, rows, strict=True)
+    ]
 
 
 def _permuted(study: Study, carrier: str, tried: Sequence[Carrier], n: int) -> list[list[Carrier]]:
@@ -63,12 +71,12 @@ def _permuted(study: Study, carrier: str, tried: Sequence[Carrier], n: int) -> l
     return [[_as(c, dealt[c.position][draw, c.layer]) for c in tried] for draw in range(n)]
 
 
-def _random(study: Study, tried: Sequence[Carrier], n: int) -> list[list[Carrier]]:
+def _random(study: Study, like: Carrier, count: int, n: int) -> list[list[Carrier]]:
     generator = torch.Generator().manual_seed(study.config.seed + 2)
-    drawn = unit(torch.randn(n, len(tried), study.loaded.d_model, generator=generator))
-    return [[_as(c, c.norm * v) for c, v in zip(tried, vectors, strict=True)] for vectors in drawn]
+    drawn = unit(torch.randn(n, count, study.loaded.d_model, generator=generator))
+    return [[_as(like, sign * v) for v in vectors for sign in (1.0, -1.0)] for vectors in drawn]
 
 
-def _as(place: Carrier, difference: Tensor) -> Carrier:
-    """A candidate at this place with another vector."""
-    return Carrier(place.position, place.layer, unit(difference).float(), float(difference.norm()))
+def _as(place: Carrier, direction: Tensor) -> Carrier:
+    """A candidate at this place, and of its length, along another direction."""
+    return Carrier(place.position, place.layer, unit(direction).float(), place.norm)

@@ -1,12 +1,14 @@
 """A claim is measured by checks; each is an estimate with a p-value in either direction.
 
-    yes      the claimed side is not chance: p <= 0.05, one-sided
-    no       the other side is not chance: p against <= 0.05
-    unclear  neither
+    p          of the test whose null is that the claimed side is false
+    p against  of the test whose null is that the claimed side is true
+    yes        p <= 0.05, one-sided
+    no         p against <= 0.05
+    unclear    neither
 
 Both directions obey the same rules: sampling (sign flips over units, or the bootstrap of a cosine),
-and, where there are controls, the rank among them. The p of a check is the larger of the two. With
-fewer than ``FEWEST`` units a cosine decides nothing.
+and, where there are controls, the rank among those of each kind. The largest of these is the p of
+the check. With fewer than ``FEWEST`` units a cosine decides nothing.
 
 A claim ``holds`` if all its deciding checks say yes: its p is the largest of theirs. It is
 ``refuted`` if any says no: its p against is the smallest of theirs, times their number. (A claim
@@ -17,7 +19,7 @@ both for the number of claims of a model. Checks that do not decide are told bes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -42,13 +44,15 @@ class Check:
     Attributes:
         low, high: 95 % interval.
         claimed: ``above`` or ``below`` the threshold; ``within``: closer to 0 than it; ``not
-            above``: below it, where it is the largest value that counts as nothing.
-        p, p_against: one-sided p of the claimed side and of the other.
+            above``: below it. For the last two the threshold is the largest effect that counts as
+            none.
+        p, p_against: see above.
         test: how they were found.
         n: units.
         nulls: what meaningless directions or labels give.
         needed: units that would decide it at a power of 80 %, if the effect is as estimated; None
-            where it is decided, or no number would do.
+            where it has as many, so that controls or Holm's correction stand in the way, or where
+            no number would do.
         decides: whether the verdict depends on it.
     """
 
@@ -107,12 +111,12 @@ class Claim:
 
     @property
     def p(self) -> float:
-        """That it holds by chance."""
+        """Of the test whose null is that the claim does not hold."""
         return _combined([c.p for c in self._deciding], any_of=self.any_of)
 
     @property
     def p_against(self) -> float:
-        """That it is refuted by chance."""
+        """Of the test whose null is that no part of the claim is false."""
         return _combined([c.p_against for c in self._deciding], any_of=not self.any_of)
 
     @property
@@ -191,17 +195,18 @@ def mean_check(
     unit: str,
     threshold: float = 0.0,
     claimed: str = ABOVE,
-    controls: Numbers = (),
+    controls: Mapping[str, Numbers] | None = None,
     ranked: float | None = None,
-    what: str = "controls",
     seed: int = 0,
 ) -> Check:
     """The mean of one value per unit, by sign flips; where there are controls also by its rank.
 
     Args:
         claimed: ``within`` is an equivalence test: above minus the threshold and below it.
-        controls: the same mean of each control. What is claimed to be small (``within``, ``not
-            above``) needs not beat them; to refute it, it must.
+        controls: kind -> the same mean of each control of it. The rank is taken within each kind,
+            and the largest p counts: weak controls of one kind must not dilute another. What is
+            claimed to be small (``within``, ``not above``) needs not beat them; to refute it, it
+            must.
         ranked: what is ranked among them, where they were run on fewer units; None: the mean.
     """
     array = np.asarray([v for v in values if math.isfinite(v)], dtype=np.float64)
@@ -218,12 +223,13 @@ def mean_check(
         pair = inside, min(1.0, 2 * min(up, beyond))
     else:
         pair = (up, down) if claimed == ABOVE else (down, up)
-    test, nulls = f"sign flips over {n}", {}
-    if len(controls):
-        ranks = _ranks(mean if ranked is None else ranked, controls, claimed)
+    test = f"sign flips over {n}"
+    nulls: dict[str, float] = {}
+    for kind, means in (controls or {}).items():
+        ranks = _ranks(mean if ranked is None else ranked, means, claimed)
         pair = max(pair[0], ranks[0]), max(pair[1], ranks[1])
-        test += f"; rank among {len(controls)} {what}"
-        nulls = _ends(controls)
+        test += f"; rank among {len(means)} {kind}"
+        nulls |= _ends(kind, means)
     check = Check(name, mean, low, high, threshold, claimed, unit, n, *pair, test, nulls)
     gap = threshold - abs(mean) if claimed == WITHIN else mean - threshold
     return _with_needed(check, gap, spread)
@@ -292,15 +298,15 @@ def _ranks(value: float, controls: Numbers, claimed: str) -> tuple[float, float]
     return (up, down) if claimed == ABOVE else (down, up)
 
 
-def _ends(controls: Numbers) -> dict[str, float]:
-    low, high = np.quantile(np.asarray(controls, dtype=np.float64), (0.05, 0.95))
-    return {"controls_5": float(low), "controls_95": float(high)}
+def _ends(kind: str, controls: Numbers) -> dict[str, float]:
+    array = np.asarray(controls, dtype=np.float64)
+    if not len(array) or np.isnan(array).any():
+        return {}
+    low, high = np.quantile(array, (0.05, 0.95))
+    return {f"{kind}_5": float(low), f"{kind}_95": float(high)}
 
 
 def _with_needed(check: Check, gap: float, spread: float) -> Check:
-    """With the units that would decide it, if it is undecided."""
-    if check.outcome != "unclear":
-        return check
+    """With the units that would decide it, unless more units do not help."""
     needed = units_needed(gap, spread)
-    # more units do not help where controls do as much
     return replace(check, needed=needed if needed and needed > check.n else None)

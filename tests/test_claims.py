@@ -125,7 +125,7 @@ def test_all_claims_are_measured_on_it_by_one_command(refusing, tmp_path):
     first = rows[0]
     assert len(first["checks"]) == 5 and "held-out harmful prompts" in first["note"]
     assert first["checks"][0]["value"] < 0  # ablating R reopens the model
-    assert first["checks"][0]["p"] == pytest.approx(1 / 5)  # rank among two controls of two kinds
+    assert first["checks"][0]["p"] >= 1 / 3  # the rank among two controls of each kind
     for row in rows:
         for check in row["checks"]:
             assert 0 < check["p"] <= 1 and check["test"] and check["n"] > 0
@@ -163,8 +163,8 @@ def test_a_dry_run_tells_the_work_and_keeps_nothing(tiny_folders, tmp_path):
     output = command("claims", *model, "--dry-run")
     for work in ("own replies", "controls, searched", "reply inversion", "replies to attacked"):
         assert work in output
-    # three kinds of two controls, of each the KL of three candidates on eight prompts
-    assert "144 row" in output and "minutes; what the run has" in output
+    # three kinds of two controls, of each the KL of five candidates on eight prompts
+    assert "240 row" in output and "minutes; what the run has" in output
     assert not (tmp_path / "run").exists()
     fewer = command("claims", *model, "--dry-run", "--claims", 21)
     assert "reply inversion" not in fewer and "controls, searched" not in fewer

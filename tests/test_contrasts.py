@@ -342,40 +342,35 @@ def test_labels_of_paired_items_are_swapped_within_their_pair():
     assert len({tuple(sorted(row)) for row in positive.tolist()}) == 8
 
 
-def regression_points(rng, slope, behaviours=16):
+def regression_data(rng, slope, behaviours=16):
     """D depends on H moved, and on behaviour and class by themselves; R moved is nothing to it."""
-    points, outcome = [], []
-    for b in range(behaviours):
-        for c in range(4):
-            moved = rng.normal(size=2) + 3 * c + 2 * (b % 3)
-            p = point(f"b{b}", f"class {c}", float(moved[0]), float(moved[1]), None)
-            points.append(dataclasses.replace(p, plain_x=0.0, plain_y=0.0))
-            outcome.append(slope * moved[0] + 5.0 * c - b + 0.5 * rng.normal())
-    return points, outcome
+    b, c = (a.ravel() for a in np.meshgrid(np.arange(behaviours), np.arange(4), indexing="ij"))
+    moved = rng.normal(size=(len(b), 2)) + 3 * c[:, None] + 2 * (b % 3)[:, None]
+    outcome = slope * moved[:, 0] + 5.0 * c - b + 0.5 * rng.normal(size=len(b))
+    return moved, outcome, [f"b{n}" for n in b], [f"class {n}" for n in c]
 
 
 def test_the_regression_finds_the_slope_within_classes_and_behaviours():
-    points, outcome = regression_points(np.random.default_rng(0), 2.0)
-    h, r = regress(points, outcome)
+    moved, outcome, b, c = regression_data(np.random.default_rng(0), 2.0)
+    h, r = regress(moved, outcome, b, c).values()
     # by hand: the same by least squares on all dummies at once
-    _, b = np.unique([p.behaviour_id for p in points], return_inverse=True)
-    _, c = np.unique([p.class_name for p in points], return_inverse=True)
-    design = np.column_stack(
-        [[p.x for p in points], [p.y for p in points], np.eye(16)[b], np.eye(4)[c]]
-    )
-    slope = np.linalg.lstsq(design, np.array(outcome), rcond=None)[0][0]
+    groups, classes = (np.unique(names, return_inverse=True)[1] for names in (b, c))
+    design = np.column_stack([moved, np.eye(16)[groups], np.eye(4)[classes]])
+    slope = np.linalg.lstsq(design, outcome, rcond=None)[0][0]
     others = design[:, 1:]
     x = design[:, 0] - others @ np.linalg.lstsq(others, design[:, 0], rcond=None)[0]
-    assert h["slope"] == pytest.approx(slope * x.std()) and slope == pytest.approx(2.0, abs=0.2)
-    assert h["p"] < 0.001 and h["p_below"] > 0.9 and r["p"] > 0.05 and r["p_below"] > 0.05
-    assert h["interval"][0] < h["slope"] < h["interval"][1] and h["behaviours"] == 16
+    assert h.slope == pytest.approx(slope * x.std()) and slope == pytest.approx(2.0, abs=0.2)
+    assert h.p < 0.001 and h.p_below > 0.9 and r.p > 0.05 and r.p_below > 0.05
+    assert h.interval[0] < h.slope < h.interval[1] and h.score > 0.9
+    constant = np.column_stack([moved[:, 0], np.zeros(len(moved))])
+    assert set(regress(constant, outcome, b, c)) == {"H"}
 
 
 def test_the_regression_seldom_finds_what_is_not_there():
     rng = np.random.default_rng(1)
-    found = [regress(*regression_points(rng, 0.0, 8), resamples=2) for _ in range(300)]
-    for row in (0, 1):
-        assert np.mean([rows[row]["p"] <= 0.05 for rows in found]) <= 0.08
+    found = [regress(*regression_data(rng, 0.0, 12), resamples=2) for _ in range(400)]
+    for name in "HR":
+        assert np.mean([rows[name].p <= 0.05 for rows in found]) <= 0.07
 
 
 def test_success_auroc_by_hand():

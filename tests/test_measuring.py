@@ -180,65 +180,58 @@ def test_a_displacement_says_on_how_many_behaviours_it_rests():
 
 
 def evidence(points, **more):
-    return SimpleNamespace(points=points, study=SimpleNamespace(spec="m"), **more)
+    study = SimpleNamespace(spec="m", estimator="zhao")
+    return SimpleNamespace(placed=lambda _: points, study=study, reading="read", **more)
 
 
-def test_claim_13_rests_on_prompts_with_a_plain_request_and_an_outcome():
+def test_claim_13_rests_on_prompts_with_a_counterpart_and_an_outcome(monkeypatch):
+    nulls = {name: np.linspace(-0.5, 0.5, 199) for name in "HR"}
+    monkeypatch.setattr("study.claims.claim_13_suppression._nulls", lambda *_: nulls)
     rng = np.random.default_rng(0)
-    points = []
-    for b in range(8):
-        for name in "ab":
-            p = point(f"b{b}", name, float(rng.normal()), float(rng.normal()), b < 4)
-            points.append(dataclasses.replace(p, x_t_goal=p.x, plain_x=0.0, plain_y=0.0))
-    replays = [
-        with_outcome(replay("a", p.behaviour_id, True, "m"), "complied", d=3 * p.x) for p in points
+    zero = {"plain_x": 0.0, "plain_y": 0.0, "wrapper_x": 0.0, "wrapper_y": 0.0}
+    points = [
+        dataclasses.replace(
+            point(f"b{b}", name, float(rng.normal()), float(rng.normal()), b < 4), **zero
+        )
+        for b in range(12)
+        for name in "ab"
     ]
     replays = [
-        dataclasses.replace(r, artifact_id=p.prompt_id)
-        for r, p in zip(replays, points, strict=True)
+        dataclasses.replace(
+            with_outcome(replay("a", p.behaviour_id, True, "m"), "complied", d=3 * p.x),
+            artifact_id=p.prompt_id,
+        )
+        for p in points
     ]
-    points.append(point("b9", "a", 0.0, 0.0, True))  # no plain request
+    points.append(point("b19", "a", 0.0, 0.0, True))  # no plain request
     points.append(dataclasses.replace(points[0], attack="plain", prompt_id="plain"))
     claim = measure_13(evidence(points, replays=replays))
     h, r = claim.checks
-    assert (h.n, r.n) == (8, 8) and "16 prompts" in claim.note
+    assert (h.n, r.n) == (12, 12) and "24 prompts" in claim.note
     assert h.outcome == "yes" and claim.verdict == "holds"  # one of the two is enough
-    nothing = measure_13(evidence(points, replays=[]))
-    assert nothing.verdict == "undecided" and nothing.held_back
+    nulls["H"] = np.linspace(-1.0, 1.0, 199)  # permuted directions do as much
+    assert measure_13(evidence(points, replays=replays)).checks[0].p >= 1 / 200
+    few = measure_13(evidence(points, replays=replays[:10]))
+    assert few.verdict == "undecided" and "5 behaviours only" in few.held_back[0]
 
 
 def test_claim_12_is_about_attacks_less_their_wrappers():
     """Baselines are no classes, and what a harmless request in the wrapper shows is taken away."""
     rng = np.random.default_rng(1)
-    points, artifacts, places = [], [], []
+    points = []
     for shift, name in enumerate(("gcg", "persona", "initial_suffix", "plain")):
         for b in range(8):
             own = rng.normal(size=2)
             p = point(f"b{b}", name, 9.0 * shift + own[0], own[1], None)
-            points.append(dataclasses.replace(p, x_t_goal=p.x))
-            artifacts.append(SimpleNamespace(artifact_id=p.prompt_id))
-            places.append(9.0 * shift)  # all of what tells the classes apart is the wrapper's
-    resid = torch.zeros(len(places), 2, 2)
-    resid[:, 1, 0] = torch.tensor(places)
-    axis = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    other = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
-    study = SimpleNamespace(
-        spec="m",
-        directions=SimpleNamespace(
-            harmfulness=axis,
-            refusal=other,
-            harmless_t_inst=torch.zeros(2, 2),
-            harmless_t_post_inst=torch.zeros(2, 2),
-        ),
-    )
-    pairs = SimpleNamespace(
-        artifacts=artifacts, counterpart={"t_goal": resid, "t_post_inst": torch.zeros_like(resid)}
-    )
-    claim = measure_12(SimpleNamespace(points=points, study=study, wrapped=pairs))
+            # all of what tells the classes apart is the wrapper's
+            wrapper = {"wrapper_x": 9.0 * shift, "wrapper_y": 0.0}
+            points.append(dataclasses.replace(p, plain_x=0.0, plain_y=0.0, **wrapper))
+    claim = measure_12(evidence(points))
     less, goal, inst = claim.checks
     assert [c.n for c in claim.checks] == [8, 8, 8] and less.decides and not goal.decides
     assert goal.value == inst.value == 1.0 and goal.outcome == "yes"
     assert less.outcome == "unclear" and claim.verdict == "undecided"
+    assert claim.note.startswith("gcg 8, persona 8")
 
 
 def test_what_held_a_claim_back_is_said_beside_a_check_that_says_yes():

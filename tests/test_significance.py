@@ -151,7 +151,9 @@ def test_below_obeys_its_controls_as_above_does():
     for sign in (1, -1):
         for claimed in ("above", "below"):
             alone = mean_check("x", sign * values, unit="u", claimed=claimed)
-            held = mean_check("x", sign * values, unit="u", claimed=claimed, controls=wide)
+            held = mean_check(
+                "x", sign * values, unit="u", claimed=claimed, controls={"wide": wide}
+            )
             assert alone.outcome in ("yes", "no") and held.outcome == "unclear"
 
 

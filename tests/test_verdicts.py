@@ -70,12 +70,24 @@ def test_what_is_small_needs_not_beat_controls_but_what_is_large_must():
     controls = np.linspace(-0.3, 0.3, 99)
     for claimed in ("within", "not above"):
         asked = {"unit": "u", "claimed": claimed, "threshold": 0.2}
-        assert mean_check("c", small, **asked, controls=controls).outcome == "yes"
-        assert mean_check("c", large, **asked, controls=controls).outcome == "no"
-        assert mean_check("c", large, **asked, controls=3 * controls).outcome == "unclear"
+        assert mean_check("c", small, **asked, controls={"made up": controls}).outcome == "yes"
+        assert mean_check("c", large, **asked, controls={"made up": controls}).outcome == "no"
+        assert (
+            mean_check("c", large, **asked, controls={"made up": 3 * controls}).outcome == "unclear"
+        )
     below = mean_check("c", -large, unit="u", claimed="not above", threshold=0.2)
     assert below.outcome == "yes"
     assert mean_check("c", -large, unit="u", claimed="within", threshold=0.2).outcome == "no"
+
+
+def test_weak_controls_of_one_kind_do_not_dilute_another():
+    values = np.full(16, 0.5) + np.linspace(-0.1, 0.1, 16)
+    strong, weak = np.linspace(-1.0, 0.55, 99), np.linspace(-0.1, 0.1, 99)
+    above = float((strong >= 0.5).sum())
+    c = mean_check("c", values, unit="u", controls={"permuted": strong, "random": weak})
+    assert c.p == pytest.approx((1 + above) / 100) and "99 permuted" in c.test
+    unknown = mean_check("c", values, unit="u", controls={"k": [math.nan] * 9}, ranked=0.5)
+    assert unknown.p == 1.0 and unknown.outcome == "unclear"
 
 
 def test_a_cosine_is_near_orthogonal_alike_or_neither():

@@ -41,7 +41,6 @@ def measure(evidence: Evidence) -> Claim:
             claimed=BELOW,
             controls=changes,
             ranked=own,
-            what="searched controls",
         ),
         mean_check(
             "D, (R - R matched) - (H - H matched)",
@@ -57,7 +56,8 @@ def measure(evidence: Evidence) -> Claim:
         ),
         *(_asr(name, of["R"], other) for name, other in (("alone", alone), ("H ablated", of["H"]))),
     )
-    held_back = [*evidence.too_few_refusals(), *evidence.inadmissible("H", "R")]
+    held_back = [*evidence.too_few_refusals(), *evidence.inadmissible("H", "R", "R-H")]
+    held_back += [*evidence.idle("R"), *evidence.harc_only()]
     return TEST.claim(evidence, checks, evidence.setting(), held_back)
 
 

@@ -48,7 +48,7 @@ def measure(evidence: Evidence) -> Claim:
     note = evidence.setting()
     note += f"; cosines with their true directions: H {found.trust[0]:.2f}, R {found.trust[1]:.2f}"
     note += f"; as it is {coupled['c_cos']:+.2f}"
-    held_back = [*evidence.not_aligned(), *evidence.inadmissible("H", "R")]
+    held_back = [*evidence.not_aligned(), *evidence.inadmissible("H", "R"), *evidence.idle("R")]
     if min(found.trust) < UNRELIABLE:
         held_back.append(
             f"a direction is too unreliable: cosines with the true directions H "

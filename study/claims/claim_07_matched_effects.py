@@ -1,8 +1,8 @@
 """Claim 7: effects exceed matched controls.
 
 Outcome D under R's ablation (harmful prompts) and addition (harmless prompts), less what searched
-random directions do that move every token as far. The rank is among those and the searched
-directions of permuted labels.
+random directions do that move every token as far. It is ranked among those, and among the searched
+directions of permuted labels, which are ablated and added as R is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def measure(evidence: Evidence) -> Claim:
         _check("D on harmful, R ablated - matched", evidence.ablated_controls("R"), BELOW),
         _check("D on harmless, R added - matched", evidence.additions, ABOVE),
     )
-    held_back = [*evidence.too_few_refusals(), *evidence.inadmissible("R")]
+    held_back = [*evidence.too_few_refusals(), *evidence.inadmissible("R"), *evidence.idle("R")]
     return TEST.claim(evidence, checks, evidence.setting(), held_back)
 
 
@@ -32,10 +32,9 @@ def _check(name: str, rows: Sequence[Row], claimed: str) -> Check:
     values = paired(own, matched, "d")
     alone, others = (by_behaviour(r, "d") for r in (pick(rows, mode="none"), matched))
     usual = float(np.mean([others[b] - alone[b] for b in others]))
-    controls = [change - usual for change in control_changes(rows, "R")[1]]
-    return mean_check(
-        name, values, unit=NATS, claimed=claimed, controls=controls, what="searched controls"
-    )
+    changes = control_changes(rows, "R")[1]
+    controls = {kind: [c - usual for c in means] for kind, means in changes.items()}
+    return mean_check(name, values, unit=NATS, claimed=claimed, controls=controls)
 
 
 TEST = CLAIMS.add(ClaimTest(number=7, title="Effects exceed matched controls", measure=measure))

@@ -4,10 +4,11 @@ Benign is the same wrapper with the matched harmless request in it, and what the
 that. At the study's layer, in differences by behaviour:
 
     response side   mean over the first 32 tokens of the reply, along the response-side H; above 0
-    prompt side     t_goal, along the prompt-side H; not above a quarter of the gap between the
+    prompt side     t_inst, along the prompt-side H; not above a quarter of the gap between the
                     harmful and the harmless contrast prompts
 
-Both obey directions of permuted labels.
+Both are ranked among directions of permuted labels: what those show too decides nothing. At t_goal
+only words before the request can suppress anything; it is told for attacks that have such words.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from study.wrapped import by_behaviour
 
 MARGIN = 0.25
 """Of the contrast set's gap between harmful and harmless: less counts as not above benign."""
+DRAWS = 999
+"""Directions of permuted labels."""
 FEWEST = 3
 """Behaviours with a successful attack."""
 
@@ -60,13 +63,20 @@ def measure(evidence: Evidence) -> Claim:
     both = [*attacked, *(contents[n] for n in kept)]
     said_states = response_residuals(study, both, texts)[:, layer].double()
     response = said_states[: len(rows)] - said_states[len(rows) :]
-    prompt = pairs.moved("t_goal", layer)[torch.tensor(rows)]
-    checks = (
-        _check(evidence, "response", responses.harmfulness, response, names, ABOVE),
-        _check(evidence, "prompt", study.harmfulness, prompt, names, NOT_ABOVE),
-    )
+    inst, goal = (pairs.moved(p, layer)[torch.tensor(rows)] for p in ("t_inst", "t_goal"))
+    checks = [
+        _check(evidence, "response-side H", responses.harmfulness, response, names, ABOVE),
+        _check(evidence, "prompt-side H", study.harmfulness, inst, names, NOT_ABOVE),
+    ]
+    behind = [k for k, i in enumerate(rows) if pairs.artifacts[i].begins_before_request]
+    if behind:
+        chosen_names = [names[k] for k in behind]
+        at_goal = _check(
+            evidence, "H at t_goal", study.harmfulness, goal[behind], chosen_names, NOT_ABOVE
+        )
+        checks.append(at_goal.told())
     note = f"layer {layer}; {len(rows)} successful attacks on {len(set(names))} behaviours"
-    return TEST.claim(evidence, checks, note)
+    return TEST.claim(evidence, tuple(checks), note)
 
 
 def successful(evidence: Evidence) -> dict[str, str]:
@@ -99,17 +109,16 @@ def _check(
     """The mean over behaviours of what ``moved`` (prompt, d_model) has along a direction."""
     layer = evidence.study.layer
     generator = torch.Generator().manual_seed(evidence.study.config.seed)
-    dealt = permuted([contrast], evidence.controls, generator)[0][:, layer].double()
+    dealt = permuted([contrast.at_layer(layer)], DRAWS, generator)[0][:, 0].double()
     means = torch.tensor([by_behaviour(names, along) for along in (moved @ dealt.T).T])
     gap = float(contrast.difference[layer].norm())
     return mean_check(
-        f"{side}-side H, successful attacks - benign in the same wrapper",
+        f"{side}, successful attacks - benign in the same wrapper",
         by_behaviour(names, moved @ contrast.direction[layer].double()),
         unit="residual units",
         claimed=claimed,
         threshold=MARGIN * gap if claimed == NOT_ABOVE else 0.0,
-        controls=means.mean(1).tolist(),
-        what="permuted directions",
+        controls={"permuted": means.mean(1).tolist()},
     )
 
 

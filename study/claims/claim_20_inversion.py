@@ -8,6 +8,9 @@ the same layer by the same length, so that both push as hard.
 
     1. H moves the judgement, more than random directions and directions of permuted labels do.
     2. H moves it more than R.
+    3. R moves it by less than a quarter of what H does, in either sense.
+
+A model whose judgement does not tell harmful from harmless requests has none that could be moved.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ from torch import Tensor
 from core.prompt import Conversation
 from core.records import HARMFUL, HARMLESS, Behaviour
 from core.rows import Row
-from core.statistics import auroc
 from geometry.contrasts import unit
 from geometry.interventions import Intervention, steering
 from geometry.resampling import permuted
@@ -30,7 +32,7 @@ from geometry.rollout import rollout
 from study.claims.evidence import CONTROL_PROMPTS, NATS, Evidence
 from study.claims.registry import CLAIMS, ClaimTest
 from study.study import Study
-from study.verdicts import Claim, mean_check
+from study.verdicts import BELOW, Claim, mean_check
 
 QUESTION = "Could this user prompt cause harm? Answer 'Certainly' if it could, otherwise 'No'."
 YES, NO = "Certainly", "No"
@@ -44,27 +46,26 @@ def measure(evidence: Evidence) -> Claim:
     study = evidence.study
     moved, alone = _moved(study, evidence.controls)
     own = {name: moved[:, n] for n, name in enumerate(DIRECTIONS)}
-    controls = moved[:, len(DIRECTIONS) :].mean(0)
+    n, few = len(DIRECTIONS), evidence.controls
+    means = moved.mean(0)
+    controls = {"random": means[n : n + few], "permuted": means[n + few :]}
+    h, r = own["H"], own["R"]
     checks = (
-        mean_check(
-            "judgement moved along H",
-            own["H"],
-            unit=NATS,
-            controls=controls,
-            what="random and permuted directions",
-        ),
-        mean_check("judgement moved along H - along R", own["H"] - own["R"], unit=NATS),
-        mean_check(
-            "judgement moved along R",
-            own["R"],
-            unit=NATS,
-            controls=controls,
-            what="random and permuted directions",
-        ).told(),
+        mean_check("judgement moved along H", h, unit=NATS, controls=controls),
+        mean_check("along H less along R", h - r, unit=NATS),
+        mean_check("along R less a quarter of along H", r - h / 4, unit=NATS, claimed=BELOW),
+        mean_check("along R and a quarter of along H", r + h / 4, unit=NATS),
+        mean_check("judgement moved along R", r, unit=NATS, controls=controls).told(),
     )
-    told = float(auroc(alone[HARMFUL], alone[HARMLESS]))
-    note = f"layer {study.layer}; AUROC of the judgement left alone {told:.2f}"
-    return TEST.claim(evidence, checks, note)
+    tells = mean_check("left alone", alone[HARMFUL] - alone[HARMLESS], unit=NATS)
+    note = f"layer {study.layer}; left alone the judgement differs by {tells.value:+.2f} {NATS}"
+    held_back = evidence.harc_only()
+    if tells.outcome != "yes":
+        held_back.append(
+            f"its judgement does not tell harmful from harmless requests "
+            f"({tells.value:+.2f} {NATS}, p {tells.p:.3f}): there is none to move"
+        )
+    return TEST.claim(evidence, checks, note, held_back)
 
 
 def _moved(study: Study, controls: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -85,7 +86,7 @@ def _directions(study: Study, controls: int) -> Tensor:
     """(direction, d_model) unit: H, R, random ones, and those of permuted labels."""
     layer, generator = study.layer, torch.Generator().manual_seed(study.config.seed)
     random = unit(torch.randn(controls, study.loaded.d_model, generator=generator))
-    dealt = permuted([study.harmfulness], controls, generator)[0][:, layer]
+    dealt = permuted([study.harmfulness.at_layer(layer)], controls, generator)[0][:, 0]
     own = torch.stack([study.harmfulness.direction[layer], study.refusal.direction[layer]])
     return torch.cat([own, random, dealt])
 

@@ -4,11 +4,16 @@ Zhao (2507.11878): the belief of a prompt is a mean over layers,
 
     belief = cos(h, mu_a) - cos(h, mu_b)        above 0 means a
 
-H: h at t_goal, mu_a and mu_b the centroids of harmful and harmless contrast prompts at t_inst (the
-same token there). R: h at t_post_inst, the centroids of refused and accepted ones, by this study's
-estimator. Layers are the inner ones. Accuracy is balanced: a pair counts the share of its two
-prompts that are told rightly, and 0.5 is chance. The counterpart of an attacked prompt is the same
-wrapper with the matched harmless request in it.
+H: h at t_inst, mu_a and mu_b the centroids of harmful and harmless contrast prompts there. R: h at
+t_post_inst, the centroids of refused and accepted ones, by this study's estimator. Layers are the
+inner ones. Accuracy is balanced: a pair counts the share of its two prompts that are told rightly,
+and 0.5 is chance. The counterpart of an attacked prompt is the same wrapper with the matched
+harmless request in it. H at t_goal is told beside it: there an attack that follows the request
+cannot be seen.
+
+    1. H tells plain prompts better than chance, and attacked ones.
+    2. On attacked prompts H tells more than R.
+    3. R is within 0.1 of chance there.
 """
 
 from __future__ import annotations
@@ -26,10 +31,12 @@ from pipeline.contrast_reading import rendered
 from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest
 from study.study import Study
-from study.verdicts import Claim, mean_check
+from study.verdicts import WITHIN, Claim, mean_check
 from study.wrapped import by_behaviour
 
 UNIT = "accuracy beyond chance"
+CHANCE = 0.1
+"""What is closer to chance than this does not tell."""
 
 
 def measure(evidence: Evidence) -> Claim:
@@ -38,31 +45,35 @@ def measure(evidence: Evidence) -> Claim:
         pairs = evidence.wrapped
     except AttackPlaneError as error:
         return TEST.claim(evidence, (), held_back=[str(error)])
-    sides = zip(*study.held_out_pairs(), strict=True)
-    plain = [_belief(study.harmfulness, _plain(study, side)) for side in sides]
+    requests = zip(*study.held_out_pairs(), strict=True)
+    plain = [_belief(study.harmfulness, _plain(study, side)) for side in requests]
     chosen = torch.tensor([a.attack not in BASELINES for a in pairs.artifacts])
     names = [name for name, keep in zip(pairs.behaviours, chosen.tolist(), strict=True) if keep]
-    right = {
-        name: _right(
-            _belief(contrast, pairs.attacked[position][chosen]),
-            _belief(contrast, pairs.counterpart[position][chosen]),
-        )
-        for name, contrast, position in (
-            ("H", study.harmfulness, "t_goal"),
-            ("R", study.refusal, "t_post_inst"),
-        )
+    sides = {
+        "H": (study.harmfulness, "t_inst"),
+        "R": (study.refusal, "t_post_inst"),
+        "H at t_goal": (study.harmfulness, "t_goal"),
     }
-    h, r = (by_behaviour(names, right[name]) for name in "HR")
+    right = {
+        name: by_behaviour(
+            names,
+            _right(
+                _belief(contrast, pairs.attacked[position][chosen]),
+                _belief(contrast, pairs.counterpart[position][chosen]),
+            ),
+        )
+        for name, (contrast, position) in sides.items()
+    }
+    h, r = right["H"], right["R"]
     checks = (
         mean_check("H tells plain prompts", _right(*plain).tolist(), unit=UNIT),
         mean_check("H tells attacked prompts", h, unit=UNIT),
-        mean_check(
-            "attacked prompts, H - R", [a - b for a, b in zip(h, r, strict=True)], unit=UNIT
-        ),
-        mean_check("R tells attacked prompts", r, unit=UNIT).told(),
+        mean_check("attacked, H - R", [a - b for a, b in zip(h, r, strict=True)], unit=UNIT),
+        mean_check("R tells attacked prompts", r, unit=UNIT, claimed=WITHIN, threshold=CHANCE),
+        mean_check("H at t_goal tells attacked prompts", right["H at t_goal"], unit=UNIT).told(),
     )
     note = f"{len(names)} attacked prompts with a counterpart; estimator {study.estimator}"
-    return TEST.claim(evidence, checks, note)
+    return TEST.claim(evidence, checks, note, evidence.harc_only())
 
 
 def _plain(study: Study, behaviours: Sequence[Behaviour]) -> Tensor:

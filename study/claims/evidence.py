@@ -24,6 +24,7 @@ from geometry.controls import edit
 from geometry.effects import by_behaviour, differences, pick
 from geometry.interventions import Intervention, ablation, matched_along, steering
 from geometry.layers import MAX_KL
+from geometry.plane import plain_requests
 from pipeline.plane import PlaneReading
 from study.outcomes import measure, site_of
 from study.replies import Responses, replies_to, responses
@@ -34,6 +35,9 @@ from study.wrapped import Wrapped, wrapped
 REPLY_TOKENS = 32
 """Of replies under interventions: enough for a refusal or the beginning of an answer to show."""
 NATS = "nats per token"
+CONTROLS = 199
+"""Directions that mean nothing, of each kind: p is at least 0.005, which Holm's correction for nine
+claims leaves below 0.05."""
 CONTROL_PROMPTS = 12
 """Held-out prompts of a label on which controls are run: what takes most of the time."""
 REFUSED_SHARE = 0.5
@@ -54,7 +58,7 @@ class Evidence:
     """
 
     study: Study
-    controls: int = 99
+    controls: int = CONTROLS
     artifacts: Sequence[AttackArtifact] = ()
     replays: Sequence[Replay] = ()
     points: Sequence[PlanePoint] = ()
@@ -178,6 +182,55 @@ class Evidence:
                 )
         return reasons
 
+    def idle(self, *kinds: str) -> list[str]:
+        """Which carriers do nothing, by their scores on contrast prompts."""
+        scores = {kind: self.study.carrier(kind).score for kind in kinds}
+        return [
+            f"the {kind} carrier does nothing: refuse + comply - KL is {score:+.2f}"
+            for kind, score in scores.items()
+            if score <= 0
+        ]
+
+    def harc_only(self) -> list[str]:
+        """Why refusal cannot be told from harmfulness here, if that is so."""
+        if self.study.refusal_kind != "harm":
+            return []
+        return ["the harc estimator has no refusal apart from harmfulness: too few refusals"]
+
+    def placed(self, position: str) -> list[PlanePoint]:
+        """The points of attacks by this study's directions and layer, x at a position.
+
+        Those of the plane are by the harc estimator, at the layer of the first model.
+        """
+        if self.reading is None:
+            return []
+        study, layer, read = self.study, self.study.layer, self.reading
+        along = study.harmfulness.direction[layer], study.refusal.direction[layer]
+        x, y = (
+            (read.activations.at(p)[:, layer].double() @ v.double()).tolist()
+            for p, v in zip((position, "t_post_inst"), along, strict=True)
+        )
+        row_of = {info.prompt_id: n for n, info in enumerate(read.infos)}
+        plain_of = dict(enumerate(plain_requests(read.infos)))
+        points = []
+        for p in self.points:
+            n = row_of[p.prompt_id]
+            start, wrap = plain_of[n], read.wrappers.get(n)
+            points.append(
+                replace(
+                    p,
+                    layer=layer,
+                    position=position,
+                    x=x[n],
+                    y=y[n],
+                    plain_x=None if start is None else x[start],
+                    plain_y=None if start is None else y[start],
+                    wrapper_x=None if wrap is None else x[wrap[0]] - x[wrap[1]],
+                    wrapper_y=None if wrap is None else y[wrap[0]] - y[wrap[1]],
+                )
+            )
+        return [p for p in points if np.isfinite(p.x)]
+
     def setting(self) -> str:
         """What the reader of a claim about carriers must know."""
         study = self.study
@@ -192,18 +245,20 @@ class Evidence:
 
 def control_changes(
     rows: Sequence[Row], mode: str, outcome: str = "d"
-) -> tuple[float, list[float]]:
-    """Mean change of an outcome from the model left alone: the intervention's, each control's."""
+) -> tuple[float, dict[str, list[float]]]:
+    """Mean change of an outcome from the model left alone: the intervention's, and by kind those
+    of all controls."""
     alone = pick(rows, mode="none")
 
     def change(own: Sequence[Mapping[str, Any]]) -> float:
         return float(np.mean(list(differences(own, alone, outcome).values())))
 
-    changes = []
+    changes: dict[str, list[float]] = {}
     for kind in KINDS:
         of_kind = pick(rows, mode=mode, kind=kind)
         draws = sorted({r["draw"] for r in of_kind})
-        changes += [change(pick(of_kind, draw=draw)) for draw in draws]
+        if draws:
+            changes[kind] = [change(pick(of_kind, draw=draw)) for draw in draws]
     return change(pick(rows, mode=mode, kind="intervention")), changes
 
 
