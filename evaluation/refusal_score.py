@@ -48,6 +48,10 @@ class Openings:
     compliances: tuple[tuple[int, ...], ...]
     first_tokens: tuple[int, ...]
 
+    def first(self, count: int) -> Openings:
+        """The same with so many refusals and compliances only."""
+        return Openings(self.refusals[:count], self.compliances[:count], self.first_tokens)
+
     @property
     def texts(self) -> tuple[tuple[int, ...], ...]:
         return (*self.refusals, *self.compliances)

@@ -41,7 +41,7 @@ from geometry.interventions import Intervention, ablation, matched_along, steeri
 from geometry.layers import DEPTH, MAX_KL, inner_layers
 from geometry.rollout import rollout
 
-KEPT = 5
+KEPT = 3
 """Candidates whose KL is measured."""
 ESTIMATED = 1 / 3
 """An estimated KL is about this share of the measured one."""

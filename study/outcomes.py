@@ -10,6 +10,7 @@ from typing import Any
 from core.records import Behaviour, content_hash
 from core.rows import Row
 from evaluation.judges import OUTCOMES
+from evaluation.refusal_score import Openings
 from geometry.controls import Site, far_layer
 from geometry.interventions import Intervention
 from geometry.rollout import Outcome, rollout
@@ -61,17 +62,19 @@ def measure(
     behaviours: Sequence[Behaviour],
     tokens: int,
     made_from: Any,
+    texts: Openings | None = None,
 ) -> list[Row]:
     """Outcome rows of behaviours under interventions and left alone, for ``geometry.effects``.
 
-    ``made_from``: what the interventions' vectors depend on, besides the contrast set. Equal random
-    controls of several modes are run once.
+    ``made_from``: what the interventions' vectors depend on, besides the contrast set. What would
+    do the same in several modes is run once. ``texts``: those of outcome D, where not all are
+    scored.
     """
     prompts = rendered(study.renderer, behaviours, study.config.system_prompt)
     names = [_identity(edit) for edit in interventions]
     todo = dict(zip(names, interventions, strict=True))
     edits = [None, *todo.values()]
-    texts = study.openings
+    texts = texts or study.openings
     rows: list[Row] = []
     starts = range(0, len(behaviours), TOGETHER)
     for start in starts:

@@ -16,17 +16,18 @@ import torch
 from core.generate import complete
 from core.records import HARMFUL, HARMLESS
 from core.store import ATTACKS
+from evaluation.refusal_score import Openings
 from geometry.activations import collect
 from geometry.carriers import KEPT
 from geometry.contrasts import unit
 from geometry.interventions import Intervention, ablation
 from geometry.rollout import rollout
-from study.claims.evidence import CONTROL_PROMPTS, MODES, REPLY_TOKENS
+from study.claims.evidence import CONTROL_PROMPTS, CONTROL_TEXTS, MODES, REPLY_TOKENS
 from study.claims.registry import ClaimTest
 from study.study import Study
 
-PROBED = 8
-"""Prompts, and interventions, that rates are measured on."""
+PROBED, EDITS = 8, 63
+"""Prompts, and interventions, that rates are measured on: a whole batch of rows, as in the work."""
 ATTACK_TOKENS = 80
 """New tokens of a reply to an attacked prompt, on average."""
 
@@ -47,6 +48,7 @@ class Rates:
 
     reply_token: float
     row: float
+    control_row: float
     row_without_texts: float
     prompt: float
 
@@ -55,7 +57,7 @@ def rates(study: Study) -> Rates:
     """Measured on ``PROBED`` contrast prompts and random ablations at all layers."""
     loaded = study.loaded
     prompts = study.some(True, PROBED)
-    directions = unit(torch.randn(PROBED, loaded.d_model, generator=torch.Generator()))
+    directions = unit(torch.randn(EDITS, loaded.d_model, generator=torch.Generator()))
     edits = [ablation("probe", v[None], range(loaded.n_layers + 1)) for v in directions]
     texts = study.openings
 
@@ -63,23 +65,25 @@ def rates(study: Study) -> Rates:
         complete(study.renderer, [p.text for p in prompts], max_new_tokens=PROBED)
         return PROBED * len(prompts)
 
-    def rows() -> int:
-        refusals, compliances = texts.refusals, texts.compliances
+    def rows(of: Openings) -> int:
+        refusals, compliances = of.refusals, of.compliances
         every: list[Intervention | None] = [None, *edits]
-        rollout(loaded, prompts[:2], every, refusals=refusals, compliances=compliances)
-        return 2 * len(every)
+        rollout(loaded, prompts[:1], every, refusals=refusals, compliances=compliances)
+        return len(every)
 
     def rows_without_texts() -> int:
         every: list[Intervention | None] = [None, *edits]
-        rollout(loaded, prompts[:2], every, refusal_tokens=texts.first_tokens)
-        return 2 * len(every)
+        rollout(loaded, prompts[:1], every, refusal_tokens=texts.first_tokens)
+        return len(every)
 
     def residuals() -> int:
         collect(loaded, prompts, [str(n) for n in range(len(prompts))])
         return len(prompts)
 
     residuals()  # the first pass prepares what later ones find
-    return Rates(*(_each(f) for f in (replies, rows, rows_without_texts, residuals)))
+    few = texts.first(CONTROL_TEXTS)
+    works = (replies, lambda: rows(texts), lambda: rows(few), rows_without_texts, residuals)
+    return Rates(*map(_each, works))
 
 
 def _each(work: Callable[[], int]) -> float:
@@ -133,9 +137,9 @@ def plan(study: Study, tests: Sequence[ClaimTest], controls: int, classes: int) 
     if numbers & {1, 7}:
         kinds = 3 if 1 in numbers else 2
         add("controls, searched", kinds * controls * KEPT * tried, "row", r.row_without_texts)
-        add("controls, ablated", few * (kinds * controls + 2), "row", r.row)
+        add("controls, ablated", few * (kinds * controls + 2), "row", r.control_row)
     if 7 in numbers:
-        add("controls, added", few * (2 * controls + 2), "row", r.row)
+        add("controls, added", few * (2 * controls + 2), "row", r.control_row)
     if 20 in numbers:
         rows = 2 * few * (2 * controls + 3)
         add("reply inversion", rows, "row", r.row_without_texts)

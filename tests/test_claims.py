@@ -163,8 +163,8 @@ def test_a_dry_run_tells_the_work_and_keeps_nothing(tiny_folders, tmp_path):
     output = command("claims", *model, "--dry-run")
     for work in ("own replies", "controls, searched", "reply inversion", "replies to attacked"):
         assert work in output
-    # three kinds of two controls, of each the KL of five candidates on eight prompts
-    assert "240 row" in output and "minutes; what the run has" in output
+    # three kinds of two controls, of each the KL of three candidates on eight prompts
+    assert "144 row" in output and "minutes; what the run has" in output
     assert not (tmp_path / "run").exists()
     fewer = command("claims", *model, "--dry-run", "--claims", 21)
     assert "reply inversion" not in fewer and "controls, searched" not in fewer

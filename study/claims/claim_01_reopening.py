@@ -28,8 +28,10 @@ def measure(evidence: Evidence) -> Claim:
         "H": evidence.ablated_controls("H", ("matched",)),
     }
     beyond = {
-        mode: differences(of[mode], pick(controls[mode], mode=mode, kind="matched"), "d")
-        for mode in "HR"
+        mode: differences(
+            pick(rows, mode=mode, kind="intervention"), pick(rows, mode=mode, kind="matched"), "d"
+        )
+        for mode, rows in controls.items()
     }
     own, changes = control_changes(controls["R"], "R")
     fall, rest = (differences(of[mode], alone, "d") for mode in ("R", "R-H"))

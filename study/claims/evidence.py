@@ -40,6 +40,8 @@ CONTROLS = 199
 claims leaves below 0.05."""
 CONTROL_PROMPTS = 12
 """Held-out prompts of a label on which controls are run: what takes most of the time."""
+CONTROL_TEXTS = 2
+"""Refusals, and openings that comply, in outcome D of controls and of what is ranked among them."""
 REFUSED_SHARE = 0.5
 """Share of held-out harmful prompts that a model must refuse by itself before it is aligned."""
 REFUSED_COUNT = 5
@@ -83,9 +85,9 @@ class Evidence:
     def ablated_controls(self, mode: str, kinds: Sequence[str] = KINDS) -> list[Row]:
         """Outcome D of the controls of one carrier's ablation, beside its own and the model alone.
 
-        On ``CONTROL_PROMPTS`` held-out harmful prompts. Kind ``matched``: searched random
-        directions, moved as far as the carrier moves. Kind ``permuted``: searched directions of
-        permuted labels, ablated as they are.
+        On ``CONTROL_PROMPTS`` held-out harmful prompts; D is of ``CONTROL_TEXTS`` openings each.
+        Kind ``matched``: searched random directions, moved as far as the carrier moves. Kind
+        ``permuted``: searched directions of permuted labels, ablated as they are.
         """
         site, made_from = site_of(self.study, None)
         own = edit(mode, "ablate", 1.0, site.vectors, site.layers, site)
@@ -101,7 +103,9 @@ class Evidence:
 
     def _without_replies(self, label: str, edits: list[Intervention], made_from: Any) -> list[Row]:
         behaviours = spread(self.study.held_out(label), CONTROL_PROMPTS)
-        return measure(self.study, edits, behaviours, 0, [made_from, self.controls])
+        texts = self.study.openings.first(CONTROL_TEXTS)
+        made_from = [made_from, self.controls]
+        return measure(self.study, edits, behaviours, 0, made_from, texts)
 
     @cached_property
     def additions(self) -> list[Row]:
