@@ -234,6 +234,19 @@ def test_claim_12_is_about_attacks_less_their_wrappers():
     assert claim.note.startswith("gcg 8, persona 8")
 
 
+@pytest.mark.parametrize(
+    ("kind", "accepted", "refused", "says"),
+    [("refusal", 4, 4, None), ("refusal", 3, 9, "3 harmful"), ("harm", 9, 9, "harc")],
+)
+def test_refusal_must_be_told_from_harmfulness(kind, accepted, refused, says):
+    """A model that refuses what is harmful and nothing else has one contrast, not two."""
+    harmful = [True] * 20 + [False] * 20
+    own = [i >= accepted for i in range(20)] + [i < refused for i in range(20)]
+    study = SimpleNamespace(refusal_kind=kind, harmful=harmful, refused=own)
+    reasons = Evidence(study).confounded()
+    assert [says in r for r in reasons] == ([True] if says else [])
+
+
 def test_what_held_a_claim_back_is_said_beside_a_check_that_says_yes():
     yes = Check("an effect", 0.5, 0.4, 0.6, 0.0, "above", "share", 9, 0.01, 1.0, "by hand")
     table = claims_table([Claim(7, "t", "m", (yes,), held_back=("it refuses too little",))])

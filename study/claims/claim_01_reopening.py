@@ -59,7 +59,7 @@ def measure(evidence: Evidence) -> Claim:
         *(_asr(name, of["R"], other) for name, other in (("alone", alone), ("H ablated", of["H"]))),
     )
     held_back = [*evidence.too_few_refusals(), *evidence.inadmissible("H", "R", "R-H")]
-    held_back += [*evidence.idle("R"), *evidence.harc_only()]
+    held_back += [*evidence.idle("R"), *evidence.confounded()]
     return TEST.claim(evidence, checks, evidence.setting(), held_back)
 
 

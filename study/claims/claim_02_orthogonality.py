@@ -54,12 +54,8 @@ def measure(evidence: Evidence) -> Claim:
             f"a direction is too unreliable: cosines with the true directions H "
             f"{found.trust[0]:.2f}, R {found.trust[1]:.2f}, at least {UNRELIABLE} each"
         )
-    if study.refusal_kind == "harm":
-        held_back.append(
-            "the harc estimator takes harmfulness at R's site for refusal: there is no positive "
-            "control"
-        )
-    elif positive.outcome != "yes":
+    held_back += (confounded := evidence.confounded())
+    if not confounded and positive.outcome != "yes":
         held_back.append(
             "the positive control is not told from orthogonal: a small cosine may come from the "
             "two sites alone"

@@ -59,7 +59,7 @@ def measure(evidence: Evidence) -> Claim:
     )
     tells = mean_check("left alone", alone[HARMFUL] - alone[HARMLESS], unit=NATS)
     note = f"layer {study.layer}; left alone the judgement differs by {tells.value:+.2f} {NATS}"
-    held_back = evidence.harc_only()
+    held_back = evidence.confounded()
     if tells.outcome != "yes":
         held_back.append(
             f"its judgement does not tell harmful from harmless requests "

@@ -73,7 +73,7 @@ def measure(evidence: Evidence) -> Claim:
         mean_check("H at t_goal tells attacked prompts", right["H at t_goal"], unit=UNIT).told(),
     )
     note = f"{len(names)} attacked prompts with a counterpart; estimator {study.estimator}"
-    return TEST.claim(evidence, checks, note, evidence.harc_only())
+    return TEST.claim(evidence, checks, note, evidence.confounded())
 
 
 def _plain(study: Study, behaviours: Sequence[Behaviour]) -> Tensor:

@@ -20,6 +20,7 @@ from core.rows import Row
 from evaluation.behaviours import spread
 from evaluation.judges import REFUSED
 from geometry.carriers import Carrier
+from geometry.contrasts import SMALLEST_CLASS
 from geometry.controls import edit
 from geometry.effects import by_behaviour, differences, pick
 from geometry.interventions import Intervention, ablation, matched_along, steering
@@ -195,11 +196,23 @@ class Evidence:
             if score <= 0
         ]
 
-    def harc_only(self) -> list[str]:
-        """Why refusal cannot be told from harmfulness here, if that is so."""
-        if self.study.refusal_kind != "harm":
+    def confounded(self) -> list[str]:
+        """Why refusal cannot be told from harmfulness here, if that is so.
+
+        Where the model refuses what is harmful and nothing else, the two contrasts are one.
+        """
+        study = self.study
+        if study.refusal_kind == "harm":
+            return ["the harc estimator has no refusal apart from harmfulness: too few refusals"]
+        pairs = list(zip(study.harmful, study.refused, strict=True))
+        accepted = sum(h and r is False for h, r in pairs)
+        refused = sum(not h and r is True for h, r in pairs)
+        if min(accepted, refused) >= SMALLEST_CLASS:
             return []
-        return ["the harc estimator has no refusal apart from harmfulness: too few refusals"]
+        return [
+            f"refusal is not told from harmfulness: {accepted} harmful prompts accepted and "
+            f"{refused} harmless ones refused, at least {SMALLEST_CLASS} of each"
+        ]
 
     def placed(self, position: str) -> list[PlanePoint]:
         """The points of attacks by this study's directions and layer, x at a position.
