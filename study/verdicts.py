@@ -91,7 +91,7 @@ class Claim:
         held_back: what the model lacks of what the claim is about. With any such reason the claim
             is undecided, whatever its checks say.
         any_of: whether one of the deciding checks is enough.
-        holm: p and p against, corrected for the number of claims of this model.
+        holm: p and p against, corrected for the number of claims of this model (``family``).
     """
 
     number: int
@@ -103,6 +103,7 @@ class Claim:
     settings: Row = field(default_factory=dict)
     any_of: bool = False
     holm: tuple[float, float] | None = None
+    family: int = 0
 
     @property
     def applicable(self) -> bool:
@@ -150,7 +151,9 @@ def claim_of(row: Row) -> Claim:
     for c in row["checks"]:
         own: dict[str, Any] = {f.name: c[f.name] for f in fields(Check)}
         checks.append(Check(**{k: _number(k, v) for k, v in own.items()}))
-    kept = {f.name: row[f.name] for f in fields(Claim) if f.name not in ("checks", "holm")}
+    kept = {
+        f.name: row[f.name] for f in fields(Claim) if f.name not in ("checks", "holm", "family")
+    }
     return Claim(**{**kept, "checks": tuple(checks), "held_back": tuple(row["held_back"])})
 
 
@@ -178,7 +181,7 @@ def with_holm(claims: Sequence[Claim]) -> list[Claim]:
             holm([claims[i].p for i in own]), holm([claims[i].p_against for i in own]), strict=True
         )
         for i, pair in zip(own, pairs, strict=True):
-            corrected[i] = replace(claims[i], holm=pair)
+            corrected[i] = replace(claims[i], holm=pair, family=len(own))
     return corrected
 
 

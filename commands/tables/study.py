@@ -197,13 +197,17 @@ def claims_table(claims: Sequence[Claim]) -> str:
         for claim in claims
         for reason in claim.held_back
     ]
+    families = [
+        f"Holm's correction on {short_spec(model)}: over {size} claims"
+        for model, size in dict.fromkeys((c.model, c.family) for c in claims if c.holm)
+    ]
     tests = [
         f"{number}. {check}: {test}"
         for number, check, test in dict.fromkeys(
             (claim.number, c.name, c.test) for claim in claims for c in claim.checks
         )
     ]
-    return "\n".join([text_of(columns, rows), *held_back, "tests", *tests])
+    return "\n".join([text_of(columns, rows), *held_back, *families, "tests", *tests])
 
 
 def coupling_table(claims: Sequence[Claim]) -> str:
