@@ -70,6 +70,13 @@ class PlanePoint(Record):
             return None
         return self.wrapper_x, self.wrapper_y
 
+    @property
+    def beyond_wrapper(self) -> tuple[float, float] | None:
+        """``moved`` less ``wrapper``: what a harmless request in the same wrapper does not show."""
+        if self.moved is None or self.wrapper is None:
+            return None
+        return self.moved[0] - self.wrapper[0], self.moved[1] - self.wrapper[1]
+
     def __post_init__(self) -> None:
         require(self.frame in ("base", "own"), "frame must be base or own", self, self.frame)
         require(self.kind in ("attack", "anchor"), "kind must be attack or anchor", self, self.kind)

@@ -88,19 +88,24 @@ class Tried(NamedTuple):
     outputs: bool = False
 
 
-def candidates(field: dict[str, Contrast], n_layers: int, every: int = 1) -> list[Carrier]:
-    """The field's vectors at its positions, at every ``every``-th layer up to 80 % of the depth."""
+def searched_layers(n_layers: int, every: int = 1) -> range:
+    """Every ``every``-th inner layer up to 80 % of the depth."""
+    return range(inner_layers(n_layers).start, int(DEPTH * n_layers) + 1, every)
+
+
+def candidates(field: dict[str, Contrast], layers: Sequence[int]) -> list[Carrier]:
+    """The field's vectors at its positions and at these layers, where the classes differ."""
     carriers = []
     for position, contrast in field.items():
         difference, alive = contrast.difference, contrast.alive
-        for layer in range(inner_layers(n_layers).start, int(DEPTH * n_layers) + 1, every):
+        for layer in layers:
             if alive[layer]:
                 vector = unit(difference[layer]).float()
                 carriers.append(Carrier(position, layer, vector, float(difference[layer].norm())))
     if not carriers:
         raise AttackPlaneError(
             "no carrier to try: the classes do not differ at any of these positions and layers",
-            got=f"positions {', '.join(field)}, every {every} of {n_layers} layers",
+            got=f"positions {', '.join(field)}, layers {', '.join(map(str, layers))}",
         )
     return carriers
 

@@ -78,10 +78,7 @@ def _legend(group: Sequence[Row], taken: Mapping[str, Any]) -> str:
         return short_spec(spec) if short_spec(spec) not in taken else spec
     name = f"{row['arm']}, seed {row['seed']}"
     folder = Path(spec.partition("+")[2].partition("?")[0]).parent.name
-    for longer in (name, f"{name} ({folder})", spec):
-        if longer not in taken:
-            return longer
-    return spec
+    return next((n for n in (name, f"{name} ({folder})") if n not in taken), spec)
 
 
 def over_refusal(row: Row) -> tuple[float, tuple[float, float]] | None:

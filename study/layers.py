@@ -14,8 +14,8 @@ from core.models import ModelHandle, OpenModel
 from core.rows import Row
 from core.statistics import auroc
 from core.store import RunFolder
-from geometry.carriers import Carrier
-from geometry.contrasts import SMALLEST_CLASS, Contrast, cosine, held_out_separation, unit
+from geometry.carriers import candidates
+from geometry.contrasts import SMALLEST_CLASS, Contrast, cosine, held_out_separation
 from geometry.interventions import ablation, steering
 from geometry.layers import DEPTH, Candidate, arditi_choice, choose, eq6
 from geometry.resampling import (
@@ -139,15 +139,8 @@ def arditi_table(study: Study) -> list[Candidate]:
     On ``ARDITI_PROMPTS`` contrast prompts of each label, spread over categories.
     """
     n = study.loaded.n_layers
-    tried = [
-        Carrier(
-            position, layer, unit(c.difference[layer]).float(), float(c.difference[layer].norm())
-        )
-        for position in study.tail
-        for c in (study.contrast("harm", position),)
-        for layer in range(int(DEPTH * n))
-        if c.alive[layer]
-    ]
+    field = {position: study.contrast("harm", position) for position in study.tail}
+    tried = candidates(field, range(int(DEPTH * n)))
 
     def make() -> list[Row]:
         ablated = [ablation("arditi", c.vector[None], range(n + 1)) for c in tried]

@@ -32,7 +32,15 @@ from evaluation.refusal_score import Openings, openings_of
 from geometry.activations import POSITIONS as DIRECTION_POSITIONS
 from geometry.activations import collect
 from geometry.attribution import Texts
-from geometry.carriers import KEPT, Carrier, Tried, best_of_each, candidates, scored
+from geometry.carriers import (
+    KEPT,
+    Carrier,
+    Tried,
+    best_of_each,
+    candidates,
+    scored,
+    searched_layers,
+)
 from geometry.contrasts import SMALLEST_CLASS, Contrast, indices
 from geometry.directions import best_layers, refused_and_accepted
 from pipeline.contrast_reading import ContrastReading
@@ -267,8 +275,8 @@ class Study:
 
     def candidates(self, kind: str) -> list[Carrier]:
         """Candidates of one field."""
-        every = self.config.carrier_every
-        return candidates(self.field(kind), self.loaded.n_layers, every)
+        layers = searched_layers(self.loaded.n_layers, self.config.carrier_every)
+        return candidates(self.field(kind), layers)
 
     @property
     def how(self) -> list[str]:

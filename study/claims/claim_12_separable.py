@@ -27,9 +27,7 @@ def measure(evidence: Evidence) -> Claim:
     inst = [p for p in evidence.placed("t_inst") if p.attack not in BASELINES]
     goal = [p for p in evidence.placed("t_goal") if p.attack not in BASELINES]
     less = [
-        replace(p, x=p.moved[0] - p.wrapper[0], y=p.moved[1] - p.wrapper[1])
-        for p in inst
-        if p.moved and p.wrapper
+        replace(p, x=p.beyond_wrapper[0], y=p.beyond_wrapper[1]) for p in inst if p.beyond_wrapper
     ]
     decides = _check("displacement less the wrapper's", less)
     if decides is None:

@@ -43,20 +43,14 @@ def measure(evidence: Evidence) -> Claim:
         if r.target_model == study.spec and r.d is not None
     }
     attacked = [p for p in evidence.placed("t_inst") if p.attack not in BASELINES]
-    points = [p for p in attacked if p.prompt_id in d and p.moved and p.wrapper]
+    points = [p for p in attacked if p.prompt_id in d and p.beyond_wrapper]
     behaviours = len({p.behaviour_id for p in points})
     if reading is None or behaviours < FEWEST:
         why = f"attacked prompts with a harmless counterpart on {behaviours} behaviours only"
         return TEST.claim(evidence, (), held_back=[why])
     outcome = [d[p.prompt_id] for p in points]
     groups, classes = [p.behaviour_id for p in points], [p.class_name for p in points]
-    moved = np.array(
-        [
-            (p.moved[0] - p.wrapper[0], p.moved[1] - p.wrapper[1])
-            for p in points
-            if p.moved and p.wrapper
-        ]
-    )
+    moved = np.array([p.beyond_wrapper for p in points])
     found = regress(moved, outcome, groups, classes)
     nulls = _nulls(study, reading, points, moved, outcome)
     checks = []

@@ -20,11 +20,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from core.errors import AttackPlaneError
-from core.records import BASELINES, Behaviour
+from core.records import Behaviour
 from geometry.contrasts import Contrast, unit
 from geometry.layers import inner_layers
 from pipeline.contrast_reading import rendered
@@ -47,8 +46,7 @@ def measure(evidence: Evidence) -> Claim:
         return TEST.claim(evidence, (), held_back=[str(error)])
     requests = zip(*study.held_out_pairs(), strict=True)
     plain = [_belief(study.harmfulness, _plain(study, side)) for side in requests]
-    chosen = torch.tensor([a.attack not in BASELINES for a in pairs.artifacts])
-    names = [name for name, keep in zip(pairs.behaviours, chosen.tolist(), strict=True) if keep]
+    names = pairs.behaviours
     sides = {
         "H": (study.harmfulness, "t_inst"),
         "R": (study.refusal, "t_post_inst"),
@@ -58,8 +56,8 @@ def measure(evidence: Evidence) -> Claim:
         name: by_behaviour(
             names,
             _right(
-                _belief(contrast, pairs.attacked[position][chosen]),
-                _belief(contrast, pairs.counterpart[position][chosen]),
+                _belief(contrast, pairs.attacked[position]),
+                _belief(contrast, pairs.counterpart[position]),
             ),
         )
         for name, (contrast, position) in sides.items()

@@ -124,8 +124,14 @@ class Evidence:
                 edits.append(replace(other, kind=kind, draw=draw, strength=1.0))
         return self._without_replies(HARMLESS, edits, made_from)
 
+    @cached_property
+    def _found(self) -> dict[tuple[str, str], list[Carrier]]:
+        return {}
+
     def _searched(self, carrier: str, kind: str) -> list[Carrier]:
-        return searched(self.study, carrier, kind, self.controls)
+        if (carrier, kind) not in self._found:
+            self._found[carrier, kind] = searched(self.study, carrier, kind, self.controls)
+        return self._found[carrier, kind]
 
     # --- what the model does by itself ------------------------------------------------------------
     @cached_property
