@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from commands.options import JUDGE, RUN, SEED, SYSTEM, echo_notes, open_model, quiet_libraries
+from commands.options import (
+    JUDGE,
+    RUN,
+    SEED,
+    SYSTEM,
+    TEMPLATE,
+    echo_notes,
+    open_model,
+    quiet_libraries,
+)
 
 
 @click.command()
@@ -30,6 +39,7 @@ from commands.options import JUDGE, RUN, SEED, SYSTEM, echo_notes, open_model, q
 )
 @JUDGE
 @SYSTEM
+@TEMPLATE
 @SEED
 @quiet_libraries
 def directions(
@@ -41,6 +51,7 @@ def directions(
     resamples: int,
     judge: str,
     system: str | None,
+    template: str,
     seed: int,
 ) -> None:
     """Estimate directions at every layer.
@@ -64,6 +75,7 @@ def directions(
         seed=seed,
         system_prompt=system,
         judge=judge,
+        template=template,
     )
     estimators = ESTIMATORS if estimator == "both" else (estimator,)
     result = stage(run, models, estimators, config, open_model=open_model)

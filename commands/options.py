@@ -100,6 +100,14 @@ JUDGE = click.option(
     "--judge", default=QUICK_JUDGE, help="Says refused or complied (see transfer --judge)."
 )
 
+TEMPLATE = click.option(
+    "--template",
+    type=click.Choice(["chat", "raw"]),
+    default="chat",
+    help="raw: without the system text that the model's chat template adds by itself (HARC's "
+    "second script).",
+)
+
 
 def behaviour_options(command: Callable[..., None]) -> Callable[..., None]:
     """Which behaviours: ``--behaviours --label --split --limit``; ``chosen`` reads them."""

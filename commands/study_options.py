@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from commands.options import JUDGE, SEED, SYSTEM, default_run
+from commands.options import JUDGE, SEED, SYSTEM, TEMPLATE, default_run
 from core.rows import Row
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def study_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         SEED,
         SYSTEM,
+        TEMPLATE,
         JUDGE,
         click.option(
             "--outputs",
@@ -76,7 +77,7 @@ def study_config(options: Row) -> StudyConfig:
     from study.study import StudyConfig
 
     contrast, held_out = options.pop("contrast"), options.pop("held_out")
-    names = ("estimator", "resamples", "judge", "seed", "outputs")
+    names = ("estimator", "resamples", "judge", "seed", "outputs", "template")
     return StudyConfig(
         contrast=contrast,
         splits=splits_of(contrast, (), CONTRAST_SPLITS),

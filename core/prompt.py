@@ -85,10 +85,14 @@ class Prompt:
 
 
 class Renderer:
-    """Renders conversations for one model's tokenizer, which it never changes."""
+    """Renders conversations for one model's tokenizer, which it never changes.
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.loaded = loaded
+    ``raw``: without the text that the template puts before the first turn by itself, such as a
+    system prompt of its own. HARC's second script writes its prompts so [I].
+    """
+
+    def __init__(self, loaded: LoadedModel, *, raw: bool = False) -> None:
+        self.loaded, self.raw = loaded, raw
         self.tokenizer = loaded.tokenizer
         if not getattr(self.tokenizer, "is_fast", False):
             raise AttackPlaneError(
@@ -154,7 +158,43 @@ class Renderer:
         bos = self.tokenizer.bos_token
         if self._bos_added_by_default and not text.startswith(bos):
             text = bos + text
+        if self.raw and system is None:
+            start = self._beginning
+            return start + text[len(start) + len(self._added) :]
         return text
+
+    @cached_property
+    def _beginning(self) -> str:
+        """BOS, where texts begin with it."""
+        bos = self.tokenizer.bos_token
+        return bos if bos and self._own_start.startswith(bos) else ""
+
+    @cached_property
+    def _own_start(self) -> str:
+        return Renderer(self.loaded)._template(SENTINEL, None, ()).partition(SENTINEL)[0]
+
+    @cached_property
+    def _added(self) -> str:
+        """What the template puts between BOS and the first user turn by itself.
+
+        A second user turn begins with what belongs to a turn: it stands after the reply before it
+        and that reply's ending.
+        """
+        chat = Renderer(self.loaded)
+        turns = (("user", "Hello"), ("assistant", REPLY_SENTINEL))
+        later = chat._template(SENTINEL, None, turns).partition(SENTINEL)[0]
+        ending = chat._template("Hello", None, (), reply=REPLY_SENTINEL)
+        turn = later.partition(REPLY_SENTINEL)[2].removeprefix(ending.partition(REPLY_SENTINEL)[2])
+        turn = turn.removeprefix(self._beginning)
+        own = self._own_start[len(self._beginning) :]
+        if not own.endswith(turn):
+            raise AttackPlaneError(
+                "this chat template begins its first turn in a way of its own",
+                where=self.loaded.spec,
+                got=f"{own!r:.60}, a later turn {turn!r:.60}",
+                remedy="use the template chat",
+            )
+        return own[: len(own) - len(turn)]
 
     def text(self, conversation: Conversation) -> str:
         """The conversation's text up to the reply, BOS included: what a replay sends."""

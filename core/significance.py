@@ -4,6 +4,10 @@
                       as likely to have the other sign. All 2^n sign patterns up to n = 12, drawn
                       ones beyond. It needs no large sample, and n equal differences of one sign
                       give 2^-n: three units cannot decide anything.
+    studentised_p     one-sided p of a mean from bootstrap draws of its t statistic. It asks for no
+                      symmetry, which sign flips do: of 24 differences with a long tail below they
+                      reject a true null in 11 % of studies, this test in 6 % (lab log, 2026-11-28)
+    mean_p            the larger of these two from 12 units on, sign flips alone below
     draws_p           one-sided p of an estimate from its bootstrap draws
     holm              p-values of several tests, made larger so that the chance of any false
                       rejection stays at the level (Holm 1979)
@@ -26,7 +30,10 @@ from core.statistics import Numbers
 LEVEL, POWER = 0.05, 0.8
 EXACT = 12
 """Units up to which all sign patterns are counted."""
-DRAWN = 9999
+DRAWN, RESAMPLED = 9999, 1999
+"""Drawn sign patterns, and bootstrap samples."""
+FEWEST = 12
+"""Units below which no bootstrap decides."""
 
 
 def sign_flip_p(values: Numbers, *, threshold: float = 0.0, seed: int = 0) -> float:
@@ -42,6 +49,28 @@ def sign_flip_p(values: Numbers, *, threshold: float = 0.0, seed: int = 0) -> fl
         return float((sums >= total - slack).mean())
     signs = np.random.default_rng(seed).integers(0, 2, size=(DRAWN, n)) * 2.0 - 1
     return float((1 + (signs @ shifted >= total - slack).sum()) / (1 + DRAWN))
+
+
+def studentised_p(values: Numbers, *, threshold: float = 0.0, seed: int = 0) -> float:
+    """The same from (m - mean) / se of resampled units; equal values give 1 or the smallest p."""
+    shifted = np.asarray(values, dtype=np.float64) - threshold
+    n = len(shifted)
+    spread = shifted.std(ddof=1) if n > 1 else 0.0
+    if spread == 0:
+        return 1 / (1 + RESAMPLED) if n > 1 and shifted[0] > 0 else 1.0
+    drawn = shifted[np.random.default_rng(seed).integers(0, n, size=(RESAMPLED, n))]
+    errors, spreads = drawn.mean(1) - shifted.mean(), drawn.std(axis=1, ddof=1)
+    # errors / spreads >= mean / spread, where a sample of equal values has no spread
+    extreme = errors * spread >= shifted.mean() * spreads
+    return float((1 + extreme.sum()) / (1 + RESAMPLED))
+
+
+def mean_p(values: Numbers, *, threshold: float = 0.0, seed: int = 0) -> float:
+    """One-sided p of a mean that claims use: see above."""
+    p = sign_flip_p(values, threshold=threshold, seed=seed)
+    if len(np.asarray(values)) < FEWEST:
+        return p
+    return max(p, studentised_p(values, threshold=threshold, seed=seed))
 
 
 def _patterns(n: int) -> NDArray[np.float64]:

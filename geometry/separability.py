@@ -10,7 +10,8 @@ folds of behaviours), so that
 it cannot learn a request in place of an attack. Accuracy is balanced: the mean over classes of the
 share of points predicted
 right. Null: labels permuted within each behaviour, ``draws`` times, the whole procedure anew.
-Interval: percentile bootstrap over behaviours of the held-out predictions.
+Interval: percentile bootstrap over behaviours of the held-out predictions. The same draws say how
+sure it is that the accuracy is less than ``MARGIN`` beyond that of permuted labels (``p_absent``).
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ import numpy as np
 from core.readings import PlanePoint
 from core.records import PLAIN
 from core.rows import Row
+from core.significance import FEWEST, draws_p
 from core.statistics import cluster_rows, percentile_interval, permutation_p
 
 FOLDS = 10
+MARGIN = 0.05
+"""Accuracy beyond the permuted labels' that counts as none."""
 
 
 def held_out_predictions(
@@ -86,6 +90,7 @@ def separability(
         for rows in cluster_rows(groups, resamples=resamples, rng=rng)
     ]
     accuracy = float(balanced_accuracy(labels[None], predicted[None], len(names))[0])
+    few = len(behaviours) < FEWEST
     return {
         "classes": names,
         "n": len(points),
@@ -96,7 +101,7 @@ def separability(
         "null_mean": float(nulls.mean()),
         "null_95": float(np.quantile(nulls, 0.95)),
         "p": permutation_p(accuracy, nulls),
-        "p_below": permutation_p(-accuracy, -nulls),
+        "p_absent": 1.0 if few else draws_p(-np.array(resampled), -(nulls.mean() + MARGIN)),
         "recall": {n: float((predicted[labels == c] == c).mean()) for c, n in enumerate(names)},
     }
 

@@ -29,6 +29,7 @@ from evaluation.judges import QUICK_JUDGE, REFUSED, REFUSES, Exchange, make_judg
 from geometry.activations import POSITIONS, collect
 
 CONTRAST = "contrast.jsonl"
+TEMPLATES = ("chat", "raw")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class DirectionsConfig:
     """What directions are estimated on, and how.
 
     ``reply_tokens``: of the model's own replies, which say refused or accepted by ``judge``.
-    ``resamples``: bootstrap samples, permutations and random directions each.
+    ``resamples``: bootstrap samples, permutations and random directions each. ``template``: raw
+    leaves out what the model's chat template puts before the first turn by itself.
     """
 
     contrast: str = DEMONSTRATION
@@ -46,11 +48,19 @@ class DirectionsConfig:
     seed: int = 0
     system_prompt: str | None = None
     judge: str = QUICK_JUDGE
+    template: str = TEMPLATES[0]
 
     def to_settings(self) -> Row:
         """For a run's manifest. The judge may change: replies are judged when they are read."""
-        settings = {k: v for k, v in asdict(self).items() if k != "judge"}
+        settings = {k: v for k, v in self.identity().items() if k != "judge"}
         return settings | {"contrast": recorded_name(self.contrast)}
+
+    def identity(self) -> Row:
+        """All fields. The usual template is left out: runs made before there was a choice go on."""
+        settings = asdict(self)
+        if self.template == TEMPLATES[0]:
+            del settings["template"]
+        return settings
 
 
 def splits_of(behaviours: str, splits: Sequence[str], default: Sequence[str]) -> tuple[str, ...]:
@@ -100,7 +110,7 @@ class ContrastReading:
     def made_from(self) -> str:
         """Stands for all that directions depend on; needs no weights."""
         requests = [b.request for b in self.behaviours]
-        return content_hash([asdict(self.config), self.model.fingerprint, requests])
+        return content_hash([self.config.identity(), self.model.fingerprint, requests])
 
     @property
     def loaded(self) -> LoadedModel:
@@ -108,7 +118,7 @@ class ContrastReading:
 
     @cached_property
     def renderer(self) -> Renderer:
-        return Renderer(self.loaded)
+        return Renderer(self.loaded, raw=self.config.template == "raw")
 
     @cached_property
     def prompts(self) -> list[Prompt]:
@@ -118,6 +128,7 @@ class ContrastReading:
     def replies(self) -> list[str]:
         """The model's own greedy reply to each prompt, made once per run."""
         about = [self.model.fingerprint, self.config.reply_tokens, self.config.system_prompt]
+        about += [self.config.template] if self.config.template != TEMPLATES[0] else []
         made_from = content_hash([*about, [b.request for b in self.behaviours]])
         rows = [r for r in self.run.rows(CONTRAST) if r["made_from"] == made_from]
         if not rows:

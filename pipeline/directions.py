@@ -108,6 +108,7 @@ def estimated(reading: ContrastReading, estimator: str) -> Directions:
         config=EstimateConfig(config.resamples, config.seed),
     )
     made.settings["system_prompt"] = config.system_prompt
+    made.settings["template"] = config.template
     made.settings["contrast"] = contrast_facts(reading)
     return made
 

@@ -229,6 +229,11 @@ class PlaneStage:
         other = "note: directions and attacks have different system prompts; part of a point is"
         if any(a.system_prompt != system for a in self.artifacts):
             self._note(f"{other} the system prompt")
+        if self.frame.settings.get("template", "chat") != "chat":
+            self._note(
+                "note: directions were read without the template's own system text, attacks with "
+                "it; part of a point is that text"
+            )
         prompts = rendered(renderer, self.anchors, system)
         infos = self.infos[: len(self.anchors)]
         for a, info in zip(self.artifacts, self.infos[len(self.anchors) :], strict=True):

@@ -12,7 +12,7 @@ from evaluation.behaviours import (
     recorded_name,
 )
 from evaluation.judges import QUICK_JUDGE
-from pipeline.contrast_reading import DirectionsConfig
+from pipeline.contrast_reading import TEMPLATES, DirectionsConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class StudyConfig:
     categories. ``carrier_prompts`` of each label, and every ``carrier_every``-th layer, are tried
     for carriers. ``refusals``: how many refusals, and openings that comply, outcome D has there.
     ``judge`` says refused or complied. ``outputs``: ablate what attention and MLP write too.
+    ``template``: raw leaves out what the model's chat template puts before the first turn by
+    itself, in everything but attacked prompts.
     """
 
     contrast: str = DEMONSTRATION
@@ -41,11 +43,15 @@ class StudyConfig:
     system_prompt: str | None = None
     judge: str = QUICK_JUDGE
     outputs: bool = False
+    template: str = TEMPLATES[0]
 
     def to_settings(self) -> Row:
         """For a run's manifest."""
         names = {k: recorded_name(getattr(self, k)) for k in ("contrast", "held_out")}
-        return asdict(self) | names
+        settings = asdict(self) | names
+        if self.template == TEMPLATES[0]:
+            del settings["template"]
+        return settings
 
     @property
     def directions(self) -> DirectionsConfig:
@@ -57,4 +63,5 @@ class StudyConfig:
             seed=self.seed,
             system_prompt=self.system_prompt,
             judge=self.judge,
+            template=self.template,
         )

@@ -122,9 +122,8 @@ def plan(study: Study, tests: Sequence[ClaimTest], controls: int, classes: int) 
         passes = 2 * tried * (2 * texts + 8)
         add("carriers, by gradients", passes, "pass", backward)
     if numbers & {14, 15}:
-        half = contrast // 2
-        add("replies under ablation", half, "reply", 2 * config.reply_tokens * r.reply_token)
-        add("residuals of replies", 2 * half, "prompt", r.prompt)
+        add("replies under ablation", contrast, "reply", 2 * config.reply_tokens * r.reply_token)
+        add("residuals of replies", contrast, "prompt", r.prompt)
     if numbers & {1, 2, 7}:
         rows = len(MODES) + 1
         add(

@@ -15,6 +15,7 @@ from core.errors import AttackPlaneError
 from core.generate import complete
 from core.prompt import Conversation
 from core.records import Behaviour
+from evaluation.judges import COMPLIED, REFUSED
 from evaluation.refusals import refusal_openings
 from geometry.activations import RESPONSE, collect
 from geometry.contrasts import SMALLEST_CLASS, Contrast
@@ -54,12 +55,12 @@ def replies_of(study: Study, requests: Sequence[tuple[str, str | None]]) -> list
             study.renderer, texts, max_new_tokens=tokens, batch_size=32, description="own replies"
         )
 
-    return study.kept("replies", [study.config.reply_tokens, [list(r) for r in requests]], make)
+    depends = [study.config.reply_tokens, [list(r) for r in requests], *study.unusual_template]
+    return study.kept("replies", depends, make)
 
 
 def ablated_replies(study: Study) -> list[str]:
-    """Replies to the harmful contrast prompts with the refusal carrier ablated at all layers."""
-    harmful = [p for p, h in zip(study.prompts, study.harmful, strict=True) if h]
+    """Replies to the contrast prompts with the refusal carrier ablated at all layers."""
     carrier = study.carrier("R")
 
     def make() -> list[str]:
@@ -67,16 +68,15 @@ def ablated_replies(study: Study) -> list[str]:
         edit = ablation("R", carrier.vector[None], every, outputs=study.config.outputs)
         rows = rollout(
             study.loaded,
-            harmful,
+            study.prompts,
             [edit],
             max_new_tokens=study.config.reply_tokens,
             description="replies under ablation",
         )
         return [study.text(row[0].reply) for row in rows]
 
-    return study.kept(
-        "ablated replies", [*study.set_identity, study.place(carrier), *study.how], make
-    )
+    depends = [*study.set_identity, study.place(carrier), *study.how]
+    return study.kept("replies under ablation", depends, make)
 
 
 def response_residuals(
@@ -94,19 +94,23 @@ def response_residuals(
 
 
 def _by_outcome(study: Study) -> dict[str, list[tuple[Behaviour, str]]]:
-    """(behaviour, reply) pairs: harmful continuations, own refusals, benign replies."""
-    harmful = [b for b, h in zip(study.behaviours, study.harmful, strict=True) if h]
-    ablated = list(zip(harmful, ablated_replies(study), strict=True))
-    own = list(zip(study.behaviours, study.replies, strict=True))
+    """(behaviour, reply) pairs: harmful continuations, own refusals, benign replies.
 
-    def kept(pairs: Sequence[tuple[Behaviour, str]], what: str) -> list[tuple[Behaviour, str]]:
+    Benign replies are made under the same ablation as the continuations, so that what the ablation
+    does to a text is on both sides.
+    """
+
+    def kept(replies: Sequence[str], harmful: bool, what: str) -> list[tuple[Behaviour, str]]:
+        every = zip(study.behaviours, replies, study.harmful, strict=True)
+        pairs = [(b, reply) for b, reply, h in every if h is harmful]
         said = study.outcomes(pairs)
         return [pair for pair, outcome in zip(pairs, said, strict=True) if outcome == what]
 
+    ablated = ablated_replies(study)
     return {
-        "continuation": kept(ablated, "complied"),
-        "refusal": kept([p for p, h in zip(own, study.harmful, strict=True) if h], "refused"),
-        "benign": kept([p for p, h in zip(own, study.harmful, strict=True) if not h], "complied"),
+        "continuation": kept(ablated, True, COMPLIED),
+        "refusal": kept(study.replies, True, REFUSED),
+        "benign": kept(ablated, False, COMPLIED),
     }
 
 

@@ -43,7 +43,7 @@ from geometry.carriers import (
 )
 from geometry.contrasts import SMALLEST_CLASS, Contrast, indices
 from geometry.directions import best_layers, refused_and_accepted
-from pipeline.contrast_reading import ContrastReading
+from pipeline.contrast_reading import TEMPLATES, ContrastReading
 from pipeline.directions import begun_otherwise, directions_of, estimated
 from study.config import StudyConfig
 
@@ -81,7 +81,13 @@ class Study:
     def set_identity(self) -> list[Any]:
         """Stands for the contrast set and what was said to it."""
         requests = [(b.request, b.label) for b in self.behaviours]
-        return [self.config.system_prompt, self.config.reply_tokens, requests]
+        told = [self.config.system_prompt, *self.unusual_template]
+        return [*told, self.config.reply_tokens, requests]
+
+    @property
+    def unusual_template(self) -> list[str]:
+        """The template, where it is not the model's chat template."""
+        return [self.config.template] if self.config.template != TEMPLATES[0] else []
 
     # --- prompts and replies ----------------------------------------------------------------------
     def held_out(self, label: str) -> list[Behaviour]:
@@ -274,9 +280,13 @@ class Study:
         return Texts(self.openings.refusals[:count], self.openings.compliances[:count])
 
     def candidates(self, kind: str) -> list[Carrier]:
-        """Candidates of one field."""
-        layers = searched_layers(self.loaded.n_layers, self.config.carrier_every)
-        return candidates(self.field(kind), layers)
+        """Candidates of one field: about as many for H as for R.
+
+        R is looked for at several positions. H has one, and every layer there is tried.
+        """
+        field = self.field(kind)
+        every = self.config.carrier_every if len(field) > 1 else 1
+        return candidates(field, searched_layers(self.loaded.n_layers, every))
 
     @property
     def how(self) -> list[str]:

@@ -6,9 +6,10 @@
     no         p against <= 0.05
     unclear    neither
 
-Both directions obey the same rules: sampling (sign flips over units, or the bootstrap of a cosine),
-and, where there are controls, the rank among those of each kind. The largest of these is the p of
-the check. With fewer than ``FEWEST`` units a cosine decides nothing.
+Both directions obey the same rules: sampling (sign flips and a t bootstrap over units, or the
+bootstrap of a cosine), and, where there are controls, the rank among those of each kind. The
+largest of these is the p of the check. With fewer than 12 units a cosine decides nothing. An effect
+that is surely smaller than a stated margin refutes too: without one a true null is never refuted.
 
 A claim ``holds`` if all its deciding checks say yes: its p is the largest of theirs. It is
 ``refuted`` if any says no: its p against is the smallest of theirs, times their number. (A claim
@@ -26,14 +27,12 @@ from typing import Any
 import numpy as np
 
 from core.rows import Row
-from core.significance import LEVEL, draws_p, holm, sign_flip_p, units_needed
+from core.significance import FEWEST, LEVEL, draws_p, holm, mean_p, units_needed
 from core.statistics import Numbers, bootstrap_mean, permutation_p
 from geometry.cross_half import CrossHalf
 
 NEAR_ORTHOGONAL = math.cos(math.radians(80))
 """Cosines of less than this are near orthogonal, of more alike."""
-FEWEST = 12
-"""Units below which the bootstrap of a cosine decides nothing."""
 ABOVE, BELOW, WITHIN, NOT_ABOVE = "above", "below", "within", "not above"
 
 
@@ -200,9 +199,10 @@ def mean_check(
     claimed: str = ABOVE,
     controls: Mapping[str, Numbers] | None = None,
     ranked: float | None = None,
+    margin: float = 0.0,
     seed: int = 0,
 ) -> Check:
-    """The mean of one value per unit, by sign flips; where there are controls also by its rank.
+    """The mean of one value per unit (``mean_p``); where there are controls also by its rank.
 
     Args:
         claimed: ``within`` is an equivalence test: above minus the threshold and below it.
@@ -211,6 +211,8 @@ def mean_check(
             claimed to be small (``within``, ``not above``) needs not beat them; to refute it, it
             must.
         ranked: what is ranked among them, where they were run on fewer units; None: the mean.
+        margin: an effect that is surely less than this beyond the threshold counts as none, and
+            refutes; such a refutation needs no rank. 0: only an effect the other way refutes.
     """
     array = np.asarray([v for v in values if math.isfinite(v)], dtype=np.float64)
     n = len(array)
@@ -219,18 +221,22 @@ def mean_check(
         return Check(name, nan, nan, nan, threshold, claimed, unit, 0, 1.0, 1.0, "nothing measured")
     mean, spread = float(array.mean()), float(array.std(ddof=1)) if n > 1 else math.nan
     low, high = bootstrap_mean(array, seed=seed) or (math.nan, math.nan)
-    up, down = (sign_flip_p(s * array, threshold=s * threshold, seed=seed) for s in (1, -1))
+
+    def p_of(sign: int, beyond: float) -> float:
+        return mean_p(sign * array, threshold=sign * beyond, seed=seed)
+
     if claimed == WITHIN:
-        inside = max(down, sign_flip_p(array, threshold=-threshold, seed=seed))
-        beyond = sign_flip_p(-array, threshold=threshold, seed=seed)
-        pair = inside, min(1.0, 2 * min(up, beyond))
+        inside = max(p_of(-1, threshold), p_of(1, -threshold))
+        pair = inside, min(1.0, 2 * min(p_of(1, threshold), p_of(-1, -threshold)))
     else:
-        pair = (up, down) if claimed == ABOVE else (down, up)
-    test = f"sign flips over {n}"
+        side = 1 if claimed == ABOVE else -1
+        pair = p_of(side, threshold), p_of(-side, threshold + side * margin)
+    test = f"sign flips{' and t bootstrap' if n >= FEWEST else ''} over {n}"
+    test += f"; against: less than {margin:.2f}" if margin else ""
     nulls: dict[str, float] = {}
     for kind, means in (controls or {}).items():
         ranks = _ranks(mean if ranked is None else ranked, means, claimed)
-        pair = max(pair[0], ranks[0]), max(pair[1], ranks[1])
+        pair = max(pair[0], ranks[0]), pair[1] if margin else max(pair[1], ranks[1])
         test += f"; rank among {len(means)} {kind}"
         nulls |= _ends(kind, means)
     check = Check(name, mean, low, high, threshold, claimed, unit, n, *pair, test, nulls)

@@ -115,6 +115,30 @@ def test_a_template_that_drops_the_content_is_refused(tiny_models):
         loaded.tokenizer.chat_template = before
 
 
+def test_raw_leaves_out_what_a_template_adds_by_itself_and_nothing_else(tiny, monkeypatch):
+    conversations = [Conversation.build(REQUEST), Conversation.build(REQUEST, system="Be brief.")]
+    for conversation in conversations[: 1 if "raise_exception" in Renderer(tiny).template else 2]:
+        assert Renderer(tiny, raw=True).text(conversation) == Renderer(tiny).text(conversation)
+    if not tiny.has_chat_template:
+        return
+    plain = Renderer(tiny).render(conversations[0], TARGET)
+    own = tiny.tokenizer.chat_template
+    added = "{% if messages[0].role != 'system' %}sys: be kind\n{% endif %}"
+    bos = "{{ bos_token }}" if own.startswith("{{ bos_token }}") else ""
+    monkeypatch.setattr(tiny.tokenizer, "chat_template", bos + added + own.removeprefix(bos))
+    assert "be kind" in Renderer(tiny).text(conversations[0])
+    assert Renderer(tiny, raw=True).render(conversations[0], TARGET) == plain
+
+
+def test_a_first_turn_of_its_own_form_has_no_raw_text(tiny_models, monkeypatch):
+    loaded = tiny_models["qwen2"]
+    own = "{% if messages|length == 1 %}Question: {{ messages[0].content }}{% else %}"
+    template = own + loaded.tokenizer.chat_template + "{% endif %}"
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", template)
+    with pytest.raises(AttackPlaneError, match="a way of its own"):
+        Renderer(loaded, raw=True).text(Conversation.build(REQUEST))
+
+
 def test_templates_that_print_the_date_render_the_same_tomorrow(tiny_models, monkeypatch):
     loaded = tiny_models["qwen2"]
     dated = "{{ strftime_now('%d %b %Y') }} {{ date_string }} " + loaded.tokenizer.chat_template

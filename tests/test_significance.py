@@ -7,11 +7,14 @@ import pytest
 import scipy.stats
 import torch
 
+from core import significance
 from core.significance import (
     LEVEL,
     draws_p,
     holm,
+    mean_p,
     sign_flip_p,
+    studentised_p,
     students_factor,
     units_needed,
 )
@@ -44,6 +47,16 @@ def test_drawn_sign_flips_agree_with_scipys():
     assert sign_flip_p(values) == pytest.approx(theirs.pvalue, abs=0.01)
 
 
+def test_a_t_bootstrap_agrees_with_students_test_on_normal_differences():
+    values = np.random.default_rng(3).normal(0.3, size=40)
+    theirs = scipy.stats.ttest_1samp(values, 0.1, alternative="greater").pvalue
+    assert studentised_p(values, threshold=0.1) == pytest.approx(theirs, abs=0.03)
+    assert studentised_p([2.0] * 5, threshold=1) == 1 / 2000 and studentised_p([0.0] * 5) == 1
+    few, many = values[:8], values[:24]
+    assert mean_p(few) == sign_flip_p(few)  # no bootstrap of few units
+    assert mean_p(many) == max(sign_flip_p(many), studentised_p(many))
+
+
 def test_holms_p_values_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
@@ -59,6 +72,13 @@ def test_students_factor_and_the_units_needed():
 
 
 # --- at a true null -------------------------------------------------------------------------------
+@pytest.fixture
+def few_draws(monkeypatch):
+    """p to a thousandth is enough where many studies are simulated."""
+    monkeypatch.setattr(significance, "DRAWN", 999)
+    monkeypatch.setattr(significance, "RESAMPLED", 999)
+
+
 def differences(n, mean, rng, kind):
     """(STUDIES, n) differences with standard deviation 1, or shares in {-1, 0, 1}."""
     if kind == "normal":
@@ -70,17 +90,25 @@ def differences(n, mean, rng, kind):
 
 @pytest.mark.parametrize("n", [8, 16, 64])
 @pytest.mark.parametrize("kind", ["normal", "long-tailed", "shares"])
-def test_a_mean_of_nothing_is_seldom_called_something(n, kind):
+def test_a_mean_of_nothing_is_seldom_called_something(n, kind, few_draws):
     rng = np.random.default_rng(n)
-    p = [sign_flip_p(row) for row in differences(n, 0.0, rng, kind)]
+    p = [mean_p(row) for row in differences(n, 0.0, rng, kind)]
     assert np.mean(np.array(p) <= LEVEL) <= FALSE
 
 
+def test_a_long_tail_below_deceives_sign_flips_and_not_the_p_of_a_mean(few_draws):
+    rows = 1 - np.random.default_rng(0).exponential(size=(STUDIES, 24))
+    flips = np.array([sign_flip_p(row) for row in rows])
+    resampled = np.array([studentised_p(row) for row in rows])
+    assert np.mean(flips <= LEVEL) > 0.09
+    assert np.mean(np.maximum(flips, resampled) <= LEVEL) <= FALSE
+
+
 @pytest.mark.parametrize("effect", [0.5, 0.8])
-def test_the_promised_units_have_the_promised_power(effect):
+def test_the_promised_units_have_the_promised_power(effect, few_draws):
     n = units_needed(effect, 1.0)
     rng = np.random.default_rng(1)
-    p = [sign_flip_p(row) for row in differences(n, effect, rng, "normal")]
+    p = [mean_p(row) for row in differences(n, effect, rng, "normal")]
     assert np.mean(np.array(p) <= LEVEL) == pytest.approx(0.8, abs=0.05)
 
 

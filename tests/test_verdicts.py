@@ -65,6 +65,17 @@ def test_a_mean_has_its_interval_and_the_units_that_would_decide_it():
     assert mean_check("c", rng.normal(2, size=16), unit="share").needed is None
 
 
+def test_an_effect_within_the_margin_refutes_and_one_beyond_it_does_not():
+    spread = np.linspace(-0.1, 0.1, 16)
+    asked = {"unit": "u", "controls": {"made up": np.linspace(-0.3, 0.3, 99)}}
+    assert mean_check("c", spread, **asked).outcome == "unclear"
+    assert mean_check("c", spread, **asked, margin=0.2).outcome == "no"
+    assert mean_check("c", 0.25 + spread, **asked, margin=0.2).outcome == "unclear"
+    below = mean_check("c", spread - 0.02, **asked, claimed="below", margin=0.2)
+    assert below.outcome == "no" and "against: less than 0.20" in below.test
+    assert mean_check("c", spread - 0.9, **asked, claimed="below", margin=0.2).outcome == "yes"
+
+
 def test_what_is_small_needs_not_beat_controls_but_what_is_large_must():
     small, large = np.full(16, 0.01), np.full(16, 0.5) + np.linspace(-0.1, 0.1, 16)
     controls = np.linspace(-0.3, 0.3, 99)

@@ -4,7 +4,8 @@ The attack classes of one target by its own directions, without baselines: plain
 and random suffixes, and seed prompts are no attacks. A wrapper's constant ending decides t_inst, so
 a class would be told from others by its last words. What decides is a point's displacement from the
 plain request, less the displacement that a matched harmless request shows in the same wrapper.
-Where the points themselves lie is told beside it.
+Where the points themselves lie is told beside it. Classes that are told apart by less than five
+points more than under permuted labels do not occupy regions: that refutes the claim.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import replace
 
 from core.readings import PlanePoint
 from core.records import BASELINES
-from geometry.separability import separability
+from geometry.separability import MARGIN, separability
 from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest
 from study.verdicts import Check, Claim, p_check
@@ -49,8 +50,8 @@ def _check(name: str, points: Sequence[PlanePoint]) -> Check | None:
         r["accuracy"],
         r["interval"],
         r["p"],
-        r["p_below"],
-        f"{DRAWS} permutations within behaviours",
+        r["p_absent"],
+        f"{DRAWS} permutations within behaviours; against: bootstrap, less than {MARGIN} beyond",
         unit="share",
         n=r["behaviours"],
         threshold=r["null_mean"],

@@ -207,18 +207,26 @@ class Evidence:
 
         Where the model refuses what is harmful and nothing else, the two contrasts are one.
         """
-        study = self.study
-        if study.refusal_kind == "harm":
+        if self.study.refusal_kind == "harm":
             return ["the harc estimator has no refusal apart from harmfulness: too few refusals"]
-        pairs = list(zip(study.harmful, study.refused, strict=True))
-        accepted = sum(h and r is False for h, r in pairs)
-        refused = sum(not h and r is True for h, r in pairs)
+        accepted, refused = self.discordant
         if min(accepted, refused) >= SMALLEST_CLASS:
             return []
         return [
             f"refusal is not told from harmfulness: {accepted} harmful prompts accepted and "
             f"{refused} harmless ones refused, at least {SMALLEST_CLASS} of each"
         ]
+
+    @property
+    def discordant(self) -> tuple[int, int]:
+        """Contrast prompts that tell refusal from harmfulness: harmful accepted, harmless refused.
+
+        The zhao estimator compares all that are refused with all that are accepted. What part of
+        its R is harmfulness depends on these two numbers.
+        """
+        pairs = list(zip(self.study.harmful, self.study.refused, strict=True))
+        accepted = sum(h and r is False for h, r in pairs)
+        return accepted, sum(not h and r is True for h, r in pairs)
 
     def placed(self, position: str) -> list[PlanePoint]:
         """The points of attacks by this study's directions and layer, x at a position.
@@ -259,10 +267,12 @@ class Evidence:
         study = self.study
         h, r = study.carrier("H"), study.carrier("R")
         refused, n = self.refuses
-        positions = f"{len(study.field('H'))} and {len(study.field('R'))} positions"
+        accepted, also = self.discordant
+        tried = " and ".join(str(len(study.candidates(kind))) for kind in "HR")
         return (
-            f"refuses {refused} of {n} held-out harmful prompts; refusal estimator "
-            f"{study.estimator}; carriers H {_place(h)}, R {_place(r)}, looked for at {positions}"
+            f"refuses {refused} of {n} held-out harmful prompts, of the contrast prompts not "
+            f"{accepted} harmful ones and {also} harmless ones; refusal estimator "
+            f"{study.estimator}; carriers H {_place(h)}, R {_place(r)}, best of {tried}"
         )
 
 
