@@ -16,3 +16,7 @@ class AttackPlaneError(Exception):
             parts.append(f"  remedy: {remedy}")
         super().__init__("\n".join(parts))
         self.what = what
+
+
+class NothingToMeasure(AttackPlaneError):
+    """The model or the run lacks what was to be measured. A claim about it is held back."""

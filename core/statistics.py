@@ -4,7 +4,6 @@ Bootstrap intervals are percentile intervals of a mean, over behaviours. Cosines
 a convention of their own (``geometry/contrasts.py``), since resampling biases them.
 
     bootstrap_mean        interval of a mean
-    bootstrap_difference  interval of the difference of two means, unpaired
     cluster_rows          rows of a bootstrap sample of clusters, for any other statistic
     wilson                score interval of a proportion
     auroc                 probability that a positive scores above a negative (Mann-Whitney U / nm)
@@ -56,18 +55,6 @@ def bootstrap_columns(
     if not len(values):
         return None
     return _ends(_resampled_means(values, np.random.default_rng(seed), resamples)).T.tolist()
-
-
-def bootstrap_difference(
-    first: Numbers, second: Numbers, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval | None:
-    """Interval of mean(first) - mean(second), both resampled; None if one is empty."""
-    if not len(first) or not len(second):
-        return None
-    rng = np.random.default_rng(seed)
-    drawn = _resampled_means(first, rng, resamples) - _resampled_means(second, rng, resamples)
-    low, high = _ends(drawn)
-    return float(low), float(high)
 
 
 def cluster_rows(

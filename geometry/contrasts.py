@@ -15,7 +15,7 @@ drawn, split or permuted (``resampling.py``) is drawn by unit.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,19 @@ def class_weights(positive: Tensor, negative: Tensor, n: int) -> Tensor:
 def differences(weights: Tensor, resid: Tensor) -> Tensor:
     """(draw, n) weights on (n, layer, d_model) -> (draw, layer, d_model)."""
     return (weights @ resid.flatten(1)).unflatten(1, resid.shape[1:])
+
+
+def centred_by(resid: Tensor, groups: Sequence[Hashable]) -> Tensor:
+    """(n, layer, d_model) residuals, each less the mean of its group.
+
+    A contrast of these has, up to its length, the direction of a regression on the contrast's side
+    with an effect for each group: what distinguishes groups alone is no part of it.
+    """
+    centred = resid.clone()
+    for group in dict.fromkeys(groups):
+        own = indices(g == group for g in groups)
+        centred[own] -= resid[own].double().mean(0).to(resid.dtype)
+    return centred
 
 
 def d_prime(positive: Tensor, negative: Tensor) -> Tensor:

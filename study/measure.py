@@ -195,7 +195,7 @@ class _Claims:
             _ = study.directions  # the plane needs them in the run
             reading = self.plane.read(model)
             evidence = Evidence(study, self.controls, *self._attacked(model.spec), reading)
-        self.result.claims += [test.measure(evidence) for test in self.tests]
+        self.result.claims += [test.on(evidence) for test in self.tests]
 
     def _attacked(self, spec: str) -> tuple[list, list, list]:
         """Artifacts, replies and points of harmful behaviours that no direction has seen."""

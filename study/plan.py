@@ -99,7 +99,8 @@ def plan(study: Study, tests: Sequence[ClaimTest], controls: int, classes: int) 
     Args:
         classes: prompt-level attacks that are made where the run has none.
     """
-    numbers, r, config = {t.number for t in tests}, rates(study), study.config
+    needs = {name for t in tests for name in t.needs}
+    r, config = rates(study), study.config
     harmful, harmless = (len(study.held_out(label)) for label in (HARMFUL, HARMLESS))
     contrast = len(study.behaviours)
     few = min(CONTROL_PROMPTS, harmful)
@@ -110,7 +111,7 @@ def plan(study: Study, tests: Sequence[ClaimTest], controls: int, classes: int) 
     def add(what: str, count: int, unit_of: str, seconds: float) -> None:
         pieces.append(Piece(what, count, unit_of, count * seconds))
 
-    if any(t.needs_attacks for t in tests):
+    if "attacks" in needs:
         kept = study.run.rows(ATTACKS) if (study.run.path / ATTACKS).exists() else []
         prompts = len(kept) or harmful * (classes + 1)
         add("replies to attacked prompts", prompts, "reply", ATTACK_TOKENS * r.reply_token)
@@ -118,13 +119,13 @@ def plan(study: Study, tests: Sequence[ClaimTest], controls: int, classes: int) 
     add("own replies", contrast + harmful + harmless, "reply", config.reply_tokens * r.reply_token)
     add("residuals of contrast prompts", contrast, "prompt", r.prompt)
     backward = 3 * r.prompt * 2
-    if numbers & {1, 2, 7, 14, 15}:
+    if needs - {"attacks", "judgements"}:
         passes = 2 * tried * (2 * texts + 8)
         add("carriers, by gradients", passes, "pass", backward)
-    if numbers & {14, 15}:
+    if "responses" in needs:
         add("replies under ablation", contrast, "reply", 2 * config.reply_tokens * r.reply_token)
         add("residuals of replies", contrast, "prompt", r.prompt)
-    if numbers & {1, 2, 7}:
+    if "ablations" in needs:
         rows = len(MODES) + 1
         add(
             "ablations, harmful prompts",
@@ -133,13 +134,13 @@ def plan(study: Study, tests: Sequence[ClaimTest], controls: int, classes: int) 
             r.row + REPLY_TOKENS * r.reply_token,
         )
         add("ablations, harmless prompts", harmless * rows, "row", r.row)
-    if numbers & {1, 7}:
-        kinds = 3 if 1 in numbers else 2
+    kinds = 2 * ("controls of R" in needs) + ("controls of H" in needs)
+    if kinds:
         add("controls, searched", kinds * controls * KEPT * tried, "row", r.row_without_texts)
         add("controls, ablated", few * (kinds * controls + 2), "row", r.control_row)
-    if 7 in numbers:
+    if "additions" in needs:
         add("controls, added", few * (2 * controls + 2), "row", r.control_row)
-    if 20 in numbers:
+    if "judgements" in needs:
         rows = 2 * few * (2 * controls + 3)
         add("reply inversion", rows, "row", r.row_without_texts)
     return pieces

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from core.errors import AttackPlaneError
+from core.errors import NothingToMeasure
 from core.generate import complete
 from core.prompt import Conversation
 from core.records import Behaviour
@@ -118,7 +118,7 @@ def responses(study: Study) -> Responses:
     """Response-side contrasts.
 
     Raises:
-        AttackPlaneError: too few harmful continuations or benign replies.
+        NothingToMeasure: too few harmful continuations or benign replies.
     """
     kinds = _by_outcome(study)
     forced = len(kinds["refusal"]) < SMALLEST_CLASS
@@ -128,7 +128,7 @@ def responses(study: Study) -> Responses:
         kinds["refusal"] = [(b, texts[i % len(texts)]) for i, b in enumerate(harmful)]
     for name, pairs in kinds.items():
         if len(pairs) < SMALLEST_CLASS:
-            raise AttackPlaneError(
+            raise NothingToMeasure(
                 f"too few {name} replies for the response side", where=study.spec, got=len(pairs)
             )
     items = [pair for pairs in kinds.values() for pair in pairs]

@@ -41,7 +41,7 @@ from geometry.carriers import (
     scored,
     searched_layers,
 )
-from geometry.contrasts import SMALLEST_CLASS, Contrast, indices
+from geometry.contrasts import SMALLEST_CLASS, Contrast, centred_by, indices
 from geometry.directions import best_layers, refused_and_accepted
 from pipeline.contrast_reading import TEMPLATES, ContrastReading
 from pipeline.directions import begun_otherwise, directions_of, estimated
@@ -200,7 +200,9 @@ class Study:
     def contrast(self, kind: str, position: str) -> Contrast:
         """The contrast of a kind at a position.
 
-        ``harm`` is harmful against harmless prompts, ``refusal`` is refused against accepted ones.
+        ``harm`` is harmful against harmless prompts, ``refusal`` is refused against accepted ones,
+        ``within`` the same within harmful and within harmless prompts: what harm alone changes is
+        no part of it (``centred_by``).
         """
         sides = (
             (indices(self.harmful), indices(not h for h in self.harmful))
@@ -208,9 +210,10 @@ class Study:
             else refused_and_accepted(self.refused)
         )
         units = tuple(b.unit for b in self.behaviours)
-        return Contrast(
-            f"{kind} at {position}", self.reading.activations.at(position), *sides, units
-        )
+        resid = self.reading.activations.at(position)
+        if kind == "within":
+            resid = centred_by(resid, self.harmful)
+        return Contrast(f"{kind} at {position}", resid, *sides, units)
 
     @property
     def positions(self) -> tuple[str, ...]:

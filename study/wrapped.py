@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.errors import AttackPlaneError
+from core.errors import NothingToMeasure
 from core.records import AttackArtifact, Behaviour
 from core.store import RunFolder
 from evaluation.behaviours import counterparts
@@ -52,13 +52,13 @@ def wrapped(reading: PlaneReading, artifacts: Sequence[AttackArtifact], run: Run
     """The attacked prompts that have a counterpart, from what the plane has read.
 
     Raises:
-        AttackPlaneError: none has one.
+        NothingToMeasure: none has one.
     """
     by_id = {a.artifact_id: a for a in artifacts}
     matched = counterparts(list(run.behaviours().values()))
     rows = [n for n in reading.wrappers if reading.infos[n].prompt_id in by_id]
     if not rows:
-        raise AttackPlaneError(
+        raise NothingToMeasure(
             "no attack has a harmless counterpart",
             where=run.path,
             got=f"{len(artifacts)} attacks",

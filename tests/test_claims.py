@@ -115,10 +115,16 @@ def command(*args):
     return result.output
 
 
-def test_all_claims_are_measured_on_it_by_one_command(refusing, tmp_path):
-    output = command(
-        "claims", "--run", tmp_path, "--model", refusing, "--controls", 2, "--resamples", 40
-    )
+@pytest.fixture(scope="module")
+def claimed(refusing, tmp_path_factory):
+    """A run folder in which all claims were measured on that model, and what the command said."""
+    path = tmp_path_factory.mktemp("claimed")
+    few = ["--controls", 2, "--resamples", 40]
+    return path, command("claims", "--run", path, "--model", refusing, *few)
+
+
+def test_all_claims_are_measured_on_it_by_one_command(refusing, claimed):
+    tmp_path, output = claimed
     rows = read_rows(tmp_path / "claims.jsonl")
     assert [r["number"] for r in rows] == sorted(map(int, CLAIMS.all()))
     assert {r["verdict"] for r in rows} <= {"holds", "refuted", "undecided"}
@@ -219,7 +225,8 @@ def test_a_judge_sees_the_target_and_may_not_know(tiny_folders, tmp_path):
     assert differences(rows, alone, "complied") == {"a": 1.0, "c": 0.0}
 
 
-def test_layers_and_intervene_on_two_models(refusing, tiny_folders, tmp_path):
+def test_layers_and_intervene_on_two_models(refusing, claimed, tiny_folders):
+    tmp_path = claimed[0]  # replies and directions are there
     other = str(tiny_folders["qwen2"])
     output = command(
         "layers", "--run", tmp_path, "--model", refusing, "--model", other, "--resamples", 40
@@ -327,7 +334,10 @@ def test_layers_and_intervene_on_two_models(refusing, tiny_folders, tmp_path):
         (["intervene", "--where", "nowhere"], "unknown position"),
         (["layers", "--model", "no-such"], "not a model spec"),
         (["claims", "--claims", "1", "--contrast", "no.csv"], "no.csv"),
-        (["layers", "--estimator", "zhao"], "too few replies for the zhao estimator"),
+        (
+            ["layers", "--estimator", "zhao", "--contrast", SMALL],
+            "too few replies for the zhao estimator",
+        ),
     ],
 )
 def test_bad_input_is_told_with_a_remedy(args, says, tiny_folders, tmp_path):

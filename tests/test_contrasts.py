@@ -12,7 +12,7 @@ from core.errors import AttackPlaneError
 from core.readings import PlanePoint
 from core.statistics import auroc
 from geometry.carriers import Carrier
-from geometry.contrasts import Contrast, held_out_separation, unit
+from geometry.contrasts import Contrast, centred_by, held_out_separation, unit
 from geometry.coupling import (
     effective_rank,
     hrci,
@@ -65,6 +65,26 @@ def test_a_contrast_finds_its_planted_direction_and_knows_dead_layers():
     assert ((c.direction * direction).sum(-1) > 0.99).all() and c.alive.tolist() == [1, 1, 1]
     c.resid[:, 0] = 3.0
     assert c.alive.tolist() == [0, 1, 1] and c.direction[0].norm() == 0
+
+
+def test_a_contrast_within_groups_is_a_regression_with_group_effects():
+    generator = torch.Generator().manual_seed(0)
+    harmful = [True] * 60 + [False] * 60
+    refused = [True] * 45 + [False] * 15 + [True] * 15 + [False] * 45
+    h, r = torch.eye(8)[:2]
+    x = 0.1 * torch.randn(120, 1, 8, generator=generator)
+    x += 3 * h * torch.tensor(harmful)[:, None, None] + r * torch.tensor(refused)[:, None, None]
+    sides = torch.tensor(refused).nonzero()[:, 0], (~torch.tensor(refused)).nonzero()[:, 0]
+    units = tuple(map(str, range(120)))
+    usual = Contrast("usual", x, *sides, units).direction[0]
+    within = Contrast("within", centred_by(x, harmful), *sides, units).direction[0]
+    design = torch.tensor(
+        [[float(b), float(a), 1.0] for a, b in zip(harmful, refused, strict=True)]
+    )
+    slope = torch.linalg.lstsq(design, x[:, 0]).solution[0]
+    assert torch.allclose(within, slope / slope.norm(), atol=1e-5)
+    assert usual @ h > 0.8 and abs(within @ h) < 0.1 and within @ r > 0.98
+    assert torch.equal(centred_by(x, [0] * 120), x - x.double().mean(0).float())
 
 
 def test_resampled_directions_equal_means_over_the_drawn_units():

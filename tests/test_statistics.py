@@ -11,7 +11,6 @@ import torch
 from core.statistics import (
     auroc,
     bootstrap_columns,
-    bootstrap_difference,
     bootstrap_mean,
     cluster_rows,
     percentile_interval,
@@ -40,19 +39,6 @@ def test_columns_have_the_interval_that_each_has_alone():
     alone = [list(bootstrap_mean(column)) for column in values.T]
     assert np.allclose(together, alone)
     assert bootstrap_columns(np.zeros((0, 2))) is None
-
-
-def test_the_bootstrap_of_a_difference_agrees_with_scipys():
-    a, b = RNG.normal(1.0, size=40), RNG.normal(0.0, size=25)
-    theirs = scipy.stats.bootstrap(
-        (a, b),
-        lambda x, y, axis: x.mean(axis) - y.mean(axis),
-        n_resamples=8000,
-        method="percentile",
-        rng=np.random.default_rng(1),
-    ).confidence_interval
-    assert bootstrap_difference(a, b, resamples=8000) == pytest.approx(tuple(theirs), abs=0.04)
-    assert bootstrap_difference(a, []) is None
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 4), (1, 7), (7, 10), (30, 31)])

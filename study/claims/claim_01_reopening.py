@@ -78,5 +78,6 @@ TEST = CLAIMS.add(
         title="R-only interventions reopen a model more than H-only, beyond controls; "
         "R minus H is about R-only",
         measure=measure,
+        needs=("ablations", "controls of R", "controls of H"),
     )
 )

@@ -4,6 +4,9 @@ An equivalence test: both one-sided bounds of the cosine lie within those of 80 
 is free of noise (``geometry/cross_half.py``). Beside it stands a positive control, the same concept
 read at the other concept's site: harmfulness where R is read. If that cannot be told from
 orthogonal either, nothing was learnt. Published angles are 82 to 90 degrees.
+
+The prompts that a model refuses are mostly the harmful ones, so its R is partly harmfulness. The
+cosine of H with what is left of R within harmful and within harmless prompts is told beside it.
 """
 
 from __future__ import annotations
@@ -43,7 +46,11 @@ def measure(evidence: Evidence) -> Claim:
     found, control = (cross_half(first, c, layers, DRAWS, generator) for c in (second, there))
     name = "cosine of the H and the R carrier, without noise"
     positive = cosine_check("positive control: harmfulness at R's site", control, claimed=ABOVE)
-    checks = (cosine_check(name, found, claimed=WITHIN), positive.told())
+    checks = [cosine_check(name, found, claimed=WITHIN), positive.told()]
+    if study.refusal_kind == "refusal":
+        within = study.contrast("within", r.position)
+        apart = cross_half(first, within, layers, DRAWS, generator)
+        checks.append(cosine_check("H carrier and R within labels", apart, claimed=WITHIN).told())
     coupled = coupling(study)
     note = evidence.setting()
     note += f"; cosines with their true directions: H {found.trust[0]:.2f}, R {found.trust[1]:.2f}"
@@ -60,7 +67,7 @@ def measure(evidence: Evidence) -> Claim:
             "the positive control is not told from orthogonal: a small cosine may come from the "
             "two sites alone"
         )
-    return replace(TEST.claim(evidence, checks, note, held_back), settings=coupled)
+    return replace(TEST.claim(evidence, tuple(checks), note, held_back), settings=coupled)
 
 
 def coupling(study: Study) -> Row:
@@ -101,5 +108,6 @@ TEST = CLAIMS.add(
         number=2,
         title="H and R carriers are near orthogonal on aligned models",
         measure=measure,
+        needs=("ablations",),
     )
 )

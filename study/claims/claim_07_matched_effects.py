@@ -51,4 +51,11 @@ def _check(name: str, rows: Sequence[Row], claimed: str, margin: float) -> Check
     return mean_check(name, values, unit=NATS, claimed=claimed, controls=controls, margin=margin)
 
 
-TEST = CLAIMS.add(ClaimTest(number=7, title="Effects exceed matched controls", measure=measure))
+TEST = CLAIMS.add(
+    ClaimTest(
+        number=7,
+        title="Effects exceed matched controls",
+        measure=measure,
+        needs=("ablations", "controls of R", "additions"),
+    )
+)

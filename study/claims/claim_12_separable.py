@@ -64,6 +64,6 @@ TEST = CLAIMS.add(
         number=12,
         title="Attack classes occupy separable regions of the plane",
         measure=measure,
-        needs_attacks=True,
+        needs=("attacks",),
     )
 )

@@ -114,6 +114,6 @@ TEST = CLAIMS.add(
         number=13,
         title="Suppression of H or R on the prompt side predicts success within an attack class",
         measure=measure,
-        needs_attacks=True,
+        needs=("attacks",),
     )
 )

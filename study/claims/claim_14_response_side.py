@@ -16,7 +16,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from core.errors import AttackPlaneError
 from core.records import BASELINES, AttackArtifact
 from evaluation.judges import COMPLIED
 from geometry.contrasts import Contrast
@@ -37,10 +36,7 @@ FEWEST = 3
 
 def measure(evidence: Evidence) -> Claim:
     study, layer = evidence.study, evidence.study.layer
-    try:
-        responses, pairs = evidence.responses, evidence.wrapped
-    except AttackPlaneError as error:
-        return TEST.claim(evidence, (), held_back=[str(error)])
+    responses, pairs = evidence.responses, evidence.wrapped
     won = successful(evidence)
     chosen = [i for i, a in enumerate(pairs.artifacts) if a.artifact_id in won]
     contents, requests = [], []
@@ -127,6 +123,6 @@ TEST = CLAIMS.add(
         number=14,
         title="On successful attacks response-side H is above benign although prompt-side H is not",
         measure=measure,
-        needs_attacks=True,
+        needs=("attacks", "responses"),
     )
 )

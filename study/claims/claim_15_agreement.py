@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 
-from core.errors import AttackPlaneError
 from geometry.contrasts import Contrast
 from geometry.cross_half import cross_half
 from study.claims.evidence import Evidence
@@ -23,10 +22,7 @@ DRAWS = 999
 
 def measure(evidence: Evidence) -> Claim:
     study = evidence.study
-    try:
-        sides = evidence.responses
-    except AttackPlaneError as error:
-        return TEST.claim(evidence, (), held_back=[str(error)])
+    sides = evidence.responses
     paper = "R, response side as in the paper"
     code = "R, response side as in the code"
     checks = (
@@ -55,5 +51,6 @@ TEST = CLAIMS.add(
         number=15,
         title="Directions at prompt and response positions agree",
         measure=measure,
+        needs=("responses",),
     )
 )

@@ -133,5 +133,6 @@ TEST = CLAIMS.add(
         number=20,
         title="Steering along H moves the model's own judgement of harm, along R it does not",
         measure=measure,
+        needs=("judgements",),
     )
 )

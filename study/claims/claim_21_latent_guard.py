@@ -22,7 +22,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from core.errors import AttackPlaneError
 from core.records import Behaviour
 from geometry.contrasts import Contrast, unit
 from geometry.layers import inner_layers
@@ -40,10 +39,7 @@ CHANCE = 0.1
 
 def measure(evidence: Evidence) -> Claim:
     study = evidence.study
-    try:
-        pairs = evidence.wrapped
-    except AttackPlaneError as error:
-        return TEST.claim(evidence, (), held_back=[str(error)])
+    pairs = evidence.wrapped
     requests = zip(*study.held_out_pairs(), strict=True)
     plain = [_belief(study.harmfulness, _plain(study, side)) for side in requests]
     names = pairs.behaviours
@@ -100,6 +96,6 @@ TEST = CLAIMS.add(
         title="Beliefs from H tell harmful from harmless prompts, attacked ones too, where refusal "
         "does not",
         measure=measure,
-        needs_attacks=True,
+        needs=("attacks",),
     )
 )

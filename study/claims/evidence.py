@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from core.errors import AttackPlaneError
+from core.errors import NothingToMeasure
 from core.readings import PlanePoint
 from core.records import BASELINES, HARMFUL, HARMLESS, AttackArtifact, Replay
 from core.rows import Row
@@ -139,7 +139,7 @@ class Evidence:
         """Response-side contrasts.
 
         Raises:
-            AttackPlaneError: too few replies of a kind.
+            NothingToMeasure: too few replies of a kind.
         """
         return responses(self.study)
 
@@ -148,10 +148,10 @@ class Evidence:
         """The attacked prompts beside the same wrappers with harmless requests in them.
 
         Raises:
-            AttackPlaneError: none has a counterpart.
+            NothingToMeasure: none has a counterpart.
         """
         if self.reading is None:
-            raise AttackPlaneError("no attacked prompts were read", where=self.study.spec)
+            raise NothingToMeasure("no attacked prompts were read", where=self.study.spec)
         attacked = [a for a in self.artifacts if a.attack not in BASELINES]
         return wrapped(self.reading, attacked, self.study.run)
 

@@ -10,19 +10,49 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from core.errors import NothingToMeasure
 from core.registry import Registry
 from study.claims.evidence import Evidence
 from study.verdicts import Check, Claim
 
+NEEDS = (
+    "attacks",
+    "responses",
+    "ablations",
+    "controls of R",
+    "controls of H",
+    "additions",
+    "judgements",
+)
+"""What takes time: replies to attacked prompts and the plane, response-side contrasts, ablations on
+held-out prompts and their searched controls, additions with theirs, and the model's own judgements
+under steering."""
+
 
 @dataclass(frozen=True)
 class ClaimTest:
-    """``needs_attacks``: whether it is about attacked prompts, their replies and the plane."""
+    """``needs``: which of ``NEEDS`` it looks at; the plan of a run estimates their time."""
 
     number: int
     title: str
     measure: Callable[[Evidence], Claim]
-    needs_attacks: bool = False
+    needs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.needs) - set(NEEDS):
+            raise ValueError(f"claim {self.number} needs {unknown}; there are {', '.join(NEEDS)}")
+
+    @property
+    def needs_attacks(self) -> bool:
+        """Whether it is about attacked prompts, their replies and the plane."""
+        return "attacks" in self.needs
+
+    def on(self, evidence: Evidence) -> Claim:
+        """The claim on one model; held back where that lacks what is to be measured."""
+        try:
+            return self.measure(evidence)
+        except NothingToMeasure as error:
+            return self.claim(evidence, (), held_back=[str(error)])
 
     @property
     def name(self) -> str:
