@@ -42,12 +42,17 @@ def draw(folder: Path) -> Path:
 
 
 def figure_of(rows: list[Row], classes: list[Row]) -> Figure:
-    """The picture of plane rows and their class rows: one column per target, one row per frame."""
+    """The picture of plane rows and their class rows: one column per target, one row per frame.
+
+    Where the base model is the only target, one row: its frames are one.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     targets = list(dict.fromkeys(r["target"] for r in rows))
     frames = [frame for frame in FRAMES if any(r["frame"] == frame for r in rows)]
+    if all(_is_base(r) for r in rows):  # both frames would show the same
+        frames = frames[-1:]
     names = attack_names(rows)
     style = class_styles(names, MARKERS) | ANCHORS
     size = (max(6.0, 1.2 + 3.9 * len(targets)), 0.9 + 3.85 * len(frames))
@@ -69,6 +74,11 @@ def figure_of(rows: list[Row], classes: list[Row]) -> Figure:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
     figure.suptitle("Attack plane: projections relative to the harmless centroid", fontsize=12)
     return figure
+
+
+def _is_base(row: Row) -> bool:
+    """Whether the target's own directions are the base frame's."""
+    return min(row["cos_base_own_harmfulness"], row["cos_base_own_refusal"]) > 1 - 1e-6
 
 
 def _title(row: Row) -> str:
