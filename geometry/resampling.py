@@ -61,15 +61,22 @@ def resampled(
     contrasts: Sequence[Contrast], draws: int, generator: torch.Generator
 ) -> list[Tensor]:
     """Directions of every contrast under bootstrap samples, (draw, layer, d_model) each."""
+    return [unit(d) for d in resampled_differences(contrasts, draws, generator)]
+
+
+def resampled_differences(
+    contrasts: Sequence[Contrast], draws: int, generator: torch.Generator
+) -> list[Tensor]:
+    """(draw, layer, d_model) differences of class means under bootstrap samples."""
     counts, index = unit_counts(contrasts, draws, generator)
-    directions = []
+    found = []
     for c in contrasts:
         weights = torch.zeros(draws, len(c.units))
         for side, sign in ((c.positive, 1.0), (c.negative, -1.0)):
             often = counts[:, [index[c.units[item]] for item in side.tolist()]]
             weights[:, side] += sign * often / often.sum(1, keepdim=True).clamp_min(1)
-        directions.append(unit(differences(weights, c.resid)) * c.alive[:, None])
-    return directions
+        found.append(differences(weights, c.resid) * c.alive[:, None])
+    return found
 
 
 def permuted_sides(

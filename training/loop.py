@@ -129,6 +129,13 @@ def settings_of(arm: Arm, config: Any, requests: Requests) -> Row:
     }
 
 
+def method_of(arm: Arm, config: Any, requests: Requests) -> str:
+    """Stands for a way of training: the same for all its seeds, whichever steps were saved."""
+    other = ("seed", "checkpoints", "differs_from_paper")
+    settings = settings_of(arm, config, requests)
+    return content_hash({k: v for k, v in settings.items() if k not in other})
+
+
 class Run:
     """One training: model and adapter, optimiser, the arm's method, and what was logged."""
 
@@ -277,6 +284,7 @@ def card(arm: Arm, base: LoadedModel, config: Any, requests: Requests, step: int
         "step": step,
         "seed": config.seed,
         "settings": content_hash(settings_of(arm, config, requests)),
+        "method": method_of(arm, config, requests),
         "trained_on": sorted(request_hash(r) for r in requests.texts(arm.needs, arm.validates)),
     }
 

@@ -212,37 +212,25 @@ def claims_table(claims: Sequence[Claim]) -> str:
 
 def coupling_table(claims: Sequence[Claim]) -> str:
     """Coupling of the carriers, and effective ranks, where claim 2 was measured."""
+    rows = [
+        (c.model, name, of)
+        for c in claims
+        if c.number == 2
+        for name, of in c.settings.get("coupling", {}).items()
+    ]
 
-    def setting(name: str, form: str) -> Callable[[Any], str]:
-        return lambda claim: f"{claim.settings[name]:{form}}"
-
-    def ranks(name: str) -> Callable[[Any], str]:
-        return lambda claim: ", ".join(f"{claim.settings[name][k]:.1f}" for k in "HR")
-
-    def nulls(claim: Claim) -> str:
-        s = claim.settings
-        values = [s["nulls"]["cos_95"], s["nulls"]["c_sub_95"]]
-        values += [s["hrci_v1_random_95"], s["hrci_v2_random_95"]]
-        return ", ".join(f"{v:.2f}" for v in values)
+    def number(name: str) -> Callable[[Any], str]:
+        return lambda row: "" if row[2][name] is None else f"{row[2][name]:.2f}"
 
     columns: Columns = [
-        ("model", lambda claim: short_spec(claim.model)),
-        ("C_cos", setting("c_cos", "+.2f")),
-        ("C_sub", setting("c_sub", ".3f")),
-        ("C_layer", setting("c_layer", ".2f")),
-        (
-            "HRCI v1, v2",
-            lambda c: f"{c.settings['hrci_v1']:.2f}, {c.settings['hrci_v2']:.2f}",
-        ),
-        ("random 95 %: |cos|, C_sub, v1, v2", nulls),
-        (
-            "principal angles",
-            lambda c: ", ".join(f"{v:.0f}" for v in c.settings["principal_angles"]),
-        ),
-        ("effective rank H, R", ranks("effective_rank")),
-        ("row-normalised", ranks("effective_rank_normalised")),
+        ("model", lambda row: short_spec(row[0])),
+        ("", lambda row: row[1]),
+        ("estimate", lambda row: f"{row[2]['value']:+.3f}"),
+        ("interval", lambda row: ends(row[2]["interval"])),
+        ("random 95 %", number("null_random")),
+        ("permuted 95 %", number("null_permuted")),
     ]
-    return text_of(columns, [c for c in claims if c.number == 2 and c.settings])
+    return text_of(columns, rows)
 
 
 def plan_table(works: Mapping[str, Sequence[Any]]) -> str:

@@ -11,23 +11,15 @@ cosine of H with what is left of R within harmful and within harmless prompts is
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 
 from core.rows import Row
-from geometry.coupling import (
-    effective_rank,
-    hrci,
-    layer_closeness,
-    principal_cosines,
-    random_nulls,
-    subspace,
-    subspace_overlap,
-)
 from geometry.cross_half import cross_half
 from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest
+from study.coupling import angles_of, coupling, draw_fields
 from study.study import Study
 from study.verdicts import ABOVE, WITHIN, Claim, cosine_check
 
@@ -51,10 +43,10 @@ def measure(evidence: Evidence) -> Claim:
         within = study.contrast("within", r.position)
         apart = cross_half(first, within, layers, DRAWS, generator)
         checks.append(cosine_check("H carrier and R within labels", apart, claimed=WITHIN).told())
-    coupled = coupling(study)
+    settings = _settings(study)
     note = evidence.setting()
     note += f"; cosines with their true directions: H {found.trust[0]:.2f}, R {found.trust[1]:.2f}"
-    note += f"; as it is {coupled['c_cos']:+.2f}"
+    note += f"; as it is {settings['coupling']['C_cos']['value']:+.2f}"
     held_back = [*evidence.not_aligned(), *evidence.inadmissible("H", "R"), *evidence.idle("R")]
     if min(found.trust) < UNRELIABLE:
         held_back.append(
@@ -67,39 +59,18 @@ def measure(evidence: Evidence) -> Claim:
             "the positive control is not told from orthogonal: a small cosine may come from the "
             "two sites alone"
         )
-    return replace(TEST.claim(evidence, tuple(checks), note, held_back), settings=coupled)
+    return replace(TEST.claim(evidence, tuple(checks), note, held_back), settings=settings)
 
 
-def coupling(study: Study) -> Row:
-    """C_cos, C_sub, C_layer, both HRCI, effective ranks of the fields, and their random nulls."""
-    h, r = study.carrier("H"), study.carrier("R")
-    stacked = [torch.cat([c.difference for c in study.field(kind).values()]) for kind in ("H", "R")]
-    spaces = [subspace(rows) for rows in stacked]
-    c_cos, c_sub = float(h.vector @ r.vector), subspace_overlap(*spaces)
-    c_layer = layer_closeness(h.layer, r.layer)
-    angles = torch.rad2deg(torch.acos(principal_cosines(*spaces)))
-    nulls = random_nulls(study.loaded.d_model, torch.Generator().manual_seed(study.config.seed))
-    ranks = {
-        name: {
-            kind: effective_rank(rows, normalise=normalise)
-            for kind, rows in zip("HR", stacked, strict=True)
-        }
-        for name, normalise in (("effective_rank", False), ("effective_rank_normalised", True))
-    }
+def _settings(study: Study) -> Row:
+    """The carriers, and how coupled their fields are."""
+    drawn = draw_fields([study], study.config.resamples, study.config.seed)
     return {
-        "carrier_h": h.to_row(),
-        "carrier_r": r.to_row(),
+        "carrier_h": study.carrier("H").to_row(),
+        "carrier_r": study.carrier("R").to_row(),
         "estimator": study.estimator,
-        "c_cos": c_cos,
-        "c_sub": c_sub,
-        "c_layer": c_layer,
-        "hrci_v1": hrci(c_cos, c_sub, c_layer),
-        "hrci_v2": hrci(c_cos, c_sub),
-        "hrci_v1_random_95": hrci(nulls["cos_95"], nulls["c_sub_95"], c_layer),
-        "hrci_v2_random_95": hrci(nulls["cos_95"], nulls["c_sub_95"]),
-        "principal_angles": [round(v, 2) for v in angles.tolist()],
-        **ranks,
-        "nulls": nulls,
+        "coupling": {name: asdict(e) for name, e in coupling(study, drawn).items()},
+        "principal_angles": [round(v, 2) for v in angles_of(drawn)["H, R"]],
     }
 
 

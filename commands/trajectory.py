@@ -1,0 +1,44 @@
+"""The command trajectory: what changes in a model along its training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from commands.options import echo_notes, open_model, quiet_libraries
+from commands.study_options import study_config, study_options, study_run
+
+
+@click.command()
+@study_options
+@click.option("--reference", required=True, help="What drift is measured from, a model spec.")
+@quiet_libraries
+def trajectory(run: Path | None, models: tuple[str, ...], reference: str, **study: Any) -> None:
+    """Measure what changes in a model along its training.
+
+    Per checkpoint, with intervals and nulls: the best H and R carrier and what ablating them does
+    to held-out prompts, their coupling (C_cos, C_sub, C_layer, HRCI), effective rank, drift from
+    the reference, beliefs, outcome D. Arms, seeds and steps are read from the checkpoints. The
+    behaviour of checkpoints that `evaluate` has measured in the same run stands beside it. Writes
+    trajectory.jsonl, trajectory.parquet and a picture per family.
+
+    \b
+    Example:
+      python cli.py trajectory --run runs/evaluation --reference embedded \\
+          --model embedded+runs/sft/step-50 --model embedded+runs/sft/step-100
+    """
+    from commands.tables.trajectory import trajectory_table
+    from study.trajectory import trajectory as stage
+
+    config = study_config(study)
+    path = study_run(run, (reference, *models), config)
+    result = stage(path, reference, models, config, open_model=open_model)
+    echo_notes(result.notes)
+    click.echo(trajectory_table(result.rows))
+    for file in result.files:
+        click.echo(str(file))
+
+
+command = trajectory

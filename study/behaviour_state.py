@@ -1,0 +1,60 @@
+"""The behaviour state of a checkpoint, from its row of ``evaluate``: SG's and RG's y-axes.
+
+Success of attacks by kind, refusals by label (full and partial), outcome D, and what is left of the
+model's abilities. Intervals are Wilson's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from core.rows import Row
+from core.specs import short_spec
+
+FAMILY = "behaviour"
+SHOWN = ("plain", "fixed", "adaptive")
+OTHERS = ("degenerate", "instructions", "kl", "perplexity")
+
+
+def behaviour_state(row: Row | None, fingerprint: str, notes: list[str]) -> list[Row]:
+    """Measures of one checkpoint; none, and a note, where it was not evaluated as it is now."""
+    if row is None:
+        return []
+    if row["fingerprint"] != fingerprint:
+        notes.append(
+            f"{short_spec(row['model'])} has changed since it was evaluated: its behaviour is left "
+            "out; evaluate it again"
+        )
+        return []
+    return list(_measures(row))
+
+
+def _measures(row: Row) -> Iterator[Row]:
+    for kind in SHOWN:
+        cell = row["robustness"].get(kind)
+        if cell and cell["asr"] is not None:
+            yield _row(f"ASR {kind}", cell["asr"], cell["wilson"], cell["behaviours"])
+    for name, cell in row["usability"].items():
+        refused = 1 - cell["none"]
+        yield _row(f"refused, {name}", refused, cell["refused_wilson"], cell["n"])
+        yield _row(f"refused in full, {name}", cell["full"], cell["full_wilson"], cell["n"])
+        if cell["d"] is not None:
+            yield _row(f"D, {name}", cell["d"], None, cell["n"])
+    for name in OTHERS:
+        if row.get(name) is not None:
+            yield _row(name, row[name], None, None)
+
+
+def _row(name: str, value: float, interval: list[float] | None, n: int | None) -> Row:
+    low, high = interval or (None, None)
+    return {
+        "family": FAMILY,
+        "measure": name,
+        "value": value,
+        "low": low,
+        "high": high,
+        "null_random": None,
+        "null_permuted": None,
+        "unit": "",
+        "n": n,
+    }

@@ -1,0 +1,226 @@
+"""What changes in a model along its training: one row per checkpoint and measure.
+
+1. The reference is studied first: its carriers, its directions, its residuals on the contrast set.
+2. Each checkpoint is loaded once. Its carriers are searched anew, and measured are
+
+    carriers   place, KL of ablating it and fall of D on held-out prompts
+    coupling   C_cos, C_sub, C_layer, both HRCI (``study/coupling.py``)
+    rank       effective rank of both fields, raw and of rows of unit length
+    drift      from the reference: mean principal angle, cosine of the plane's directions
+    beliefs    accuracy of the latent guard on held-out pairs (``geometry/beliefs.py``)
+    leaning    outcome D on held-out harmful and harmless prompts
+    plane      centroids of held-out prompts along the reference's H and R
+
+3. The behaviour state is that of ``evaluate`` in the same run, where it has been measured.
+
+Results are kept under a hash of what they depend on; a stopped command goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.cards import card_of
+from core.errors import AttackPlaneError
+from core.models import ModelHandle, OpenModel
+from core.records import HARMFUL, HARMLESS
+from core.rows import Row
+from core.statistics import Numbers, bootstrap_mean
+from core.store import RunFolder, write_atomically
+from geometry.activations import collect
+from geometry.beliefs import beliefs, told_rightly
+from geometry.controls import edit
+from geometry.effects import by_behaviour, differences, pick
+from geometry.layers import MAX_KL
+from pipeline.contrast_reading import rendered
+from pipeline.plane_files import as_parquet
+from pipeline.runs import check_specs, write_rows
+from plots import checkpoints_png
+from plots.tradeoff_png import ROWS as EVALUATION
+from study.behaviour_state import behaviour_state
+from study.config import StudyConfig
+from study.coupling import Estimate, coupling, draw_fields, drift
+from study.outcomes import measure, site_of
+from study.study import Study
+
+STAGE = "trajectory"
+FILE, PARQUET = checkpoints_png.ROWS, "trajectory.parquet"
+READ = ("t_inst", "t_post_inst")
+NATS = "nats per token"
+
+
+@dataclass
+class TrajectoryResult:
+    """Rows of all checkpoints, the reference first; files; what the reader should know."""
+
+    rows: list[Row] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def trajectory(
+    path: Path,
+    reference: str,
+    specs: Sequence[str],
+    config: StudyConfig,
+    *,
+    open_model: OpenModel = ModelHandle,
+) -> TrajectoryResult:
+    """Measure every checkpoint against the reference, write rows and pictures.
+
+    Args:
+        reference: what drift is measured from, usually the base model; the first row.
+    """
+    check_specs([reference, *specs])
+    result = TrajectoryResult()
+    with RunFolder(path) as run:
+        settings = config.to_settings() | {"reference": reference}
+        run.begin_stage(STAGE, settings, {})
+        states = {row["model"]: row for row in run.rows(EVALUATION)}
+        first = Study(run, open_model(reference), config)
+        for spec in dict.fromkeys([reference, *specs]):
+            study = first if spec == reference else Study(run, open_model(spec), config)
+            run.begin_stage(STAGE, settings, {spec: study.model.fingerprint})
+            rows = of_checkpoint(study, first)
+            rows += behaviour_state(states.get(spec), study.model.fingerprint, result.notes)
+            result.rows += [_whose(spec) | row for row in rows]
+            if study is not first:
+                study.model.release()
+        result.files = [write_rows(path / FILE, result.rows), path / PARQUET]
+        write_atomically(path / PARQUET, as_parquet(result.rows))
+    result.files += checkpoints_png.draw(path)
+    return result
+
+
+def _whose(spec: str) -> Row:
+    card = card_of(spec)
+    method = card.get("method") or card.get("settings")  # cards of before had no method
+    own = {"arm": card.get("arm"), "seed": card.get("seed"), "method": method}
+    return {"model": spec, **own, "step": card.get("step", 0)}
+
+
+def of_checkpoint(study: Study, reference: Study) -> list[Row]:
+    """Everything that is measured inside one checkpoint."""
+
+    def make() -> list[Row]:
+        return list(_Checkpoint(study, reference).rows())
+
+    held_out = [b.request for label in (HARMFUL, HARMLESS) for b in study.held_out(label)]
+    depends: list[Any] = [study.search_identity("H"), study.search_identity("R"), held_out]
+    depends += [study.config.resamples, study.config.seed]
+    depends += [reference.model.fingerprint, reference.estimator_identity]
+    return study.kept("trajectory", depends, make)
+
+
+def row_of(family: str, name: str, found: Estimate, unit: str, n: int | None = None) -> Row:
+    """One measure of one checkpoint; ``n`` units, where the interval is over them."""
+    low, high = found.interval or (None, None)
+    return {
+        "family": family,
+        "measure": name,
+        "value": found.value,
+        "low": low,
+        "high": high,
+        "null_random": found.null_random,
+        "null_permuted": found.null_permuted,
+        "unit": unit,
+        "n": n,
+    }
+
+
+class _Checkpoint:
+    """The measures of one checkpoint, family by family."""
+
+    def __init__(self, study: Study, reference: Study) -> None:
+        if study.loaded.d_model != reference.loaded.d_model:
+            raise AttackPlaneError(
+                "a checkpoint of another width",
+                where=study.spec,
+                got=f"{study.loaded.d_model}, the reference {reference.loaded.d_model}",
+                remedy="give checkpoints of the reference",
+            )
+        self.study, self.reference = study, reference
+
+    def rows(self) -> Iterator[Row]:
+        yield from self._carriers()
+        config = self.study.config
+        drawn = draw_fields([self.study, self.reference], config.resamples, config.seed)
+        pairs = self.study.harmfulness.size
+        for name, found in coupling(self.study, drawn).items():
+            yield row_of("rank" if "rank" in name else "coupling", name, found, "", pairs)
+        for name, found in drift(drawn, self.reference.layer).items():
+            yield row_of("drift", name, found, "" if "cosine" in name else "degrees", pairs)
+        yield from self._beliefs()
+        yield from self._plane()
+
+    def _carriers(self) -> Iterator[Row]:
+        """Where the carriers are, and what ablating them does to held-out prompts."""
+        study = self.study
+        site, made_from = site_of(study, None)
+        edits = [edit(mode, "ablate", 1.0, site.vectors, site.layers, site) for mode in ("H", "R")]
+        bad, good = (
+            measure(study, edits, study.held_out(label), 0, made_from)
+            for label in (HARMFUL, HARMLESS)
+        )
+        for kind in ("H", "R"):
+            carrier = study.carrier(kind)
+            kl = list(by_behaviour(pick(good, mode=kind), "kl").values())
+            fall = list(differences(pick(bad, mode=kind), pick(bad, mode="none"), "d").values())
+            place = {"position": carrier.position, "admissible": float(np.mean(kl)) <= MAX_KL}
+            layer = Estimate(float(carrier.layer))
+            yield row_of("carriers", f"layer of {kind}", layer, "layer") | place
+            yield _mean("carriers", f"KL, {kind} ablated", kl, "nats")
+            yield _mean("carriers", f"D, {kind} ablated - alone", fall, NATS)
+        for label, rows in ((HARMFUL, bad), (HARMLESS, good)):
+            d = list(by_behaviour(pick(rows, mode="none"), "d").values())
+            yield _mean("leaning", f"D on {label} prompts", d, NATS)
+
+    @cached_property
+    def _read(self) -> dict[str, list[Tensor]]:
+        """Position -> residuals (pair, layer, d_model) of held-out harmful and harmless prompts."""
+        study = self.study
+        sides: list[list[Any]] = [list(side) for side in zip(*study.held_out_pairs(), strict=True)]
+        prompts = rendered(study.renderer, sides[0] + sides[1], study.config.system_prompt)
+        ids = [str(i) for i in range(len(prompts))]
+        read = collect(study.loaded, prompts, ids, positions=READ, description="held-out prompts")
+        return {p: list(read.at(p).split(len(sides[0]))) for p in READ}
+
+    def _beliefs(self) -> Iterator[Row]:
+        for kind, contrast, position in (
+            ("H", self.study.harmfulness, "t_inst"),
+            ("R", self.study.refusal, "t_post_inst"),
+        ):
+            harmful, harmless = (beliefs(contrast, side) for side in self._read[position])
+            right = told_rightly(harmful, harmless) + 0.5
+            yield _mean("beliefs", f"{kind} tells held-out pairs", right.tolist(), "accuracy")
+            for label, values in ((HARMFUL, harmful), (HARMLESS, harmless)):
+                yield _mean("beliefs", f"belief by {kind} of {label} prompts", values.tolist(), "")
+
+    def _plane(self) -> Iterator[Row]:
+        """Centroids along the reference's H and R, from its own harmless contrast prompts."""
+        reference, layer = self.reference, self.reference.layer
+        contrasts = {
+            "H": (reference.harmfulness, "t_inst"),
+            "R": (reference.refusal, "t_post_inst"),
+        }
+        for kind, (contrast, position) in contrasts.items():
+            v = contrast.direction[layer].double()
+            resid = reference.reading.activations.at(position)[:, layer]
+            benign = torch.tensor([not h for h in reference.harmful])
+            centre = resid[benign].double().mean(0)
+            for label, side in zip((HARMFUL, HARMLESS), self._read[position], strict=True):
+                along = (side[:, layer].double() - centre) @ v
+                yield _mean("plane", f"{label} along {kind}", along.tolist(), "residual units")
+
+
+def _mean(family: str, name: str, values: Numbers, unit: str) -> Row:
+    found = Estimate(float(np.mean(values)), bootstrap_mean(values))
+    return row_of(family, name, found, unit, len(values))
