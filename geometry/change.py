@@ -8,6 +8,7 @@ that is spread over all dimensions has 1 - 2 / d_model, which is the null.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from geometry.interventions import basis
@@ -18,14 +19,22 @@ def share_outside(change: Tensor, harm: Tensor, refusal: Tensor) -> Tensor:
 
     NaN where nothing changed or where a direction is missing.
     """
-    shares = change.new_full((change.shape[1],), float("nan"))
-    for layer in range(change.shape[1]):
-        d = change[:, layer].double()
-        whole = d.square().sum()
-        if whole > 0 and harm[layer].norm() > 0 and refusal[layer].norm() > 0:
-            inside = (d @ basis("H+R", harm[layer], refusal[layer]).double().T).square().sum()
-            shares[layer] = 1 - inside / whole
-    return shares
+    inside, whole = (part.sum(0) for part in inside_and_whole(change, harm, refusal))
+    return (1 - inside / whole).to(change.dtype)
+
+
+def inside_and_whole(change: Tensor, harm: Tensor, refusal: Tensor) -> tuple[Tensor, Tensor]:
+    """(prompt, layer) float64 squared lengths of the changes: within the plane, and in all.
+
+    The first is NaN at layers where a direction is missing.
+    """
+    d = change.double()
+    inside = torch.full(d.shape[:2], float("nan"), dtype=torch.float64)
+    for layer in range(d.shape[1]):
+        if harm[layer].norm() > 0 and refusal[layer].norm() > 0:
+            plane = basis("H+R", harm[layer], refusal[layer]).double()
+            inside[:, layer] = (d[:, layer] @ plane.T).square().sum(-1)
+    return inside, d.square().sum(-1)
 
 
 def null_outside(d_model: int) -> float:

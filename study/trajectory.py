@@ -10,6 +10,8 @@
     beliefs    accuracy of the latent guard on held-out pairs (``geometry/beliefs.py``)
     leaning    outcome D on held-out harmful and harmless prompts
     plane      centroids of held-out prompts along the reference's H and R
+    cosines    of held-out prompts with the reference's H and R: what HARC trains
+    change     since the reference: its relative length, and its share outside the H-R plane
 
 3. The behaviour state is that of ``evaluate`` in the same run, where it has been measured.
 
@@ -37,9 +39,12 @@ from core.statistics import Numbers, bootstrap_mean
 from core.store import RunFolder, write_atomically
 from geometry.activations import collect
 from geometry.beliefs import beliefs, told_rightly
+from geometry.change import inside_and_whole, null_outside
+from geometry.contrasts import Contrast, unit
 from geometry.controls import edit
+from geometry.directions import best_layers
 from geometry.effects import by_behaviour, differences, pick
-from geometry.layers import MAX_KL
+from geometry.layers import MAX_KL, inner_layers
 from pipeline.contrast_reading import rendered
 from pipeline.plane_files import as_parquet
 from pipeline.runs import check_specs, write_rows
@@ -55,6 +60,8 @@ STAGE = "trajectory"
 FILE, PARQUET = checkpoints_png.ROWS, "trajectory.parquet"
 READ = ("t_inst", "t_post_inst")
 NATS = "nats per token"
+BAND = 2
+"""Layers of the cosines: HARC's K."""
 
 
 @dataclass
@@ -86,10 +93,11 @@ def trajectory(
         run.begin_stage(STAGE, settings, {})
         states = {row["model"]: row for row in run.rows(EVALUATION)}
         first = Study(run, open_model(reference), config)
+        anchor = Anchor(first)
         for spec in dict.fromkeys([reference, *specs]):
             study = first if spec == reference else Study(run, open_model(spec), config)
             run.begin_stage(STAGE, settings, {spec: study.model.fingerprint})
-            rows = of_checkpoint(study, first)
+            rows = of_checkpoint(study, anchor)
             rows += behaviour_state(states.get(spec), study.model.fingerprint, result.notes)
             result.rows += [_whose(spec) | row for row in rows]
             if study is not first:
@@ -107,11 +115,29 @@ def _whose(spec: str) -> Row:
     return {"model": spec, **own, "step": card.get("step", 0)}
 
 
-def of_checkpoint(study: Study, reference: Study) -> list[Row]:
+class Anchor:
+    """The reference, and what checkpoints are compared with."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+
+    @cached_property
+    def axes(self) -> dict[str, tuple[Contrast, str]]:
+        """H and R with the position that each is read at."""
+        return {"H": (self.study.harmfulness, "t_inst"), "R": (self.study.refusal, "t_post_inst")}
+
+    @cached_property
+    def read(self) -> dict[str, list[Tensor]]:
+        return held_out_states(self.study)
+
+
+def of_checkpoint(study: Study, anchor: Anchor) -> list[Row]:
     """Everything that is measured inside one checkpoint."""
 
     def make() -> list[Row]:
-        return list(_Checkpoint(study, reference).rows())
+        return list(_Checkpoint(study, anchor).rows())
+
+    reference = anchor.study
 
     held_out = [b.request for label in (HARMFUL, HARMLESS) for b in study.held_out(label)]
     depends: list[Any] = [study.search_identity("H"), study.search_identity("R"), held_out]
@@ -139,7 +165,8 @@ def row_of(family: str, name: str, found: Estimate, unit: str, n: int | None = N
 class _Checkpoint:
     """The measures of one checkpoint, family by family."""
 
-    def __init__(self, study: Study, reference: Study) -> None:
+    def __init__(self, study: Study, anchor: Anchor) -> None:
+        reference = anchor.study
         if study.loaded.d_model != reference.loaded.d_model:
             raise AttackPlaneError(
                 "a checkpoint of another width",
@@ -147,7 +174,12 @@ class _Checkpoint:
                 got=f"{study.loaded.d_model}, the reference {reference.loaded.d_model}",
                 remedy="give checkpoints of the reference",
             )
-        self.study, self.reference = study, reference
+        self.study, self.anchor, self.reference = study, anchor, reference
+
+    @cached_property
+    def _read(self) -> dict[str, list[Tensor]]:
+        mine = self.study is self.reference
+        return self.anchor.read if mine else held_out_states(self.study)
 
     def rows(self) -> Iterator[Row]:
         yield from self._carriers()
@@ -160,6 +192,7 @@ class _Checkpoint:
             yield row_of("drift", name, found, "" if "cosine" in name else "degrees", pairs)
         yield from self._beliefs()
         yield from self._plane()
+        yield from self._change()
 
     def _carriers(self) -> Iterator[Row]:
         """Where the carriers are, and what ablating them does to held-out prompts."""
@@ -183,16 +216,6 @@ class _Checkpoint:
             d = list(by_behaviour(pick(rows, mode="none"), "d").values())
             yield _mean("leaning", f"D on {label} prompts", d, NATS)
 
-    @cached_property
-    def _read(self) -> dict[str, list[Tensor]]:
-        """Position -> residuals (pair, layer, d_model) of held-out harmful and harmless prompts."""
-        study = self.study
-        sides: list[list[Any]] = [list(side) for side in zip(*study.held_out_pairs(), strict=True)]
-        prompts = rendered(study.renderer, sides[0] + sides[1], study.config.system_prompt)
-        ids = [str(i) for i in range(len(prompts))]
-        read = collect(study.loaded, prompts, ids, positions=READ, description="held-out prompts")
-        return {p: list(read.at(p).split(len(sides[0]))) for p in READ}
-
     def _beliefs(self) -> Iterator[Row]:
         for kind, contrast, position in (
             ("H", self.study.harmfulness, "t_inst"),
@@ -204,21 +227,61 @@ class _Checkpoint:
             for label, values in ((HARMFUL, harmful), (HARMLESS, harmless)):
                 yield _mean("beliefs", f"belief by {kind} of {label} prompts", values.tolist(), "")
 
+    def _change(self) -> Iterator[Row]:
+        """How much of the change since the reference lies outside its H-R plane."""
+        layers = list(inner_layers(self.study.loaded.n_layers))
+        inside, whole, size = [], [], []
+        directions = [c.direction for c, _ in self.anchor.axes.values()]
+        for mine, theirs in zip(self._read.values(), self.anchor.read.values(), strict=True):
+            before = torch.cat(theirs)
+            change = torch.cat(mine) - before
+            parts = inside_and_whole(change, *directions)
+            inside.append(parts[0][:, layers])
+            whole.append(parts[1][:, layers])
+            size.append(change[:, layers].norm(dim=-1) / before[:, layers].norm(dim=-1))
+        yield _mean("change", "relative change", torch.cat(size, 1).mean(1).tolist(), "")
+        if not float(torch.cat(whole).sum()):  # the reference itself
+            return
+        within, all_of_it = torch.cat(inside, 1), torch.cat(whole, 1)
+
+        def share(rows: Tensor | slice) -> float:
+            return float((1 - within[rows].sum(0) / all_of_it[rows].sum(0)).nanmean())
+
+        generator = torch.Generator().manual_seed(self.study.config.seed)
+        n = len(within) // 2
+        pairs = torch.randint(n, (self.study.config.resamples, n), generator=generator)
+        drawn = [share(torch.cat([p, p + n])) for p in pairs]
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        null = null_outside(self.study.loaded.d_model)
+        found = Estimate(share(slice(None)), (float(low), float(high)), null)
+        yield row_of("change", "share outside H-R", found, "", n)
+
     def _plane(self) -> Iterator[Row]:
-        """Centroids along the reference's H and R, from its own harmless contrast prompts."""
-        reference, layer = self.reference, self.reference.layer
-        contrasts = {
-            "H": (reference.harmfulness, "t_inst"),
-            "R": (reference.refusal, "t_post_inst"),
-        }
-        for kind, (contrast, position) in contrasts.items():
-            v = contrast.direction[layer].double()
-            resid = reference.reading.activations.at(position)[:, layer]
-            benign = torch.tensor([not h for h in reference.harmful])
-            centre = resid[benign].double().mean(0)
+        """Held-out prompts along the reference's H and R: projection and cosine.
+
+        Projections are at its layer, from its own harmless contrast prompts. Cosines are those that
+        HARC trains, a mean over the ``BAND`` best layers.
+        """
+        reference = self.anchor.study
+        layer, band = reference.layer, best_layers(reference.directions, BAND)
+        benign = torch.tensor([not h for h in reference.harmful])
+        for kind, (contrast, position) in self.anchor.axes.items():
+            v = contrast.direction.double()
+            centre = reference.reading.activations.at(position)[:, layer][benign].double().mean(0)
             for label, side in zip((HARMFUL, HARMLESS), self._read[position], strict=True):
-                along = (side[:, layer].double() - centre) @ v
+                along = (side[:, layer].double() - centre) @ v[layer]
                 yield _mean("plane", f"{label} along {kind}", along.tolist(), "residual units")
+                cosines = (unit(side[:, band].double()) * v[band]).sum(-1).mean(1)
+                yield _mean("cosines", f"{label} with {kind}", cosines.tolist(), "")
+
+
+def held_out_states(study: Study) -> dict[str, list[Tensor]]:
+    """Position -> residuals (pair, layer, d_model) of held-out harmful, and of harmless prompts."""
+    sides: list[list[Any]] = [list(side) for side in zip(*study.held_out_pairs(), strict=True)]
+    prompts = rendered(study.renderer, sides[0] + sides[1], study.config.system_prompt)
+    ids = [str(i) for i in range(len(prompts))]
+    read = collect(study.loaded, prompts, ids, positions=READ, description="held-out prompts")
+    return {p: list(read.at(p).split(len(sides[0]))) for p in READ}
 
 
 def _mean(family: str, name: str, values: Numbers, unit: str) -> Row:

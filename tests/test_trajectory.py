@@ -155,7 +155,10 @@ def test_checkpoints_are_measured_by_one_command_and_once(tiny_folders, tmp_path
     drifts = [r["value"] for r in rows if r["measure"] == "drift of H"]
     assert drifts[0] < 0.1 < drifts[1]
     families = {r["family"] for r in rows}
-    assert families == {"carriers", "leaning", "coupling", "rank", "drift", "beliefs", "plane"}
+    measured = {"carriers", "leaning", "coupling", "rank", "drift", "beliefs", "plane", "cosines"}
+    assert families == measured | {"change"}
+    outside = [r for r in rows if r["measure"] == "share outside H-R"]
+    assert len(outside) == 2 and all(0 < r["low"] <= r["value"] <= r["high"] <= 1 for r in outside)
     for family in families:
         assert (run / f"trajectory_{family}.png").stat().st_size > 5_000
     assert len(pq.read_table(run / "trajectory.parquet")) == len(rows)
