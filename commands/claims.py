@@ -11,6 +11,13 @@ from commands.options import echo_notes, numbers_of, open_model, quiet_libraries
 from commands.study_options import study_config, study_options, study_run
 
 
+def _listed(context: click.Context) -> None:
+    from commands.tables.study import known_claims_table
+
+    click.echo(known_claims_table())
+    context.exit()
+
+
 @click.command()
 @study_options
 @click.option(
@@ -23,6 +30,14 @@ from commands.study_options import study_config, study_options, study_run
     "--dry-run",
     is_flag=True,
     help="Print what would be done and how long it takes here, measured on a few prompts.",
+)
+@click.option(
+    "--list",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda ctx, param, value: _listed(ctx) if value else None,
+    help="Print all claims, with what each needs.",
 )
 @click.option("--claims", "numbers", help="Comma-separated numbers, for example 1,2 [default: all]")
 @quiet_libraries

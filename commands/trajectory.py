@@ -21,15 +21,18 @@ def trajectory(run: Path | None, models: tuple[str, ...], reference: str, **stud
     Per checkpoint, with intervals and nulls: the best H and R carrier and what ablating them does
     to held-out prompts, their coupling (C_cos, C_sub, C_layer, HRCI), effective rank, drift from
     the reference, beliefs, outcome D. Arms, seeds and steps are read from the checkpoints. The
-    behaviour of checkpoints that `evaluate` has measured in the same run stands beside it. Writes
-    trajectory.jsonl, trajectory.parquet and a picture per family.
+    behaviour of checkpoints that `evaluate` has measured in the same run stands beside it. Prompts
+    of the run that were optimised on checkpoints and replayed on others (`gcg`, `transfer`) give
+    the matrix of transfer and what predicts it. Claims about trainings are decided on all of it.
+    Writes trajectory.jsonl, trajectory.parquet and a picture per family.
 
     \b
     Example:
       python cli.py trajectory --run runs/evaluation --reference embedded \\
           --model embedded+runs/sft/step-50 --model embedded+runs/sft/step-100
     """
-    from commands.tables.trajectory import trajectory_table
+    from commands.tables.study import claims_table
+    from commands.tables.trajectory import predictions_table, trajectory_table
     from study.trajectory import trajectory as stage
 
     config = study_config(study)
@@ -37,6 +40,14 @@ def trajectory(run: Path | None, models: tuple[str, ...], reference: str, **stud
     result = stage(path, reference, models, config, open_model=open_model)
     echo_notes(result.notes)
     click.echo(trajectory_table(result.rows))
+    if result.predictions:
+        click.echo(f"\nwhat predicts transfer\n{predictions_table(result.predictions)}")
+    if result.claims:
+        click.echo()
+    for number, title in dict.fromkeys((c.number, c.title) for c in result.claims):
+        click.echo(f"{number}. {title}")
+    if result.claims:
+        click.echo(claims_table(result.claims))
     for file in result.files:
         click.echo(str(file))
 

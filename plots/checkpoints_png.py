@@ -22,6 +22,7 @@ from core.store import read_rows
 from plots.style import COLOURS, MARKERS
 
 ROWS, NAME = "trajectory.jsonl", "trajectory_{}.png"
+TRANSFERS = "trajectory_transfers.jsonl"
 PLANE = "plane"
 ACROSS = 4
 
@@ -40,6 +41,10 @@ def draw(folder: Path) -> list[Path]:
         figure = plane_of(own) if family == PLANE else figure_of(own)
         files.append(folder / NAME.format(family))
         figure.savefig(files[-1], dpi=120)
+    transfers = read_rows(folder / TRANSFERS)
+    if transfers:
+        files.append(folder / NAME.format("transfers"))
+        heat_map(transfers, [r["model"] for r in rows]).savefig(files[-1], dpi=120)
     return files
 
 
@@ -140,6 +145,36 @@ def plane_of(rows: Sequence[Row]) -> Any:
     axis.set_title("held-out prompts: harmful filled, harmless open; star: reference", fontsize=9)
     axis.grid(alpha=0.25)
     _finish(figure, axes, 1)
+    return figure
+
+
+def heat_map(rows: Sequence[Row], order: Sequence[str]) -> Any:
+    """TASR of sources (rows) on targets (columns), raw and given source success."""
+    import numpy as np
+
+    places = list(dict.fromkeys(order))
+    targets = [m for m in places if any(r["target"] == m for r in rows)]
+    sources = [m for m in places if any(r["source"] == m for r in rows)]
+    size = 1.8 + 0.42 * len(targets), 0.9 + 0.5 * len(sources)
+    figure, axes = _figure(1, 2, max(5.0, size[0]), max(2.2, size[1] + 1.2))
+    for axis, key in zip(axes, ("tasr", "tasr_given_source"), strict=True):
+        values = np.full((len(sources), len(targets)), np.nan)
+        for r in rows:
+            value = r[key]
+            place = sources.index(r["source"]), targets.index(r["target"])
+            values[place] = np.nan if value is None else value
+        axis.set_facecolor("#dddddd")
+        axis.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        for i, j in np.ndindex(*values.shape):
+            missing = np.isnan(values[i, j])
+            text = "-" if missing else f"{values[i, j]:.2f}"
+            colour = "black" if missing or values[i, j] > 0.6 else "white"
+            axis.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
+        axis.set_xticks(range(len(targets)), [short_spec(t) for t in targets], fontsize=6)
+        axis.tick_params(axis="x", labelrotation=90)
+        axis.set_yticks(range(len(sources)), [short_spec(s) for s in sources], fontsize=6)
+        title = "TASR" if key == "tasr" else "TASR given success on the source"
+        axis.set_title(f"{title}; rows: source, columns: target; grey: missing", fontsize=8)
     return figure
 
 

@@ -14,6 +14,9 @@
     change     since the reference: its relative length, and its share outside the H-R plane
 
 3. The behaviour state is that of ``evaluate`` in the same run, where it has been measured.
+4. Prompts of the run that were optimised on checkpoints and replayed on others make the matrix of
+   transfer, and what predicts it (``study/sparse_transfer.py``).
+5. Claims about trainings are measured on all of it (``study/training_claims/``).
 
 Results are kept under a hash of what they depend on; a stopped command goes on.
 """
@@ -54,10 +57,16 @@ from study.behaviour_state import behaviour_state
 from study.config import StudyConfig
 from study.coupling import Estimate, coupling, draw_fields, drift
 from study.outcomes import measure, site_of
+from study.sparse_transfer import matrix_rows, prediction_rows, transfers_in
 from study.study import Study
+from study.training_claims.evidence import trainings_of
+from study.training_claims.registry import TRAINING_CLAIMS
+from study.verdicts import Claim, with_holm
 
 STAGE = "trajectory"
 FILE, PARQUET = checkpoints_png.ROWS, "trajectory.parquet"
+CLAIMS, TRANSFERS = "trajectory_claims.jsonl", checkpoints_png.TRANSFERS
+PREDICTIONS = "trajectory_predictions.jsonl"
 READ = ("t_inst", "t_post_inst")
 NATS = "nats per token"
 BAND = 2
@@ -66,9 +75,12 @@ BAND = 2
 
 @dataclass
 class TrajectoryResult:
-    """Rows of all checkpoints, the reference first; files; what the reader should know."""
+    """Rows of all checkpoints, the reference first; what follows from them; files and notes."""
 
     rows: list[Row] = field(default_factory=list)
+    transfers: list[Row] = field(default_factory=list)
+    predictions: list[Row] = field(default_factory=list)
+    claims: list[Claim] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -104,15 +116,34 @@ def trajectory(
                 study.model.release()
         result.files = [write_rows(path / FILE, result.rows), path / PARQUET]
         write_atomically(path / PARQUET, as_parquet(result.rows))
+        transfers = transfers_in(run, result.rows)
+        if transfers is not None:
+            result.transfers = matrix_rows(transfers)
+            result.predictions = prediction_rows(transfers, result.rows, config.seed)
+            result.files.append(write_rows(path / TRANSFERS, result.transfers))
+            result.files.append(write_rows(path / PREDICTIONS, result.predictions))
+        result.claims = training_claims(result.rows, result.predictions)
+        result.files.append(write_rows(path / CLAIMS, (c.to_row() for c in result.claims)))
     result.files += checkpoints_png.draw(path)
     return result
+
+
+def training_claims(rows: Sequence[Row], predictions: Sequence[Row]) -> list[Claim]:
+    """Every claim about trainings, on every training of its arms."""
+    trainings = trainings_of(rows, predictions)
+    tests = sorted(TRAINING_CLAIMS.all().values(), key=lambda test: test.number)
+    found = [
+        test.on(training, trainings) for test in tests for training in trainings.of_arms(test.arms)
+    ]
+    return with_holm(found)
 
 
 def _whose(spec: str) -> Row:
     card = card_of(spec)
     method = card.get("method") or card.get("settings")  # cards of before had no method
     own = {"arm": card.get("arm"), "seed": card.get("seed"), "method": method}
-    return {"model": spec, **own, "step": card.get("step", 0)}
+    variant = " ".join(f"{k}={v}" for k, v in card.get("variant", {}).items())
+    return {"model": spec, **own, "variant": variant, "step": card.get("step", 0)}
 
 
 class Anchor:

@@ -17,6 +17,7 @@ A checkpoint is a LoRA folder, usable as a target by the spec ``BASE+FOLDER``.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator
@@ -134,6 +135,13 @@ def method_of(arm: Arm, config: Any, requests: Requests) -> str:
     other = ("seed", "checkpoints", "differs_from_paper")
     settings = settings_of(arm, config, requests)
     return content_hash({k: v for k, v in settings.items() if k not in other})
+
+
+def variant_of(arm: Arm, config: Any) -> Row:
+    """The arm's own settings that are not its paper's: what makes it a control, say."""
+    common = {f.name for f in dataclasses.fields(TrainConfig)}
+    changed = differences(config, arm.make_config({}))
+    return {name: value for name, (_, value) in changed.items() if name not in common}
 
 
 class Run:
@@ -285,6 +293,7 @@ def card(arm: Arm, base: LoadedModel, config: Any, requests: Requests, step: int
         "seed": config.seed,
         "settings": content_hash(settings_of(arm, config, requests)),
         "method": method_of(arm, config, requests),
+        "variant": variant_of(arm, config),
         "trained_on": sorted(request_hash(r) for r in requests.texts(arm.needs, arm.validates)),
     }
 

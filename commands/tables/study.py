@@ -233,6 +233,29 @@ def coupling_table(claims: Sequence[Claim]) -> str:
     return text_of(columns, rows)
 
 
+def known_claims_table() -> str:
+    """All claims: those of one model (``claims``) and those of trainings (``trajectory``)."""
+    from study.claims.registry import CLAIMS
+    from study.training_claims.registry import TRAINING_CLAIMS
+
+    models = [
+        (t.number, "claims", "any", ", ".join(t.needs) or "a model", t.title)
+        for t in CLAIMS.all().values()
+    ]
+    trainings = [
+        (t.number, "trajectory", ", ".join(t.arms) or "any", t.needs, t.title)
+        for t in TRAINING_CLAIMS.all().values()
+    ]
+    columns: Columns = [
+        ("claim", lambda row: str(row[0])),
+        ("command", lambda row: row[1]),
+        ("arms", lambda row: row[2]),
+        ("needs", lambda row: row[3]),
+        ("title", lambda row: row[4]),
+    ]
+    return text_of(columns, sorted(models + trainings))
+
+
 def plan_table(works: Mapping[str, Sequence[Any]]) -> str:
     """What will be done on each model, and the minutes that it takes."""
     rows = [(model, piece) for model, pieces in works.items() for piece in pieces]

@@ -44,6 +44,30 @@ def trajectory_table(rows: Sequence[Row]) -> str:
     return "\n\n".join(blocks)
 
 
+def predictions_table(rows: Sequence[Row]) -> str:
+    """Predictors of TASR, best first within each group of targets."""
+
+    def beyond(row: Row) -> str:
+        if not row["beyond"]:
+            return ""
+        name, found = next(iter(row["beyond"].items()))
+        low, high = found["interval"]
+        return f"{found['value']:+.2f} [{low:+.2f}, {high:+.2f}] of {name}"
+
+    columns: Columns = [
+        ("TASR", lambda row: row["of"]),
+        ("targets", lambda row: row["targets"]),
+        ("predictor", lambda row: row["predictor"]),
+        ("rho", lambda row: f"{row['rho']:+.2f}"),
+        ("interval", lambda row: "[{:+.2f}, {:+.2f}]".format(*row["interval"])),
+        ("p", lambda row: f"{row['p']:.3f}"),
+        ("checkpoints", lambda row: str(row["n_targets"])),
+        ("would need", lambda row: "" if row["needed"] is None else str(row["needed"])),
+        ("beyond the next", beyond),
+    ]
+    return text_of(columns, rows)
+
+
 def _block(rows: Sequence[Row]) -> str:
     def null(name: str) -> Callable[[Any], str]:
         return lambda row: "" if row[name] is None else f"{row[name]:.2f}"

@@ -1,0 +1,1 @@
+"""Claims about trainings, one file each."""

@@ -1,0 +1,40 @@
+"""Claim 3 [RG 2604.27019]: in R2D2 coupling falls, ASR and utility rise, over-refusal falls.
+
+The last saved checkpoint against the first one. Published for Mistral-7B from update 50 to 500: ASR
+0 to .250, XSTest refusal 1 to .228, utility 0 to 1.117. Utility here is the share of verifiable
+instructions that are followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from study.training_claims.evidence import ABOVE, BELOW, Training, Trainings, difference
+from study.training_claims.registry import TRAINING_CLAIMS, TrainingTest
+from study.verdicts import Check
+
+MEASURES = (
+    ("HRCI v2", BELOW),
+    ("ASR fixed", ABOVE),
+    ("instructions", ABOVE),
+    ("refused, pseudo_harmful", BELOW),
+)
+
+
+def measure(training: Training, trainings: Trainings) -> Sequence[Check]:
+    checks = []
+    for name, claimed in MEASURES:
+        first, last = training.ends(name)
+        checks.append(difference(f"{name}, last - first", last, first, claimed=claimed))
+    return checks
+
+
+TRAINING_CLAIMS.add(
+    TrainingTest(
+        number=3,
+        title="R2D2: coupling falls along training, ASR and utility rise, over-refusal falls",
+        measure=measure,
+        needs="HRCI, fixed-source ASR, instructions and over-refusal of two checkpoints",
+        arms=("r2d2",),
+    )
+)
