@@ -12,9 +12,10 @@ position and layer is a candidate. It is tried on contrast prompts:
     score    refuse + comply - kl
 
 1. All candidates are scored by gradients (``attribution.py``), and ranked: those whose estimated
-   KL is at most half of what is admissible by score, then the others by KL. (The half: a KL that
-   was chosen for being just small enough is larger on other prompts.)
-2. The KL of the best few is measured. The carrier is the best of these by the same ranking.
+   KL is admissible by score, then the others by KL.
+2. The KL of the best few is measured. The carrier is the best of these by the same ranking, where
+   one standard error over the prompts is added to the KL: what was chosen for being just small
+   enough is larger on other prompts.
 
 Effects and admissibility are measured on held-out prompts afterwards.
 
@@ -41,8 +42,9 @@ from geometry.interventions import Intervention, ablation, matched_along, steeri
 from geometry.layers import DEPTH, MAX_KL, inner_layers
 from geometry.rollout import rollout
 
-KEPT = 3
+KEPT = 4
 """Candidates whose KL is measured."""
+SCORES = ("comply", "refuse", "kl", "kl_error")
 ESTIMATED = 1 / 3
 """An estimated KL is about this share of the measured one."""
 
@@ -51,7 +53,8 @@ ESTIMATED = 1 / 3
 class Carrier:
     """A candidate with its scores.
 
-    ``vector`` (d_model,) is a unit vector, ``norm`` the length that it had.
+    ``vector`` (d_model,) is a unit vector, ``norm`` the length that it had. ``kl_error``: standard
+    error of the KL over the prompts; 0 of an estimated one.
     """
 
     position: str
@@ -61,6 +64,7 @@ class Carrier:
     comply: float = float("nan")
     refuse: float = float("nan")
     kl: float = float("nan")
+    kl_error: float = 0.0
 
     @property
     def admissible(self) -> bool:
@@ -133,7 +137,7 @@ def scored(loaded: LoadedModel, carriers: Sequence[Carrier], tried: Tried) -> li
     )
     bad_d = torch.tensor([[o.d for o in row] for row in bad]).mean(0)
     good_d = torch.tensor([[o.d for o in row] for row in good]).mean(0)
-    kl = torch.tensor([[o.kl for o in row] for row in good]).mean(0)
+    kl, error = _mean_and_error([[o.kl for o in row] for row in good])
     n = len(carriers)
     return [
         replace(
@@ -141,6 +145,7 @@ def scored(loaded: LoadedModel, carriers: Sequence[Carrier], tried: Tried) -> li
             comply=float(bad_d[0] - bad_d[1 + i]),
             refuse=float(good_d[1 + n + i] - good_d[0]),
             kl=float(kl[1 + i]),
+            kl_error=float(error[1 + i]),
         )
         for i, c in enumerate(carriers)
     ]
@@ -170,7 +175,7 @@ def ranked(carriers: Sequence[Carrier]) -> list[int]:
 
     def key(i: int) -> tuple[bool, float]:
         c = carriers[i]
-        safe = c.kl <= MAX_KL / 2
+        safe = c.kl + c.kl_error <= MAX_KL
         return not safe, -c.score if safe else c.kl
 
     return sorted(range(len(carriers)), key=key)
@@ -199,13 +204,21 @@ def best_of_each(
         of = _ablated(loaded, like, tried)
         edits = [of, *matched_along(of, [c.vector[None] for c in every])]
     rows = rollout(loaded, tried.harmless, edits, description="KL of candidates")
-    means = torch.tensor([[o.kl for o in row] for row in rows]).double().mean(0).tolist()
-    kl = iter(means[-len(every) :])
+    means, errors = _mean_and_error([[o.kl for o in row] for row in rows])
+    kl = zip(means[-len(every) :].tolist(), errors[-len(every) :].tolist(), strict=True)
     best = []
     for few in kept:
-        measured = [replace(c, kl=next(kl)) for c in few]
+        measured = [replace(c, kl=mean, kl_error=e) for c, (mean, e) in zip(few, kl, strict=False)]
         best.append(measured[ranked(measured)[0]])
     return best
+
+
+def _mean_and_error(rows: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:
+    """(prompt, edit) numbers -> (edit,) means and standard errors over prompts."""
+    values = torch.tensor(rows, dtype=torch.float64)
+    n = len(values)
+    errors = values.std(0) / n**0.5 if n > 1 else torch.zeros_like(values[0])
+    return values.mean(0), errors
 
 
 def _ablated(loaded: LoadedModel, carrier: Carrier, tried: Tried) -> Intervention:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from core.rows import Row
-from geometry.carriers import Carrier, best_of_each
+from geometry.carriers import SCORES, Carrier, best_of_each
 from geometry.contrasts import unit
 from geometry.resampling import permuted_differences, permuted_sides
 from study.study import Study
@@ -53,9 +53,8 @@ def searched(study: Study, carrier: str, kind: str, n: int) -> list[Carrier]:
     depends = [kind, n, study.config.seed, *study.search_identity(carrier)]
     depends += [study.place(like)] if like else []
     rows = study.kept("searched controls", depends, make)
-    scores = ("comply", "refuse", "kl")
     return [
-        replace(group[row["index"]], **{name: row[name] for name in scores})
+        replace(group[row["index"]], **{name: row[name] for name in SCORES})
         for group, row in zip(groups, rows, strict=True)
     ]
 

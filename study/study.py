@@ -34,6 +34,7 @@ from geometry.activations import collect
 from geometry.attribution import Texts
 from geometry.carriers import (
     KEPT,
+    SCORES,
     Carrier,
     Tried,
     best_of_each,
@@ -318,7 +319,7 @@ class Study:
 
         row = self.kept("carrier", self.search_identity(kind), make)
         by_place = {(c.position, c.layer): c for c in tried}
-        scores = {name: row[name] for name in ("comply", "refuse", "kl")}
+        scores = {name: row[name] for name in SCORES}
         return replace(by_place[row["position"], row["layer"]], **scores)
 
     def place(self, carrier: Carrier) -> list[Any]:

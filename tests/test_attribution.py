@@ -1,5 +1,7 @@
 """Attribution: to first order it is what a very small edit does; and it chooses carriers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -135,6 +137,7 @@ def test_carriers_are_chosen_alike_alone_and_among_other_groups(setting):
         assert torch.equal(alone.vector, carrier.vector)
         (full,) = scored(loaded, [carrier], tried)
         assert full.kl == pytest.approx(carrier.kl, rel=1e-3, abs=1e-5)  # it was measured
+        assert full.kl_error == pytest.approx(carrier.kl_error, rel=1e-3, abs=1e-5)
         estimates = estimated(loaded, group, tried)
         first = [group[i].vector for i in ranked(estimates)[:KEPT]]
         assert any(torch.equal(v, carrier.vector) for v in first)
@@ -149,3 +152,5 @@ def test_the_ranking_puts_admissible_ones_first_by_score():
         Carrier("d", 1, v, 1.0, comply=8.0, refuse=0.0, kl=0.2),
     ]
     assert ranked(table) == [2, 1, 3, 0]
+    unsure = [replace(c, kl_error=0.01) for c in table]
+    assert ranked(unsure) == [2, 1, 3, 0] and ranked([unsure[1], table[3], table[1]]) == [2, 0, 1]
