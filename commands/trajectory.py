@@ -14,8 +14,25 @@ from commands.study_options import study_config, study_options, study_run
 @click.command()
 @study_options
 @click.option("--reference", required=True, help="What drift is measured from, a model spec.")
+@click.option(
+    "--sweep",
+    is_flag=True,
+    help="Steer every checkpoint by its carriers at the papers' strengths too.",
+)
+@click.option(
+    "--anchors",
+    multiple=True,
+    help="Aligned model that is reopened by its carriers, beside SG's published ones; repeatable.",
+)
 @quiet_libraries
-def trajectory(run: Path | None, models: tuple[str, ...], reference: str, **study: Any) -> None:
+def trajectory(
+    run: Path | None,
+    models: tuple[str, ...],
+    reference: str,
+    sweep: bool,
+    anchors: tuple[str, ...],
+    **study: Any,
+) -> None:
     """Measure what changes in a model along its training.
 
     Per checkpoint, with intervals and nulls: the best H and R carrier and what ablating them does
@@ -32,12 +49,16 @@ def trajectory(run: Path | None, models: tuple[str, ...], reference: str, **stud
           --model embedded+runs/sft/step-50 --model embedded+runs/sft/step-100
     """
     from commands.tables.study import claims_table
-    from commands.tables.trajectory import predictions_table, trajectory_table
+    from commands.tables.trajectory import anchors_table, predictions_table, trajectory_table
     from study.trajectory import trajectory as stage
 
     config = study_config(study)
     path = study_run(run, (reference, *models), config)
-    result = stage(path, reference, models, config, open_model=open_model)
+    result = stage(
+        path, reference, models, config, sweeps=sweep, anchors=anchors, open_model=open_model
+    )
+    if result.anchors:
+        click.echo(f"aligned anchors, ASR by what is ablated\n{anchors_table(result.anchors)}\n")
     echo_notes(result.notes)
     click.echo(trajectory_table(result.rows))
     if result.predictions:

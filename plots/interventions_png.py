@@ -27,18 +27,42 @@ PANELS = (
 )
 
 
+ROWS = "interventions_summary.jsonl"
+
+
 def draw(folder: Path) -> Path:
     """Read ``interventions_summary.jsonl`` in ``folder`` and write ``interventions.png`` there."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    path = folder / "interventions.png"
+    figure_of(_rows(folder)).savefig(path, dpi=120)
+    return path
 
-    rows = [r for r in read_rows(folder / "interventions_summary.jsonl") if r["value"] is not None]
+
+def draw_each(folder: Path, name: str) -> list[Path]:
+    """The same rows, one picture per model: ``NAME_1.png`` and so on, in the models' order."""
+    rows = _rows(folder)
+    files = []
+    for number, model in enumerate(dict.fromkeys(r["model"] for r in rows), start=1):
+        files.append(folder / f"{name}_{number}.png")
+        figure_of([r for r in rows if r["model"] == model]).savefig(files[-1], dpi=120)
+    return files
+
+
+def _rows(folder: Path) -> list[Row]:
+    rows = [r for r in read_rows(folder / ROWS) if r["value"] is not None]
     if not rows:
         raise AttackPlaneError(
             "no interventions in this run",
             where=folder,
             remedy="measure interventions in this run first",
         )
+    return rows
+
+
+def figure_of(rows: list[Row]) -> Any:
+    """One row per model, one column per outcome."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     models = list(dict.fromkeys(r["model"] for r in rows))
     modes = list(dict.fromkeys(r["mode"] for r in rows))
     panels = [p for p in PANELS if any((r["label"], r["outcome"]) == p[:2] for r in rows)]
@@ -58,9 +82,7 @@ def draw(folder: Path) -> Path:
         "layer and position",
         fontsize=8,
     )
-    path = folder / "interventions.png"
-    figure.savefig(path, dpi=120)
-    return path
+    return figure
 
 
 def _panel(axis: Any, rows: list[Row], modes: list[str]) -> None:

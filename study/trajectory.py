@@ -46,14 +46,17 @@ from geometry.change import inside_and_whole, null_outside
 from geometry.contrasts import Contrast, unit
 from geometry.controls import edit
 from geometry.directions import best_layers
-from geometry.effects import by_behaviour, differences, pick
+from geometry.effects import by_behaviour, differences, pick, summary
 from geometry.layers import MAX_KL, inner_layers
 from pipeline.contrast_reading import rendered
 from pipeline.plane_files import as_parquet
 from pipeline.runs import check_specs, write_rows
-from plots import checkpoints_png
+from plots import checkpoints_png, interventions_png
 from plots.tradeoff_png import ROWS as EVALUATION
+from study.anchors import anchor_row, published_rows
 from study.behaviour_state import behaviour_state
+from study.causal_sweep import UNIT as SLOPE
+from study.causal_sweep import slopes, sweep
 from study.config import StudyConfig
 from study.coupling import Estimate, coupling, draw_fields, drift
 from study.outcomes import measure, site_of
@@ -66,7 +69,7 @@ from study.verdicts import Claim, with_holm
 STAGE = "trajectory"
 FILE, PARQUET = checkpoints_png.ROWS, "trajectory.parquet"
 CLAIMS, TRANSFERS = "trajectory_claims.jsonl", checkpoints_png.TRANSFERS
-PREDICTIONS = "trajectory_predictions.jsonl"
+PREDICTIONS, ANCHORS = "trajectory_predictions.jsonl", "trajectory_anchors.jsonl"
 READ = ("t_inst", "t_post_inst")
 NATS = "nats per token"
 BAND = 2
@@ -81,6 +84,7 @@ class TrajectoryResult:
     transfers: list[Row] = field(default_factory=list)
     predictions: list[Row] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
+    anchors: list[Row] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -91,14 +95,18 @@ def trajectory(
     specs: Sequence[str],
     config: StudyConfig,
     *,
+    sweeps: bool = False,
+    anchors: Sequence[str] = (),
     open_model: OpenModel = ModelHandle,
 ) -> TrajectoryResult:
     """Measure every checkpoint against the reference, write rows and pictures.
 
     Args:
+        sweeps: steer every checkpoint by its carriers too (``study/causal_sweep.py``).
+        anchors: aligned models that are reopened by their carriers (``study/anchors.py``).
         reference: what drift is measured from, usually the base model; the first row.
     """
-    check_specs([reference, *specs])
+    check_specs([reference, *specs, *anchors])
     result = TrajectoryResult()
     with RunFolder(path) as run:
         settings = config.to_settings() | {"reference": reference}
@@ -106,16 +114,30 @@ def trajectory(
         states = {row["model"]: row for row in run.rows(EVALUATION)}
         first = Study(run, open_model(reference), config)
         anchor = Anchor(first)
+        steered: list[Row] = []
         for spec in dict.fromkeys([reference, *specs]):
             study = first if spec == reference else Study(run, open_model(spec), config)
             run.begin_stage(STAGE, settings, {spec: study.model.fingerprint})
             rows = of_checkpoint(study, anchor)
+            if sweeps:
+                swept = sweep(study)
+                steered += summary(swept)
+                rows += [_mean("slope", name, d, SLOPE) for name, d in slopes(swept)]
             rows += behaviour_state(states.get(spec), study.model.fingerprint, result.notes)
             result.rows += [_whose(spec) | row for row in rows]
             if study is not first:
                 study.model.release()
         result.files = [write_rows(path / FILE, result.rows), path / PARQUET]
         write_atomically(path / PARQUET, as_parquet(result.rows))
+        for spec in dict.fromkeys(anchors):
+            study = Study(run, open_model(spec), config)
+            run.begin_stage(STAGE, settings, {spec: study.model.fingerprint})
+            result.anchors.append(anchor_row(study))
+            study.model.release()
+        if anchors:
+            result.files.append(write_rows(path / ANCHORS, [*published_rows(), *result.anchors]))
+        if sweeps:
+            result.files.append(write_rows(path / interventions_png.ROWS, steered))
         transfers = transfers_in(run, result.rows)
         if transfers is not None:
             result.transfers = matrix_rows(transfers)
@@ -125,6 +147,8 @@ def trajectory(
         result.claims = training_claims(result.rows, result.predictions)
         result.files.append(write_rows(path / CLAIMS, (c.to_row() for c in result.claims)))
     result.files += checkpoints_png.draw(path)
+    if sweeps:
+        result.files += interventions_png.draw_each(path, "trajectory_sweep")
     return result
 
 

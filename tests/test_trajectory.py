@@ -18,6 +18,7 @@ from geometry.beliefs import beliefs, told_rightly
 from geometry.contrasts import between
 from plots.checkpoints_png import methods
 from study.behaviour_state import behaviour_state
+from study.causal_sweep import slopes
 from study.coupling import coupling, draw_fields, drift
 
 PAIRS, LAYERS, D = 60, 4, 24
@@ -98,6 +99,22 @@ def test_beliefs_by_hand():
     assert right.tolist() == [0.5, -0.5]
 
 
+def test_slopes_by_hand():
+    def rows(kind, slope, draws=1):
+        return [
+            {"label": "harmful", "mode": "R", "kind": kind, "strength": s, "behaviour_id": b}
+            | {"draw": n, "d": offset + slope * s + (100 if abs(s) > 1 else 0)}
+            for s in (-2.0, -1.0, 0.0, 1.0, 2.0)
+            for b, offset in (("a", 0.0), ("b", 3.0))
+            for n in range(draws)
+        ]
+
+    every = rows("intervention", 0.5) + rows("matched", 0.1, 2)
+    found = {name: values for name, values in slopes(every) if values}
+    assert found["slope of D by R, harmful"] == pytest.approx([0.5, 0.5])
+    assert found["slope of D by R, harmful, beyond controls"] == pytest.approx([0.4, 0.4])
+
+
 def test_ways_of_training_are_told_apart_and_seeds_joined():
     rows = [
         {"arm": arm, "method": method}
@@ -138,27 +155,29 @@ def adapter(model, folder, seed):
 
 
 def test_checkpoints_are_measured_by_one_command_and_once(tiny_folders, tmp_path):
-    specs = []
-    for step in (5, 10):
-        folder = adapter(tiny_folders["qwen2"], tmp_path / f"step-{step}", seed=step)
-        card = {"arm": "sft", "step": step, "seed": 0, "method": "m", "trained_on": []}
-        write_card(folder, card)
-        specs.append(f"{tiny_folders['qwen2']}+{folder}")
+    folder = adapter(tiny_folders["qwen2"], tmp_path / "step-5", seed=5)
+    write_card(folder, {"arm": "sft", "step": 5, "seed": 0, "method": "m", "trained_on": []})
+    spec = f"{tiny_folders['qwen2']}+{folder}"
     run = tmp_path / "run"
     args = ["trajectory", "--run", run, "--reference", tiny_folders["qwen2"], "--resamples", 20]
     args += ["--contrast", "demonstration-v1", "--held-out", "demonstration-v1", "--prompts", 4]
-    args += [part for spec in specs for part in ("--model", spec)]
+    args += ["--model", spec]
+    args += ["--sweep", "--anchors", spec]
     result = CliRunner().invoke(cli.cli, list(map(str, args)))
     assert result.exit_code == 0, result.output
     rows = read_rows(run / "trajectory.jsonl")
-    assert [r["step"] for r in rows if r["measure"] == "C_cos"] == [0, 5, 10]
+    assert [r["step"] for r in rows if r["measure"] == "C_cos"] == [0, 5]
     drifts = [r["value"] for r in rows if r["measure"] == "drift of H"]
     assert drifts[0] < 0.1 < drifts[1]
     families = {r["family"] for r in rows}
     measured = {"carriers", "leaning", "coupling", "rank", "drift", "beliefs", "plane", "cosines"}
-    assert families == measured | {"change"}
+    assert families == measured | {"change", "slope"}
+    assert (run / "trajectory_sweep_2.png").stat().st_size > 10_000
+    anchors = read_rows(run / "trajectory_anchors.jsonl")
+    assert [a["published"] for a in anchors] == [True, True, False]
+    assert 0 <= anchors[2]["R-H"] <= 1 and 0 <= anchors[2]["angle"] <= 180 and anchors[2]["n"] == 4
     outside = [r for r in rows if r["measure"] == "share outside H-R"]
-    assert len(outside) == 2 and all(0 < r["low"] <= r["value"] <= r["high"] <= 1 for r in outside)
+    assert len(outside) == 1 and all(0 < r["low"] <= r["value"] <= r["high"] <= 1 for r in outside)
     for family in families:
         assert (run / f"trajectory_{family}.png").stat().st_size > 5_000
     assert len(pq.read_table(run / "trajectory.parquet")) == len(rows)
@@ -166,4 +185,4 @@ def test_checkpoints_are_measured_by_one_command_and_once(tiny_folders, tmp_path
     again = CliRunner().invoke(cli.cli, list(map(str, args)))
     assert again.exit_code == 0 and again.stdout == result.stdout
     assert (run / "measured.jsonl").read_text().splitlines() == lines
-    assert json.loads(lines[-1])["what"] == "trajectory"
+    assert [json.loads(line)["what"] for line in lines].count("trajectory") == 2

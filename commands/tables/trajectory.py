@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from commands.tables.layout import Columns, text_of
+from commands.tables.layout import Columns, ends, text_of
 from core.rows import Row
 from core.specs import short_spec
 
@@ -42,6 +42,26 @@ def trajectory_table(rows: Sequence[Row]) -> str:
             unit = f" ({own[0]['unit']})" if own[0]["unit"] else ""
             blocks.append(f"{name}{unit}\n{_block(own)}")
     return "\n\n".join(blocks)
+
+
+def anchors_table(rows: Sequence[Row]) -> str:
+    """ASR left alone and with carriers ablated, under the published rows."""
+    from study.anchors import MODES, published_rows
+
+    def rate(mode: str) -> Callable[[Any], str]:
+        def fill(row: Row) -> str:
+            interval = row.get(f"{mode} interval")
+            return f"{row[mode]:.3f}" + (f" {ends(interval, '.2f')}" if interval else "")
+
+        return fill
+
+    columns: Columns = [
+        ("model", lambda row: short_spec(row["model"]) + ", published" * row["published"]),
+        *((f"{mode} ablated" if mode != "none" else "alone", rate(mode)) for mode in MODES),
+        ("H-R angle", lambda row: f"{row['angle']:.0f}" if "angle" in row else "82 to 90"),
+        ("admissible", lambda row: {True: "yes", False: "no"}.get(row.get("admissible"), "")),
+    ]
+    return text_of(columns, [*published_rows(), *rows])
 
 
 def predictions_table(rows: Sequence[Row]) -> str:
