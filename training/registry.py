@@ -132,16 +132,19 @@ class Arm:
         common = SMALL if issubclass(self.config, TrainConfig) else {}
         return {PAPER: {}, SMALL_PRESET: {**common, **self.small}}
 
-    def make_config(self, values: Mapping[str, Any], *, preset: str = PAPER) -> Any:
-        """A config from a preset and ``values``, which win.
+    def make_config(
+        self, values: Mapping[str, Any], *, preset: str = PAPER, where: str | None = None
+    ) -> Any:
+        """A config from a preset and ``values``, which win; ``where`` they stand, for messages.
 
         Raises:
             AttackPlaneError: unknown preset or setting, or a value that the config refuses.
         """
+        where = where or f"train {self.name}"
         if preset not in self.presets:
             raise AttackPlaneError(
                 f"unknown preset {preset!r}",
-                where=f"train {self.name}",
+                where=where,
                 remedy=nearest(preset, [*self.presets]),
             )
         merged = {**self.presets[preset], **values}
@@ -151,7 +154,7 @@ class Arm:
             defaults = {f.name: f.default for f in dataclasses.fields(self.config)}
             own = {**defaults, **merged}
             merged["checkpoints"] = tuple(c for c in own["checkpoints"] if c <= own["num_steps"])
-        return config_from_dict(self.config, merged, f"train {self.name}")
+        return config_from_dict(self.config, merged, where)
 
 
 ARMS: Registry[Arm] = Registry("training arm", "training")

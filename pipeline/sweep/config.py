@@ -28,16 +28,15 @@ file = "artifacts/GCG/white_box/vicuna-13b-v1.5.json"
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attacks.registry import ATTACKS, Attack, find_attack
+from attacks.registry import ATTACKS
 from attacks.workbench import Workbench
 from core.errors import AttackPlaneError
-from core.records import Behaviour, config_from_dict, nearest
+from core.records import Behaviour, nearest
 from core.rows import Row
 from core.specs import parse_spec
 from evaluation.behaviours import (
@@ -53,6 +52,7 @@ from geometry.directions import ESTIMATORS
 from interchange.readers import READERS
 from pipeline.contrast_reading import DirectionsConfig, contrast_set
 from pipeline.plane import PlaneConfig
+from pipeline.toml_file import AttackChoice, attack_of, read_toml, table_of
 from transfer.replay import ReplayConfig
 
 
@@ -120,10 +120,6 @@ class PlaneChoice:
             raise AttackPlaneError("layer must be a number from 0 on", got=self.layer)
 
 
-AttackChoice = tuple[Attack, Any]
-"""An attack and its config."""
-
-
 @dataclass(frozen=True)
 class SweepConfig:
     run: str
@@ -149,30 +145,6 @@ class SweepConfig:
         return list(dict.fromkeys([*([self.base] if self.base else []), *self.targets]))
 
 
-def _made(cls: type[Any], values: Any, where: str) -> Any:
-    if not isinstance(values, dict):
-        raise AttackPlaneError("expected a table", where=where, got=repr(values))
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    try:
-        return config_from_dict(cls, values, where)
-    except TypeError as error:  # a missing field, or a value of a wrong type met by a comparison
-        raise AttackPlaneError(
-            "a setting is missing or of a wrong type", where=where, got=error
-        ) from error
-
-
-def _attack(name: str, values: Any, where: str, judge: str) -> AttackChoice:
-    """One attack's table; an attack with a success test takes the sweep's first judge."""
-    attack, fixed = find_attack(name)
-    if not isinstance(values, dict):
-        raise AttackPlaneError("expected a table", where=where, got=repr(values))
-    if not attack.command:
-        raise AttackPlaneError(f"{name} is a baseline and comes by itself", where=where)
-    if "judge" in attack.config.__dataclass_fields__:
-        values = {"judge": judge, **values}
-    return attack, attack.make_config({**values, **fixed}, where=where)
-
-
 TABLES: dict[str, type[Any]] = {
     "behaviours": BehavioursChoice,
     "replay": ReplayConfig,
@@ -188,12 +160,7 @@ def read_config(path: Path) -> SweepConfig:
         AttackPlaneError: not TOML, an unknown key (the nearest known one is named), a bad value,
             spec, judge or file.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AttackPlaneError("cannot read the sweep", where=path, got=error) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise AttackPlaneError("not a TOML file", where=path, got=error) from error
+    values = read_toml(path, "sweep")
     where = str(path)
     for name, key, source in (
         ("directions", "splits", "contrast"),
@@ -204,18 +171,18 @@ def read_config(path: Path) -> SweepConfig:
             table.setdefault(key, [])  # the default splits are those of the built-in sets
     for name, cls in TABLES.items():
         if name in values:
-            values[name] = _made(cls, values[name], f"{where}, [{name}]")
+            values[name] = table_of(cls, values[name], f"{where}, [{name}]")
     judge = (values.get("judges") or DEFAULT_JUDGES)[0]
     tables = values.get("attacks", {})
     values["attacks"] = {
-        name: _attack(name, table, f"{where}, [attacks.{name}]", judge)
+        name: attack_of(name, table, f"{where}, [attacks.{name}]", judge)
         for name, table in tables.items()
     }
     values["imports"] = [
-        _made(ImportChoice, row, f"{where}, [[imports]] {n}")
+        table_of(ImportChoice, row, f"{where}, [[imports]] {n}")
         for n, row in enumerate(values.get("imports", []), start=1)
     ]
-    config: SweepConfig = _made(SweepConfig, values, where)
+    config: SweepConfig = table_of(SweepConfig, values, where)
     _check(config, where)
     return config
 

@@ -1,0 +1,95 @@
+"""The command study: a whole experiment from a TOML file, with one report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from commands.options import echo_notes, open_model, quiet_libraries
+
+if TYPE_CHECKING:
+    from study.experiment import Experiment, ExperimentResult
+
+REPORT = "REPORT.md"
+
+
+@click.command()
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Print the plan only.")
+@quiet_libraries
+def study(config: Path, dry_run: bool) -> None:
+    """Run a whole experiment from a TOML file.
+
+    Trains arms and seeds, attacks, evaluates, looks inside every checkpoint, decides the claims,
+    and writes one report with its pictures. The same command goes on after a stop.
+
+    \b
+    Examples:
+      python cli.py study examples/safety_geometry.toml --dry-run
+      python cli.py study examples/safety_geometry.toml
+    """
+    from commands.tables.layout import text_of
+    from study.experiment import experiment_run, plan, read_experiment
+
+    experiment = read_experiment(config)
+    columns = [
+        ("step", lambda row: row[0]),
+        ("what", lambda row: row[1]),
+        ("how many", lambda row: str(row[2])),
+    ]
+    models = 1 + len(experiment.checkpoints())
+    click.echo(f"{models} models -> {experiment.run}\n{text_of(columns, plan(experiment))}")
+    if dry_run:
+        return
+    result = experiment_run(
+        experiment, open_model=open_model, on_step=lambda step: click.echo(f"{step} ...")
+    )
+    report = write_report(config, experiment, result)
+    echo_notes(result.notes)
+    for step, seconds in result.seconds.items():
+        click.echo(f"{step}: {seconds / 60:.1f} minutes")
+    click.echo(str(report))
+
+
+def write_report(config: Path, experiment: Experiment, result: ExperimentResult) -> Path:
+    """``REPORT.md`` in the run folder: the tables of all stages, and their pictures."""
+    from commands.tables.evaluate import evaluation_table
+    from commands.tables.study import claims_table
+    from commands.tables.trajectory import predictions_table, trajectory_table
+    from core.store import write_atomically
+
+    inside = result.trajectory
+    parts = [f"# {experiment.folder.name}", f"Made by `study {config}`."]
+
+    def section(title: str, table: str, pictures: list[Path]) -> None:
+        indented = "\n".join(f"    {line}".rstrip() for line in table.splitlines())
+        images = [f"![{p.stem}]({p.relative_to(experiment.folder)})" for p in pictures]
+        parts.extend([f"## {title}", indented, *images])
+
+    def images(files: list[Path]) -> list[Path]:
+        return [file for file in files if file.suffix == ".png"]
+
+    section(
+        "How checkpoints behave",
+        evaluation_table(result.evaluation.rows),
+        images(result.evaluation.files),
+    )
+    section("What changes inside", trajectory_table(inside.rows), images(inside.files))
+    if inside.predictions:
+        section("What predicts transfer", predictions_table(inside.predictions), [])
+    if inside.claims:
+        section("Claims about trainings", claims_table(inside.claims), [])
+    if result.claims:
+        section("Claims about checkpoints", claims_table(result.claims.claims), [])
+        parts += [
+            f"![claims]({p.relative_to(experiment.folder)})" for p in images(result.claims.files)
+        ]
+    parts += ["## Notes", *(f"- {note}" for note in result.notes)]
+    path = experiment.folder / REPORT
+    write_atomically(path, "\n\n".join(parts) + "\n")
+    return path
+
+
+command = study

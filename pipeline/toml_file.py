@@ -1,0 +1,58 @@
+"""TOML files of settings: read whole, checked table by table, every fault with its place."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from attacks.registry import Attack, find_attack
+from core.errors import AttackPlaneError
+from core.records import config_from_dict
+from core.rows import Row
+
+AttackChoice = tuple[Attack, Any]
+"""An attack and its config."""
+
+
+def read_toml(path: Path, what: str) -> Row:
+    """The file's values.
+
+    Raises:
+        AttackPlaneError: it cannot be read, or is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AttackPlaneError(f"cannot read the {what}", where=path, got=error) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise AttackPlaneError("not a TOML file", where=path, got=error) from error
+
+
+def table_of(cls: type[Any], values: Any, where: str) -> Any:
+    """A config dataclass from one table.
+
+    Raises:
+        AttackPlaneError: no table, an unknown key (the nearest known one is named), or a bad value.
+    """
+    if not isinstance(values, dict):
+        raise AttackPlaneError("expected a table", where=where, got=repr(values))
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    try:
+        return config_from_dict(cls, values, where)
+    except TypeError as error:  # a missing field, or a value of a wrong type met by a comparison
+        raise AttackPlaneError(
+            "a setting is missing or of a wrong type", where=where, got=error
+        ) from error
+
+
+def attack_of(name: str, values: Any, where: str, judge: str | None = None) -> AttackChoice:
+    """One attack's table; an attack with a success test takes ``judge``."""
+    attack, fixed = find_attack(name)
+    if not isinstance(values, dict):
+        raise AttackPlaneError("expected a table", where=where, got=repr(values))
+    if not attack.command:
+        raise AttackPlaneError(f"{name} is a baseline and comes by itself", where=where)
+    if judge and "judge" in attack.config.__dataclass_fields__:
+        values = {"judge": judge, **values}
+    return attack, attack.make_config({**values, **fixed}, where=where)

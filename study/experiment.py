@@ -1,0 +1,344 @@
+"""The whole experiment of SG and HARC from one file: train, attack, evaluate, look inside, decide.
+
+run = "runs/safety_geometry"
+reference = "embedded"                # base of all trainings, source of fixed attacks
+fixed_behaviours = 8                  # that fixed attacks are made for
+source_behaviours = 6                 # that each source is attacked on
+
+[[trainings]]                         # any arm of the registry; other keys are its settings
+arm = "sft"
+seeds = [0, 1]
+num_steps = 200
+checkpoints = [10, 25, 50, 100]
+
+[attacks.templates]                   # fixed attacks, made on the reference and replayed on all
+classes = ["persona", "persuasion"]
+[transfer.gcg]                        # made on every source, replayed on all
+num_steps = 20
+[sources]                             # arm -> steps, of the first seed
+sft = [200]
+[evaluate]                            # the budget of ``evaluate``
+[claims]                              # arm -> steps, of all seeds: claims about one model
+harc = [60]
+[options]                             # sweeps = true, controls = 199
+
+1. Train every arm and seed.
+2. Make fixed attacks on the reference, and source attacks on chosen checkpoints.
+3. Evaluate every checkpoint on plain requests, fixed and source attacks, and adaptive GCG.
+4. ``trajectory`` over all checkpoints, with the claims about trainings.
+5. ``claims`` on chosen checkpoints.
+
+Every step is a command of its own that goes on where it was stopped, so this one does too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from core.errors import AttackPlaneError
+from core.models import ModelHandle, OpenModel
+from core.records import HARMFUL, nearest
+from core.rows import Row
+from core.specs import parse_spec
+from evaluation.behaviours import DEMONSTRATION, load_held_out, spread
+from evaluation.budget import EvaluateConfig
+from evaluation.judges import DEFAULT_JUDGE
+from pipeline.campaign import Plan, baseline_plans, campaign
+from pipeline.evaluate import EvaluateResult, Evaluation, evaluate
+from pipeline.toml_file import AttackChoice, attack_of, read_toml, table_of
+from pipeline.train import train_arm
+from study.config import StudyConfig
+from study.measure import ClaimsResult
+from study.measure import claims as measure_claims
+from study.trajectory import TrajectoryResult, trajectory
+from training.registry import ARMS, SMALL_PRESET
+
+Steps = Mapping[str, tuple[int, ...]]
+"""Arm -> steps of its checkpoints."""
+
+
+@dataclass(frozen=True)
+class TrainingChoice:
+    """One arm with its settings, once for each seed.
+
+    Attributes:
+        name: of its folders, ``NAME-SEED`` [default: the arm].
+    """
+
+    arm: str
+    config: Any
+    seeds: tuple[int, ...] = (0,)
+    name: str = ""
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return tuple(getattr(self.config, "saved_steps", ()))
+
+
+@dataclass(frozen=True)
+class Options:
+    """``sweeps``: steer every checkpoint too. ``controls``: of claims, of each kind."""
+
+    sweeps: bool = False
+    controls: int = 199
+    prompts: int = 24
+    resamples: int = 200
+
+
+@dataclass(frozen=True)
+class Experiment:
+    run: str
+    trainings: tuple[TrainingChoice, ...]
+    reference: str = "embedded"
+    behaviours: str = DEMONSTRATION
+    fixed_behaviours: int = 8
+    source_behaviours: int = 6
+    attacks: Mapping[str, AttackChoice] = field(default_factory=dict)
+    transfer: Mapping[str, AttackChoice] = field(default_factory=dict)
+    sources: Steps = field(default_factory=dict)
+    claims: Steps = field(default_factory=dict)
+    evaluate: EvaluateConfig = EvaluateConfig()
+    options: Options = Options()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run)
+
+    @property
+    def study(self) -> StudyConfig:
+        return StudyConfig(
+            contrast=self.behaviours,
+            held_out=self.behaviours,
+            held_out_prompts=self.options.prompts,
+            resamples=self.options.resamples,
+        )
+
+    def out(self, training: TrainingChoice, seed: int) -> Path:
+        return self.folder / "training" / f"{training.name or training.arm}-{seed}"
+
+    def checkpoints(self, chosen: Steps | None = None, *, first: bool = False) -> list[str]:
+        """Specs of the checkpoints, all or those of chosen names and steps, in training order.
+
+        ``first``: of the first seed alone.
+        """
+        specs = []
+        for training in self.trainings:
+            name = training.name or training.arm
+            steps = training.steps if chosen is None else chosen.get(name, ())
+            for seed in training.seeds[: 1 if first else None]:
+                base, mark, query = self.reference.partition("?")
+                out = self.out(training, seed)
+                folders = [f"step-{step}" for step in steps]
+                if chosen is None and ARMS.get(training.arm).fit:
+                    folders = [training.arm]
+                specs += [f"{base}+{out}/{folder}{mark}{query}" for folder in folders]
+        return specs
+
+
+def read_experiment(path: Path) -> Experiment:
+    """Read and check an experiment's file.
+
+    Raises:
+        AttackPlaneError: not TOML, an unknown key (the nearest known one is named), a bad value, or
+            a checkpoint that no training saves.
+    """
+    values = read_toml(path, "experiment")
+    where = str(path)
+    trainings = values.get("trainings")
+    if not isinstance(trainings, list) or not trainings:
+        raise AttackPlaneError("no trainings", where=where, remedy="write [[trainings]] tables")
+    values["trainings"] = tuple(
+        _training(row, f"{where}, [[trainings]] {n}") for n, row in enumerate(trainings, start=1)
+    )
+    for name in ("attacks", "transfer"):
+        values[name] = {
+            key: attack_of(key, table, f"{where}, [{name}.{key}]")
+            for key, table in _table(values, name, where).items()
+        }
+    for name in ("sources", "claims"):
+        values[name] = {
+            key: tuple(steps) if isinstance(steps, list) else (steps,)
+            for key, steps in _table(values, name, where).items()
+        }
+    for name, cls in (("evaluate", EvaluateConfig), ("options", Options)):
+        values[name] = table_of(cls, _table(values, name, where), f"{where}, [{name}]")
+    experiment: Experiment = table_of(Experiment, values, where)
+    _check(experiment, where)
+    return experiment
+
+
+def _table(values: Row, name: str, where: str) -> Row:
+    table = values.get(name, {})
+    if not isinstance(table, dict):
+        raise AttackPlaneError("expected a table", where=f"{where}, [{name}]", got=repr(table))
+    return table
+
+
+def _training(row: Any, where: str) -> TrainingChoice:
+    if not isinstance(row, dict) or not isinstance(row.get("arm"), str):
+        raise AttackPlaneError("a training needs its arm", where=where, got=repr(row))
+    settings = dict(row)
+    arm_name = settings.pop("arm")
+    if arm_name not in ARMS.all():
+        remedy = nearest(arm_name, sorted(ARMS.all()))
+        raise AttackPlaneError("unknown training arm", where=where, got=arm_name, remedy=remedy)
+    arm = ARMS.get(arm_name)
+    seeds = tuple(settings.pop("seeds", (0,)))
+    name, preset = settings.pop("name", ""), settings.pop("preset", SMALL_PRESET)
+    if not seeds or not all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
+        raise AttackPlaneError("seeds are whole numbers", where=where, got=seeds)
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    config = arm.make_config(settings, preset=preset, where=where)
+    return TrainingChoice(arm.name, config, seeds, name)
+
+
+def _check(experiment: Experiment, where: str) -> None:
+    """What concerns several tables."""
+    parse_spec(experiment.reference)
+    names = [t.name or t.arm for t in experiment.trainings]
+    twice = sorted({n for n in names if names.count(n) > 1})
+    if twice:
+        raise AttackPlaneError(
+            "two trainings of one name", where=where, got=twice, remedy='give one a name = "..."'
+        )
+    saved = {n: t.steps for n, t in zip(names, experiment.trainings, strict=True)}
+    for table in ("sources", "claims"):
+        for name, steps in getattr(experiment, table).items():
+            missing = [s for s in steps if s not in saved.get(name, ())]
+            if missing:
+                raise AttackPlaneError(
+                    "no such checkpoint",
+                    where=f"{where}, [{table}] {name}",
+                    got=missing,
+                    remedy=f"trainings save {saved}",
+                )
+    if experiment.sources and not experiment.transfer:
+        raise AttackPlaneError("sources without attacks", where=where, remedy="add [transfer.gcg]")
+
+
+# --- the work -------------------------------------------------------------------------------------
+@dataclass
+class ExperimentResult:
+    """What the stages found; seconds by stage of this command."""
+
+    models: list[str]
+    evaluation: EvaluateResult
+    trajectory: TrajectoryResult
+    claims: ClaimsResult | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def plan(experiment: Experiment) -> list[tuple[str, str, int]]:
+    """(step, what, how many) in the order of the work."""
+    e = experiment
+    trainings = [
+        ("train", f"{t.name or t.arm}, seeds {', '.join(map(str, t.seeds))}", len(t.seeds))
+        for t in e.trainings
+    ]
+    models = 1 + len(e.checkpoints())
+    sources = e.checkpoints(e.sources, first=True)
+    rest = [
+        ("attack", f"{', '.join(e.attacks) or 'none'} on {e.reference}", e.fixed_behaviours),
+        ("attack", f"{', '.join(e.transfer) or 'none'} on {len(sources)} sources", len(sources)),
+        ("evaluate", "checkpoints and the reference", models),
+        ("trajectory", "checkpoints and the reference", models),
+        ("claims", "checkpoints", len(e.checkpoints(e.claims))),
+    ]
+    return [*trainings, *rest]
+
+
+def experiment_run(
+    experiment: Experiment,
+    *,
+    open_model: OpenModel = ModelHandle,
+    on_step: Callable[[str], None] = lambda step: None,
+) -> ExperimentResult:
+    """Do what is missing of the experiment."""
+    e = experiment
+    seconds: dict[str, float] = {}
+
+    def timed(step: str, work: Callable[[], Any]) -> Any:
+        on_step(step)
+        start = time.monotonic()
+        found = work()
+        seconds[step] = seconds.get(step, 0.0) + time.monotonic() - start
+        return found
+
+    for training in e.trainings:
+        for seed in training.seeds:
+            timed("train", partial(_train, e, training, seed))
+    models = [e.reference, *e.checkpoints()]
+    held_out = [b for b in load_held_out(e.behaviours) if b.label == HARMFUL and b.target_string]
+    main, fixed = e.folder / "checkpoints", e.folder / "fixed"
+    if e.attacks:
+        chosen = spread(held_out, e.fixed_behaviours)
+        handle = open_model(e.reference)
+        timed("attack", partial(_attack, fixed, chosen, e.attacks, handle, open_model))
+    for spec in e.checkpoints(e.sources, first=True):
+        chosen = spread(held_out, e.source_behaviours)
+        handle = open_model(spec)
+        timed("attack", partial(_attack, main, chosen, e.transfer, handle, open_model))
+    asked = Evaluation(
+        behaviours=e.behaviours,
+        attacks=(fixed,) if e.attacks else (),
+        judges=(DEFAULT_JUDGE,),
+        config=e.evaluate,
+    )
+    evaluated = timed(
+        "evaluate",
+        lambda: evaluate(main, models, asked, base=e.reference, open_model=open_model),
+    )
+    inside = timed(
+        "trajectory",
+        lambda: trajectory(
+            main,
+            e.reference,
+            models[1:],
+            e.study,
+            sweeps=e.options.sweeps,
+            open_model=open_model,
+        ),
+    )
+    result = ExperimentResult(models, evaluated, inside, seconds=seconds)
+    decided = e.checkpoints(e.claims)
+    if decided:
+        result.claims = timed(
+            "claims",
+            lambda: measure_claims(
+                e.folder / "claims",
+                decided,
+                [],
+                e.study,
+                controls=e.options.controls,
+                open_model=open_model,
+            ),
+        )
+    result.notes = [*evaluated.notes, *inside.notes]
+    return result
+
+
+def _train(e: Experiment, training: TrainingChoice, seed: int) -> None:
+    arm = ARMS.get(training.arm)
+    config = replace(training.config, seed=seed)
+    train_arm(arm.name, e.reference, e.out(training, seed), config, e.behaviours)
+
+
+def _attack(
+    folder: Path,
+    behaviours: Sequence[Any],
+    attacks: Mapping[str, AttackChoice],
+    handle: ModelHandle,
+    open_model: OpenModel,
+) -> None:
+    """The attacks with their baselines on one model."""
+    plans = []
+    for attack, config in attacks.values():
+        own = Plan(attack, config, (handle,) if attack.sources != "none" else ())
+        plans += [*baseline_plans(own), own]
+    campaign(folder, behaviours, plans, open_model=open_model)

@@ -1,0 +1,114 @@
+"""A whole experiment from one file: read with all its faults told, and run on a tiny model."""
+
+import pytest
+from click.testing import CliRunner
+
+import cli
+from core.errors import AttackPlaneError
+from core.store import read_rows
+from study.experiment import plan, read_experiment
+
+FILE = """
+run = "{run}"
+reference = "{model}"
+fixed_behaviours = 2
+source_behaviours = 1
+
+[[trainings]]
+arm = "sft"
+seeds = [0, 1]
+num_steps = 2
+checkpoints = [1]
+batch_size = 2
+
+[[trainings]]
+arm = "sft"
+name = "other"
+num_steps = 1
+checkpoints = []
+
+[attacks.templates]
+classes = ["persona"]
+
+[transfer.gcg]
+num_steps = 1
+search_width = 4
+
+[sources]
+sft = [2]
+
+[claims]
+other = [1]
+
+[evaluate]
+plain = 2
+adaptive = 0
+instructions = 2
+kl_prompts = 2
+max_new_tokens = 4
+
+[options]
+prompts = 4
+resamples = 20
+controls = 2
+"""
+
+
+def written(tmp_path, text=FILE, model="embedded"):
+    path = tmp_path / "experiment.toml"
+    path.write_text(text.format(run=tmp_path / "run", model=model))
+    return path
+
+
+def test_an_experiment_knows_its_checkpoints_and_its_plan(tmp_path):
+    e = read_experiment(written(tmp_path, model="embedded?dtype=bfloat16"))
+    run = tmp_path / "run" / "training"
+    assert e.checkpoints() == [
+        *(f"embedded+{run}/sft-{s}/step-{n}?dtype=bfloat16" for s in (0, 1) for n in (1, 2)),
+        f"embedded+{run}/other-0/step-1?dtype=bfloat16",
+    ]
+    sources = e.checkpoints(e.sources, first=True)
+    assert sources == [f"embedded+{run}/sft-0/step-2?dtype=bfloat16"]
+    assert e.trainings[0].config.learning_rate == 1e-3  # the preset small
+    rows = plan(e)
+    assert rows[0] == ("train", "sft, seeds 0, 1", 2) and rows[-1] == ("claims", "checkpoints", 1)
+    assert ("evaluate", "checkpoints and the reference", 6) in rows
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('arm = "sft"\nseeds', 'arm = "stf"\nseeds', "did you mean 'sft'"),
+        ("batch_size = 2", "batch_sise = 2", "batch_size"),
+        ('name = "other"', "", "two trainings of one name"),
+        ("sft = [2]", "sft = [3]", "no such checkpoint"),
+        ("seeds = [0, 1]", 'seeds = ["a"]', "seeds are whole numbers"),
+        ("[transfer.gcg]\nnum_steps = 1\nsearch_width = 4", "", "sources without attacks"),
+        ("prompts = 4", "promts = 4", "prompts"),
+        ("fixed_behaviours = 2", "fixed_behaviors = 2", "fixed_behaviours"),
+    ],
+)
+def test_faults_of_an_experiment_are_told_with_their_place(old, new, says, tmp_path):
+    assert old in FILE
+    with pytest.raises(AttackPlaneError) as error:
+        read_experiment(written(tmp_path, FILE.replace(old, new, 1)))
+    assert says in str(error.value) and "experiment.toml" in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_whole_experiment_runs_and_runs_again_without_work(tmp_path, tiny_folders):
+    path = written(tmp_path, model=tiny_folders["qwen2"])
+    runs = [CliRunner().invoke(cli.cli, ["study", str(path)]) for _ in range(2)]
+    for result in runs:
+        assert result.exit_code == 0, result.output
+    run = tmp_path / "run"
+    report = (run / "REPORT.md").read_text()
+    for title in ("How checkpoints behave", "What changes inside", "Claims about trainings"):
+        assert f"## {title}" in report
+    rows = read_rows(run / "checkpoints" / "trajectory.jsonl")
+    assert len({r["model"] for r in rows}) == 6
+    transfers = read_rows(run / "checkpoints" / "trajectory_transfers.jsonl")
+    assert len(transfers) == 6 and all(r["behaviours"] == 1 for r in transfers)
+    for name in ("trajectory_coupling.png", "trajectory_transfers.png", "tradeoff.png"):
+        assert (run / "checkpoints" / name).stat().st_size > 5_000
+        assert f"checkpoints/{name}" in report
