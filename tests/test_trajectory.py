@@ -14,8 +14,10 @@ import cli
 from core.cards import write_card
 from core.models import load
 from core.store import read_rows
+from evaluation.behaviours import load_behaviours
 from geometry.beliefs import beliefs, told_rightly
 from geometry.contrasts import between
+from plots import checkpoints_png, interventions_png
 from plots.checkpoints_png import methods
 from study.behaviour_state import behaviour_state
 from study.causal_sweep import slopes
@@ -154,13 +156,31 @@ def adapter(model, folder, seed):
     return folder
 
 
-def test_checkpoints_are_measured_by_one_command_and_once(tiny_folders, tmp_path):
+def few_pairs(folder):
+    """Twelve pairs of requests for directions, four others."""
+    by_label = {
+        label: load_behaviours("demonstration-v1", label=label) for label in ("harmful", "harmless")
+    }
+    paths = []
+    for name, part in (("contrast", slice(0, 12)), ("held_out", slice(12, 16))):
+        rows = [
+            {"goal": b.request, "label": label}
+            for label, behaviours in by_label.items()
+            for b in behaviours[part]
+        ]
+        paths.append(folder / f"{name}.jsonl")
+        paths[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return paths
+
+
+def test_checkpoints_are_measured_by_one_command_and_once(tiny_folders, tmp_path, monkeypatch):
     folder = adapter(tiny_folders["qwen2"], tmp_path / "step-5", seed=5)
     write_card(folder, {"arm": "sft", "step": 5, "seed": 0, "method": "m", "trained_on": []})
     spec = f"{tiny_folders['qwen2']}+{folder}"
     run = tmp_path / "run"
     args = ["trajectory", "--run", run, "--reference", tiny_folders["qwen2"], "--resamples", 20]
-    args += ["--contrast", "demonstration-v1", "--held-out", "demonstration-v1", "--prompts", 4]
+    contrast, held_out = few_pairs(tmp_path)
+    args += ["--contrast", contrast, "--held-out", held_out, "--prompts", 4]
     args += ["--model", spec]
     args += ["--sweep", "--anchors", spec]
     result = CliRunner().invoke(cli.cli, list(map(str, args)))
@@ -182,7 +202,9 @@ def test_checkpoints_are_measured_by_one_command_and_once(tiny_folders, tmp_path
         assert (run / f"trajectory_{family}.png").stat().st_size > 5_000
     assert len(pq.read_table(run / "trajectory.parquet")) == len(rows)
     lines = (run / "measured.jsonl").read_text().splitlines()
+    monkeypatch.setattr(checkpoints_png, "draw", lambda path: [])  # pictures take most of it
+    monkeypatch.setattr(interventions_png, "draw_each", lambda path, name: [])
     again = CliRunner().invoke(cli.cli, list(map(str, args)))
-    assert again.exit_code == 0 and again.stdout == result.stdout
+    assert again.exit_code == 0 and read_rows(run / "trajectory.jsonl") == rows
     assert (run / "measured.jsonl").read_text().splitlines() == lines
     assert [json.loads(line)["what"] for line in lines].count("trajectory") == 2
