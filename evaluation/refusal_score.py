@@ -48,9 +48,13 @@ class Openings:
     compliances: tuple[tuple[int, ...], ...]
     first_tokens: tuple[int, ...]
 
-    def first(self, count: int) -> Openings:
-        """The same with so many refusals and compliances only."""
-        return Openings(self.refusals[:count], self.compliances[:count], self.first_tokens)
+    def every_other(self, start: int, count: int) -> Openings:
+        """Every second refusal and compliance from ``start`` on, so many of each.
+
+        Trained and untrained refusals are in both halves.
+        """
+        chosen = slice(start, start + 2 * count, 2)
+        return Openings(self.refusals[chosen], self.compliances[chosen], self.first_tokens)
 
     @property
     def texts(self) -> tuple[tuple[int, ...], ...]:

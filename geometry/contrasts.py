@@ -59,15 +59,17 @@ def differences(weights: Tensor, resid: Tensor) -> Tensor:
 
 
 def centred_by(resid: Tensor, groups: Sequence[Hashable]) -> Tensor:
-    """(n, layer, d_model) residuals, each less the mean of its group.
+    """(n, layer, d_model) residuals, moved so that all groups have one mean: that of their means.
 
     A contrast of these has, up to its length, the direction of a regression on the contrast's side
     with an effect for each group: what distinguishes groups alone is no part of it.
     """
+    members = [indices(g == group for g in groups) for group in dict.fromkeys(groups)]
+    means = [resid[own].double().mean(0) for own in members]
+    common = torch.stack(means).mean(0)
     centred = resid.clone()
-    for group in dict.fromkeys(groups):
-        own = indices(g == group for g in groups)
-        centred[own] -= resid[own].double().mean(0).to(resid.dtype)
+    for own, mean in zip(members, means, strict=True):
+        centred[own] += (common - mean).to(resid.dtype)
     return centred
 
 

@@ -73,17 +73,10 @@ def effective_rank(rows: Tensor, *, normalise: bool) -> float:
     return float(torch.exp(-(q * q.clamp_min(1e-300).log()).sum()))
 
 
-def random_nulls(
-    d_model: int, generator: torch.Generator, *, k: int = SUBSPACE, draws: int = 1000
-) -> dict[str, float]:
-    """Of random directions and subspaces: mean and 95th percentile of |cos| and of C_sub."""
-    a, b = unit(torch.randn(2, draws, d_model, generator=generator))
-    cosines = (a * b).sum(-1).abs()
-    frames = torch.linalg.qr(torch.randn(2, draws // 5, d_model, k, generator=generator)).Q
-    overlaps = (frames[0].transpose(1, 2) @ frames[1]).square().sum((1, 2)) / k
-    return {
-        "cos_mean": float(cosines.mean()),
-        "cos_95": float(cosines.quantile(0.95)),
-        "c_sub_mean": float(overlaps.mean()),
-        "c_sub_95": float(overlaps.quantile(0.95)),
-    }
+def random_pair(
+    d_model: int, generator: torch.Generator, *, k: int = SUBSPACE
+) -> tuple[float, float]:
+    """Signed cosine of two random directions, and C_sub of two random subspaces."""
+    a, b = unit(torch.randn(2, d_model, generator=generator))
+    frames = torch.linalg.qr(torch.randn(2, d_model, k, generator=generator)).Q
+    return float(a @ b), float((frames[0].T @ frames[1]).square().sum() / k)

@@ -28,6 +28,7 @@ the direction out of all weights that write to the residual.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -182,7 +183,8 @@ def _along(
     of: Intervention, read: Tensor | None, rows: Tensor, kind: str, draw: int
 ) -> Intervention:
     if of.shift is not None:
-        return dataclasses.replace(of, shift=of.shift.norm() * rows[0], kind=kind, draw=draw)
+        length = math.copysign(float(of.shift.norm()), of.strength)
+        return dataclasses.replace(of, shift=length * rows[0], kind=kind, draw=draw)
     return dataclasses.replace(of, read=read, write=of.strength * rows, kind=kind, draw=draw)
 
 

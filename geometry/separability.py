@@ -11,7 +11,8 @@ it cannot learn a request in place of an attack. Accuracy is balanced: the mean 
 share of points predicted
 right. Null: labels permuted within each behaviour, ``draws`` times, the whole procedure anew.
 Interval: percentile bootstrap over behaviours of the held-out predictions. The same draws say how
-sure it is that the accuracy is less than ``MARGIN`` beyond that of permuted labels (``p_absent``).
+sure it is that the accuracy is more, or less, than ``MARGIN`` beyond that of permuted labels
+(``p_present``, ``p_absent``).
 """
 
 from __future__ import annotations
@@ -101,6 +102,7 @@ def separability(
         "null_mean": float(nulls.mean()),
         "null_95": float(np.quantile(nulls, 0.95)),
         "p": permutation_p(accuracy, nulls),
+        "p_present": 1.0 if few else draws_p(resampled, nulls.mean() + MARGIN),
         "p_absent": 1.0 if few else draws_p(-np.array(resampled), -(nulls.mean() + MARGIN)),
         "recall": {n: float((predicted[labels == c] == c).mean()) for c, n in enumerate(names)},
     }

@@ -109,7 +109,7 @@ class ContrastReading:
     @property
     def made_from(self) -> str:
         """Stands for all that directions depend on; needs no weights."""
-        requests = [b.request for b in self.behaviours]
+        requests = [(b.request, b.unit) for b in self.behaviours]
         return content_hash([self.config.identity(), self.model.fingerprint, requests])
 
     @property

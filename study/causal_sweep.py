@@ -44,7 +44,7 @@ def sweep(study: Study) -> list[Row]:
         for edit in design(mode, "steer", strength, site, controls=CONTROLS, seed=study.config.seed)
         if edit.kind in ("intervention", "matched")
     ]
-    texts = study.openings.first(TEXTS)
+    texts = study.openings.every_other(1, TEXTS)
     rows: list[Row] = []
     for label in (HARMFUL, HARMLESS):
         prompts = spread(study.held_out(label), PROMPTS)

@@ -27,7 +27,7 @@ from geometry.coupling import (
     hrci,
     layer_closeness,
     principal_cosines,
-    random_nulls,
+    random_pair,
     subspace,
     subspace_overlap,
 )
@@ -35,6 +35,8 @@ from geometry.resampling import permuted_differences, permuted_sides, resampled_
 from study.study import Study
 
 KINDS = ("H", "R")
+RANDOM = 500
+"""Random pairs of directions and subspaces."""
 V1, V2 = "HRCI v1", "HRCI v2"
 RANK, RANK_OF_UNIT = "effective rank of {}", "effective rank of {}, rows of unit length"
 DRIFT, COSINE = "drift of {}", "cosine of {} with the reference's"
@@ -146,12 +148,22 @@ def coupling(study: Study, drawn: Drawn) -> dict[str, Estimate]:
         return both | {V1: hrci(c_cos, c_sub, close), V2: hrci(c_cos, c_sub)} | ranks
 
     found = estimates(drawn, numbers)
-    nulls = random_nulls(study.loaded.d_model, torch.Generator().manual_seed(study.config.seed))
-    cos_95, sub_95 = nulls["cos_95"], nulls["c_sub_95"]
-    random = {"C_cos": cos_95, "C_sub": sub_95}
-    random |= {V1: hrci(cos_95, sub_95, close), V2: hrci(cos_95, sub_95)}
+    random = _random_nulls(study, close)
     found |= {name: replace(found[name], null_random=value) for name, value in random.items()}
     return found | {"C_layer": Estimate(close)}
+
+
+def _random_nulls(study: Study, close: float) -> dict[str, float]:
+    """95th percentiles of absolute values, of random directions and subspaces."""
+    generator = torch.Generator().manual_seed(study.config.seed)
+    pairs = [random_pair(study.loaded.d_model, generator) for _ in range(RANDOM)]
+    values = {
+        "C_cos": [c for c, _ in pairs],
+        "C_sub": [s for _, s in pairs],
+        V1: [hrci(c, s, close) for c, s in pairs],
+        V2: [hrci(c, s) for c, s in pairs],
+    }
+    return {name: float(np.quantile(np.abs(own), 0.95)) for name, own in values.items()}
 
 
 def drift(drawn: Drawn, layer: int) -> dict[str, Estimate]:

@@ -81,7 +81,7 @@ def rates(study: Study) -> Rates:
         return len(prompts)
 
     residuals()  # the first pass prepares what later ones find
-    few = texts.first(CONTROL_TEXTS)
+    few = texts.every_other(1, CONTROL_TEXTS)
     works = (replies, lambda: rows(texts), lambda: rows(few), rows_without_texts, residuals)
     return Rates(*map(_each, works))
 

@@ -6,8 +6,8 @@ prompts, chosen in the same way (``geometry/carriers.py``):
 
     permuted   the labels of the contrast prompts are dealt anew, pairs swapped or not, and all
                candidates are estimated again. The best is ablated, or added, as the carrier is
-    matched    random directions, with both signs, written in the carrier's place: every token is
-               moved exactly as far as the carrier moves it. They are scored as such
+    matched    half as many random directions, with both signs, written in the carrier's place:
+               every token is moved exactly as far as the carrier moves it. They are scored as such
 
 Every choice is made on contrast prompts. What is measured with them is measured on held-out ones.
 """
@@ -72,8 +72,9 @@ def _permuted(study: Study, carrier: str, tried: Sequence[Carrier], n: int) -> l
 
 def _random(study: Study, like: Carrier, count: int, n: int) -> list[list[Carrier]]:
     generator = torch.Generator().manual_seed(study.config.seed + 2)
-    drawn = unit(torch.randn(n, count, study.loaded.d_model, generator=generator))
-    return [[_as(like, sign * v) for v in vectors for sign in (1.0, -1.0)] for vectors in drawn]
+    drawn = unit(torch.randn(n, -(-count // 2), study.loaded.d_model, generator=generator))
+    signed = [[_as(like, s * v) for v in vectors for s in (1.0, -1.0)] for vectors in drawn]
+    return [group[:count] for group in signed]
 
 
 def _as(place: Carrier, direction: Tensor) -> Carrier:

@@ -81,7 +81,7 @@ class Study:
     @property
     def set_identity(self) -> list[Any]:
         """Stands for the contrast set and what was said to it."""
-        requests = [(b.request, b.label) for b in self.behaviours]
+        requests = [(b.request, b.label, b.unit, b.category) for b in self.behaviours]
         told = [self.config.system_prompt, *self.unusual_template]
         return [*told, self.config.reply_tokens, requests]
 
@@ -235,6 +235,13 @@ class Study:
         """The refusal contrast at t_post_inst by this study's estimator."""
         return self.contrast(self.refusal_kind, "-1")
 
+    def apart(self, position: str = "-1") -> Contrast:
+        """Refused against accepted within harmful and within harmless prompts.
+
+        Where the zhao estimator has too few prompts, harmful against harmless ones.
+        """
+        return self.contrast("within" if self.refusal_kind == "refusal" else "harm", position)
+
     @property
     def layer(self) -> int:
         """The best inner layer by ``eq6_prompt`` of the run's harc directions: prompts decide."""
@@ -279,9 +286,12 @@ class Study:
 
     @property
     def carrier_texts(self) -> Texts:
-        """The texts of outcome D that carriers are scored on."""
-        count = self.config.refusals
-        return Texts(self.openings.refusals[:count], self.openings.compliances[:count])
+        """The texts of outcome D that carriers are scored on: a trained and an untrained refusal.
+
+        Their effects, and those of their controls, are measured on others.
+        """
+        chosen = self.openings.every_other(0, self.config.refusals)
+        return Texts(chosen.refusals, chosen.compliances)
 
     def candidates(self, kind: str) -> list[Carrier]:
         """Candidates of one field: about as many for H as for R.

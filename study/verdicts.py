@@ -211,8 +211,9 @@ def mean_check(
             claimed to be small (``within``, ``not above``) needs not beat them; to refute it, it
             must.
         ranked: what is ranked among them, where they were run on fewer units; None: the mean.
-        margin: an effect that is surely less than this beyond the threshold counts as none, and
-            refutes; such a refutation needs no rank. 0: only an effect the other way refutes.
+        margin: an effect of less than this beyond the threshold counts as none. It must surely be
+            larger to be shown, and if it is surely smaller it is refuted, whatever its rank: the
+            threshold is what controls do. 0: only an effect the other way refutes.
     """
     array = np.asarray([v for v in values if math.isfinite(v)], dtype=np.float64)
     n = len(array)
@@ -230,9 +231,10 @@ def mean_check(
         pair = inside, min(1.0, 2 * min(p_of(1, threshold), p_of(-1, -threshold)))
     else:
         side = 1 if claimed == ABOVE else -1
-        pair = p_of(side, threshold), p_of(-side, threshold + side * margin)
+        bound = threshold + side * margin
+        pair = p_of(side, bound), p_of(-side, bound)
     test = f"sign flips{' and t bootstrap' if n >= FEWEST else ''} over {n}"
-    test += f"; against: less than {margin:.2f}" if margin else ""
+    test += f", more or less than {margin:.2f}" if margin else ""
     nulls: dict[str, float] = {}
     for kind, means in (controls or {}).items():
         ranks = _ranks(mean if ranked is None else ranked, means, claimed)
@@ -240,7 +242,7 @@ def mean_check(
         test += f"; rank among {len(means)} {kind}"
         nulls |= _ends(kind, means)
     check = Check(name, mean, low, high, threshold, claimed, unit, n, *pair, test, nulls)
-    gap = threshold - abs(mean) if claimed == WITHIN else mean - threshold
+    gap = threshold - abs(mean) if claimed == WITHIN else abs(mean - threshold) - margin
     return _with_needed(check, gap, spread)
 
 

@@ -17,6 +17,7 @@ from core.store import read_rows
 from evaluation.behaviours import load_behaviours
 from geometry.beliefs import beliefs, told_rightly
 from geometry.contrasts import between
+from geometry.controls import Site, design
 from plots import checkpoints_png, interventions_png
 from plots.checkpoints_png import methods
 from study.behaviour_state import behaviour_state
@@ -115,6 +116,15 @@ def test_slopes_by_hand():
     found = {name: values for name, values in slopes(every) if values}
     assert found["slope of D by R, harmful"] == pytest.approx([0.5, 0.5])
     assert found["slope of D by R, harmful, beyond controls"] == pytest.approx([0.4, 0.4])
+
+
+def test_controls_of_a_sweep_push_to_both_sides():
+    site = Site((E[0], E[1]), {}, (3,), (), length=5.0)
+    pushed = {
+        s: design("R", "steer", s, site, controls=1, seed=0)[1].shift for s in (-1.0, 0.0, 1.0)
+    }
+    assert torch.equal(pushed[-1.0], -pushed[1.0]) and not pushed[0.0].any()
+    assert pushed[1.0].norm() == pytest.approx(5.0)
 
 
 def test_ways_of_training_are_told_apart_and_seeds_joined():

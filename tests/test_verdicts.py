@@ -71,8 +71,11 @@ def test_an_effect_within_the_margin_refutes_and_one_beyond_it_does_not():
     assert mean_check("c", spread, **asked).outcome == "unclear"
     assert mean_check("c", spread, **asked, margin=0.2).outcome == "no"
     assert mean_check("c", 0.25 + spread, **asked, margin=0.2).outcome == "unclear"
+    small = {"unit": "u", "margin": 0.3}  # above zero beyond doubt, and too small to count
+    assert mean_check("c", spread + 0.15, **small).outcome == "no"
+    assert mean_check("c", spread + 0.4, **small).outcome == "yes"
     below = mean_check("c", spread - 0.02, **asked, claimed="below", margin=0.2)
-    assert below.outcome == "no" and "against: less than 0.20" in below.test
+    assert below.outcome == "no" and "more or less than 0.20" in below.test
     assert mean_check("c", spread - 0.9, **asked, claimed="below", margin=0.2).outcome == "yes"
 
 

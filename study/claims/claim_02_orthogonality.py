@@ -5,8 +5,9 @@ is free of noise (``geometry/cross_half.py``). Beside it stands a positive contr
 read at the other concept's site: harmfulness where R is read. If that cannot be told from
 orthogonal either, nothing was learnt. Published angles are 82 to 90 degrees.
 
-The prompts that a model refuses are mostly the harmful ones, so its R is partly harmfulness. The
-cosine of H with what is left of R within harmful and within harmless prompts is told beside it.
+The prompts that a model refuses are mostly the harmful ones, so its usual R is partly harmfulness.
+What decides is R within harmful and within harmless prompts, at the same place. The usual R is told
+beside it.
 """
 
 from __future__ import annotations
@@ -31,22 +32,26 @@ DRAWS = 999
 def measure(evidence: Evidence) -> Claim:
     study = evidence.study
     h, r = study.carrier("H"), study.carrier("R")
-    first, second = study.field("H")[h.position], study.field("R")[r.position]
-    there = study.contrast("harm", r.position)
+    first, usual = study.field("H")[h.position], study.field("R")[r.position]
     generator = torch.Generator().manual_seed(study.config.seed)
     layers = h.layer, r.layer
-    found, control = (cross_half(first, c, layers, DRAWS, generator) for c in (second, there))
-    name = "cosine of the H and the R carrier, without noise"
+    there = study.contrast("harm", r.position)
+    found, control, mixed = (
+        cross_half(first, c, layers, DRAWS, generator)
+        for c in (study.apart(r.position), there, usual)
+    )
+    name = "cosine of the H and the R carrier, R within labels, without noise"
     positive = cosine_check("positive control: harmfulness at R's site", control, claimed=ABOVE)
-    checks = [cosine_check(name, found, claimed=WITHIN), positive.told()]
-    if study.refusal_kind == "refusal":
-        within = study.contrast("within", r.position)
-        apart = cross_half(first, within, layers, DRAWS, generator)
-        checks.append(cosine_check("H carrier and R within labels", apart, claimed=WITHIN).told())
+    checks = (
+        cosine_check(name, found, claimed=WITHIN),
+        positive.told(),
+        cosine_check("the same, R as it is", mixed, claimed=WITHIN).told(),
+    )
     settings = _settings(study)
     note = evidence.setting()
     note += f"; cosines with their true directions: H {found.trust[0]:.2f}, R {found.trust[1]:.2f}"
-    note += f"; as it is {settings['coupling']['C_cos']['value']:+.2f}"
+    note += f" (as it is {mixed.trust[1]:.2f})"
+    note += f"; cosine with noise {settings['coupling']['C_cos']['value']:+.2f}"
     held_back = [*evidence.not_aligned(), *evidence.inadmissible("H", "R"), *evidence.idle("R")]
     if min(found.trust) < UNRELIABLE:
         held_back.append(
@@ -59,7 +64,7 @@ def measure(evidence: Evidence) -> Claim:
             "the positive control is not told from orthogonal: a small cosine may come from the "
             "two sites alone"
         )
-    return replace(TEST.claim(evidence, tuple(checks), note, held_back), settings=settings)
+    return replace(TEST.claim(evidence, checks, note, held_back), settings=settings)
 
 
 def _settings(study: Study) -> Row:

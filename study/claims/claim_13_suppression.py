@@ -31,7 +31,7 @@ from study.verdicts import Claim, p_check
 
 FEWEST = 12
 """Behaviours. Of fewer the test rejects too often (7 to 9 % at a true null)."""
-DRAWS = 199
+DRAWS = 999
 """Directions of permuted labels."""
 
 

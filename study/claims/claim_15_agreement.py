@@ -2,7 +2,8 @@
 
 At the study's layer, which prompts alone have chosen. They agree if their cosine, free of noise
 (``geometry/cross_half.py``), lies above that of 80 degrees, and the labels have to do with it. They
-do not if it lies below.
+do not if it lies below. R on the prompt side is refused against accepted within harmful and within
+harmless prompts, as the response side compares replies to harmful requests alone.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ def measure(evidence: Evidence) -> Claim:
     code = "R, response side as in the code"
     checks = (
         _check(evidence, "H", study.harmfulness, sides.harmfulness),
-        _check(evidence, paper, study.refusal, sides.refusal_paper),
+        _check(evidence, paper, study.apart(), sides.refusal_paper),
         # an alternative definition is told, not required
-        _check(evidence, code, study.refusal, sides.refusal_code).told(),
+        _check(evidence, code, study.apart(), sides.refusal_code).told(),
+        _check(
+            evidence, f"{paper}, prompt side as it is", study.refusal, sides.refusal_paper
+        ).told(),
     )
     held_back = ["the refusals are ours, the model's own are too few"] if sides.forced else []
+    held_back += evidence.confounded()
     sizes = {
         c.name: [len(c.positive), len(c.negative)] for c in (sides.harmfulness, sides.refusal_paper)
     }

@@ -10,6 +10,10 @@ the same layer by the same length, so that both push as hard.
     2. H moves it more than R.
     3. R moves it by less than a quarter of what H does, in either sense.
 
+In 2 and 3 what random directions do on average is taken off both: any strong push moves a
+judgement. R is refused against accepted within harmful and within harmless prompts, since the usual
+R contains what tells these apart.
+
 A model whose judgement does not tell harmful from harmless requests has none that could be moved.
 """
 
@@ -49,13 +53,14 @@ def measure(evidence: Evidence) -> Claim:
     n, few = len(DIRECTIONS), evidence.controls
     means = moved.mean(0)
     controls = {"random": means[n : n + few], "permuted": means[n + few :]}
-    h, r = own["H"], own["R"]
+    usual = moved[:, n : n + few].mean(1)
+    h, r = own["H"] - usual, own["R"] - usual
     checks = (
-        mean_check("judgement moved along H", h, unit=NATS, controls=controls),
+        mean_check("judgement moved along H", own["H"], unit=NATS, controls=controls),
         mean_check("along H less along R", h - r, unit=NATS),
         mean_check("along R less a quarter of along H", r - h / 4, unit=NATS, claimed=BELOW),
         mean_check("along R and a quarter of along H", r + h / 4, unit=NATS),
-        mean_check("judgement moved along R", r, unit=NATS, controls=controls).told(),
+        mean_check("judgement moved along R", own["R"], unit=NATS, controls=controls).told(),
     )
     tells = mean_check("left alone", alone[HARMFUL] - alone[HARMLESS], unit=NATS)
     note = f"layer {study.layer}; left alone the judgement differs by {tells.value:+.2f} {NATS}"
@@ -87,7 +92,7 @@ def _directions(study: Study, controls: int) -> Tensor:
     layer, generator = study.layer, torch.Generator().manual_seed(study.config.seed)
     random = unit(torch.randn(controls, study.loaded.d_model, generator=generator))
     dealt = permuted([study.harmfulness.at_layer(layer)], controls, generator)[0][:, 0]
-    own = torch.stack([study.harmfulness.direction[layer], study.refusal.direction[layer]])
+    own = torch.stack([study.harmfulness.direction[layer], study.apart().direction[layer]])
     return torch.cat([own, random, dealt])
 
 

@@ -1,11 +1,12 @@
 """Claim 21: latent guard. Beliefs from H tell harmful from harmless prompts, attacked ones too.
 
 Beliefs are those of Zhao (``geometry/beliefs.py``). H: at t_inst, between harmful and harmless
-contrast prompts. R: at t_post_inst, between refused and accepted ones, by this study's estimator.
-Accuracy is balanced: a pair counts the share of its two prompts that are told rightly, and 0.5 is
-chance. The counterpart of an attacked prompt is the same wrapper with the matched
-harmless request in it. H at t_goal is told beside it: there an attack that follows the request
-cannot be seen.
+contrast prompts. R: at t_post_inst, between refused and accepted ones, within harmful and within
+harmless prompts. Accuracy is balanced: a pair counts the share of its two prompts that are told
+rightly, and 0.5 is chance. Attacked prompts are those that got past refusal: where a model refuses
+an attacked request, its refusal tells it apart as it should. The counterpart is the same wrapper
+with the matched harmless request in it. H at t_goal is told beside it: there an attack that follows
+the request cannot be seen.
 
     1. H tells plain prompts better than chance, and attacked ones.
     2. On attacked prompts H tells more than R.
@@ -28,6 +29,8 @@ from study.verdicts import WITHIN, Claim, mean_check
 from study.wrapped import by_behaviour
 
 UNIT = "accuracy beyond chance"
+FEWEST = 5
+"""Behaviours."""
 CHANCE = 0.1
 """What is closer to chance than this does not tell."""
 
@@ -37,18 +40,22 @@ def measure(evidence: Evidence) -> Claim:
     pairs = evidence.wrapped
     requests = zip(*study.held_out_pairs(), strict=True)
     plain = [beliefs(study.harmfulness, _plain(study, side)) for side in requests]
-    names = pairs.behaviours
+    kept = [i for i, a in enumerate(pairs.artifacts) if a.artifact_id in evidence.passed]
+    names = [pairs.behaviours[i] for i in kept]
+    if len(set(names)) < FEWEST:
+        why = f"attacks on {len(set(names))} behaviours only got past refusal, at least {FEWEST}"
+        return TEST.claim(evidence, (), held_back=[why])
     sides = {
         "H": (study.harmfulness, "t_inst"),
-        "R": (study.refusal, "t_post_inst"),
+        "R": (study.apart(), "t_post_inst"),
         "H at t_goal": (study.harmfulness, "t_goal"),
     }
     right = {
         name: by_behaviour(
             names,
             told_rightly(
-                beliefs(contrast, pairs.attacked[position]),
-                beliefs(contrast, pairs.counterpart[position]),
+                beliefs(contrast, pairs.attacked[position][kept]),
+                beliefs(contrast, pairs.counterpart[position][kept]),
             ),
         )
         for name, (contrast, position) in sides.items()
@@ -61,7 +68,7 @@ def measure(evidence: Evidence) -> Claim:
         mean_check("R tells attacked prompts", r, unit=UNIT, claimed=WITHIN, threshold=CHANCE),
         mean_check("H at t_goal tells attacked prompts", right["H at t_goal"], unit=UNIT).told(),
     )
-    note = f"{len(names)} attacked prompts with a counterpart; estimator {study.estimator}"
+    note = f"{len(names)} of {len(pairs.artifacts)} attacked prompts got past refusal"
     return TEST.claim(evidence, checks, note, evidence.confounded())
 
 
