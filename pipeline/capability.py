@@ -191,6 +191,7 @@ def followed(loaded: LoadedModel, chosen: Sequence[Instruction]) -> Row:
         by_kind.setdefault(i.kind, []).append(ok)
     return {
         "instructions": sum(passed) / len(passed),
+        "instructions_n": len(passed),
         "instructions_wilson": wilson(sum(passed), len(passed)),
         "instructions_by_kind": {k: sum(v) / len(v) for k, v in by_kind.items()},
     }

@@ -24,7 +24,8 @@ PUBLISHED: tuple[Row, ...] = (
 
 def anchor_row(study: Study) -> Row:
     """ASR by what is ablated, with intervals, and the angle of the carriers (degrees)."""
-    rows = Evidence(study).ablations
+    evidence = Evidence(study)
+    rows = evidence.ablations
     row: Row = {"model": study.spec, "published": False}
     for mode in MODES:
         won = list(by_behaviour(pick(rows, mode=mode), "complied").values())
@@ -33,7 +34,7 @@ def anchor_row(study: Study) -> Row:
         row["n"] = len(won)
     cosine = float(study.carrier("H").vector @ study.carrier("R").vector)
     row["angle"] = math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
-    row["admissible"] = study.carrier("H").admissible and study.carrier("R").admissible
+    row["admissible"] = not evidence.inadmissible("H", "R", "R-H")
     return row
 
 

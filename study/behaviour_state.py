@@ -12,8 +12,8 @@ from core.rows import Row
 from core.specs import short_spec
 
 FAMILY = "behaviour"
-SHOWN = ("plain", "fixed", "adaptive")
-OTHERS = ("degenerate", "instructions", "kl", "perplexity")
+SHOWN = ("plain", "fixed", "adaptive", "gcg")
+OTHERS = ("degenerate", "kl", "perplexity")
 
 
 def behaviour_state(row: Row | None, fingerprint: str, notes: list[str]) -> list[Row]:
@@ -33,13 +33,20 @@ def _measures(row: Row) -> Iterator[Row]:
     for kind in SHOWN:
         cell = row["robustness"].get(kind)
         if cell and cell["asr"] is not None:
-            yield _row(f"ASR {kind}", cell["asr"], cell["wilson"], cell["behaviours"])
+            n = cell["behaviours"]
+            yield _row(f"ASR {kind}", cell["asr"], cell["wilson"], n)
+            if cell["corrected"] is not None:
+                interval = cell["corrected_interval"]
+                yield _row(f"ASR {kind}, corrected", cell["corrected"], interval, n)
     for name, cell in row["usability"].items():
         refused = 1 - cell["none"]
         yield _row(f"refused, {name}", refused, cell["refused_wilson"], cell["n"])
         yield _row(f"refused in full, {name}", cell["full"], cell["full_wilson"], cell["n"])
         if cell["d"] is not None:
             yield _row(f"D, {name}", cell["d"], None, cell["n"])
+    if row.get("instructions") is not None:
+        interval, n = row["instructions_wilson"], row.get("instructions_n")
+        yield _row("instructions", row["instructions"], interval, n)
     for name in OTHERS:
         if row.get(name) is not None:
             yield _row(name, row[name], None, None)

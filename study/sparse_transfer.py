@@ -46,7 +46,8 @@ def transfers_in(run: RunFolder, rows: Sequence[Row]) -> Transfers | None:
     if not cells:
         return None
     success = {key: sum(values) / len(values) for key, values in cells.items()}
-    return transfers_of(success, list(arms), arms)
+    trainings = {r["model"]: f"{r['arm']} {r['method']} {r['seed']}" for r in rows}
+    return transfers_of(success, list(arms), arms, trainings)
 
 
 def matrix_rows(transfers: Transfers) -> list[Row]:

@@ -1,7 +1,9 @@
 """What changes in a model along its training: one row per checkpoint and measure.
 
 1. The reference is studied first: its carriers, its directions, its residuals on the contrast set.
-2. Each checkpoint is loaded once. Its carriers are searched anew, and measured are
+2. Each checkpoint is loaded once. R is by one estimator for all of them (harc, unless another is
+   asked for): a model that refuses everything has no other, and what is compared must be one thing.
+   Its carriers are searched anew, and measured are
 
     carriers   place, KL of ablating it and fall of D on held-out prompts
     coupling   C_cos, C_sub, C_layer, both HRCI (``study/coupling.py``)
@@ -24,7 +26,7 @@ Results are kept under a hash of what they depend on; a stopped command goes on.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,7 @@ from study.coupling import Estimate, coupling, draw_fields, drift
 from study.outcomes import measure, site_of
 from study.sparse_transfer import matrix_rows, prediction_rows, transfers_in
 from study.study import Study
-from study.training_claims.evidence import trainings_of
+from study.training_claims.evidence import over_seeds, trainings_of
 from study.training_claims.registry import TRAINING_CLAIMS
 from study.verdicts import Claim, with_holm
 
@@ -72,6 +74,8 @@ CLAIMS, TRANSFERS = "trajectory_claims.jsonl", checkpoints_png.TRANSFERS
 PREDICTIONS, ANCHORS = "trajectory_predictions.jsonl", "trajectory_anchors.jsonl"
 READ = ("t_inst", "t_post_inst")
 NATS = "nats per token"
+VERSION = 1
+"""Of the measures: raised where rows of before must be measured anew."""
 BAND = 2
 """Layers of the cosines: HARC's K."""
 
@@ -108,6 +112,9 @@ def trajectory(
     """
     check_specs([reference, *specs, *anchors])
     result = TrajectoryResult()
+    asked = config
+    if config.estimator == "auto":  # each checkpoint would choose its own
+        config = replace(config, estimator="harc")
     with RunFolder(path) as run:
         settings = config.to_settings() | {"reference": reference}
         run.begin_stage(STAGE, settings, {})
@@ -124,13 +131,14 @@ def trajectory(
                 steered += summary(swept)
                 rows += [_mean("slope", name, d, SLOPE) for name, d in slopes(swept)]
             rows += behaviour_state(states.get(spec), study.model.fingerprint, result.notes)
-            result.rows += [_whose(spec) | row for row in rows]
+            whose = _whose(spec) | {"estimator": study.estimator}
+            result.rows += [whose | row for row in rows]
             if study is not first:
                 study.model.release()
         result.files = [write_rows(path / FILE, result.rows), path / PARQUET]
         write_atomically(path / PARQUET, as_parquet(result.rows))
         for spec in dict.fromkeys(anchors):
-            study = Study(run, open_model(spec), config)
+            study = Study(run, open_model(spec), asked)
             run.begin_stage(STAGE, settings, {spec: study.model.fingerprint})
             result.anchors.append(anchor_row(study))
             study.model.release()
@@ -156,9 +164,11 @@ def training_claims(rows: Sequence[Row], predictions: Sequence[Row]) -> list[Cla
     """Every claim about trainings, on every training of its arms."""
     trainings = trainings_of(rows, predictions)
     tests = sorted(TRAINING_CLAIMS.all().values(), key=lambda test: test.number)
-    found = [
-        test.on(training, trainings) for test in tests for training in trainings.of_arms(test.arms)
-    ]
+    found = []
+    for test in tests:
+        own = [t for t in trainings.all if test.about(t)]
+        claims = [test.on(t, trainings) for t in own]
+        found += [*claims, *over_seeds(own, claims)]
     return with_holm(found)
 
 
@@ -166,6 +176,7 @@ def _whose(spec: str) -> Row:
     card = card_of(spec)
     method = card.get("method") or card.get("settings")  # cards of before had no method
     own = {"arm": card.get("arm"), "seed": card.get("seed"), "method": method}
+    own["common"] = card.get("common")
     variant = " ".join(f"{k}={v}" for k, v in card.get("variant", {}).items())
     return {"model": spec, **own, "variant": variant, "step": card.get("step", 0)}
 
@@ -198,6 +209,7 @@ def of_checkpoint(study: Study, anchor: Anchor) -> list[Row]:
     depends: list[Any] = [study.search_identity("H"), study.search_identity("R"), held_out]
     depends += [study.config.resamples, study.config.seed]
     depends += [reference.model.fingerprint, reference.estimator_identity]
+    depends += [VERSION, asdict(study.openings)]
     return study.kept("trajectory", depends, make)
 
 

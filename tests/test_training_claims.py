@@ -1,6 +1,7 @@
 """Claims about trainings on made-up measures: each holds, is refuted, or is held back."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -20,6 +21,7 @@ def row(measure, value, step, arm="sft", *, half=0.02, n=24, seed=0, variant="",
         "seed": seed,
         "method": f"{arm}{variant}",
         "variant": variant,
+        "common": "same",
         "step": step,
         "measure": measure,
         "value": value,
@@ -33,13 +35,14 @@ def row(measure, value, step, arm="sft", *, half=0.02, n=24, seed=0, variant="",
 
 
 def reference(measure, value, **more):
-    return row(measure, value, 0, None, **more)
+    return row(measure, value, 0, None, **more) | {"model": "base"}
 
 
 def verdict(number, rows, predictions=()):
-    """Of the only training of the claim's arms, without Holm's correction."""
-    (claim,) = [c for c in training_claims(rows, predictions) if c.number == number][:1]
-    return claim
+    """Of the first training of the claim's arms, without Holm's correction."""
+    base = [] if rows[0]["model"] == "base" else [reference("nothing", 0.0)]
+    every = training_claims([*base, *rows], predictions)
+    return next(replace(c, holm=None) for c in every if c.number == number)
 
 
 def course(arm, **ends):
@@ -47,6 +50,7 @@ def course(arm, **ends):
     names = {"asr": "ASR fixed", "over": "refused, pseudo_harmful", "hrci": "HRCI v2"}
     names |= {"follows": "instructions", "rank": "effective rank of R, rows of unit length"}
     names |= {"raw": "effective rank of R", "drift": "drift of R", "adaptive": "ASR adaptive"}
+    names |= {"sub": "C_sub", "gcg": "ASR gcg"}
     return [
         row(names[name], value, step, arm)
         for name, values in ends.items()
@@ -74,20 +78,24 @@ def test_a_difference_is_tested_in_both_directions_by_hand():
 
 
 def test_claim_3_needs_all_four_movements():
-    published = course("r2d2", hrci=(0.4, 0.1), asr=(0.0, 0.25), over=(1.0, 0.2), follows=(0, 0.5))
+    published = course(
+        "r2d2", sub=(0.4, 0.1), hrci=(0.4, 0.1), asr=(0.0, 0.25), over=(1.0, 0.2), follows=(0, 0.5)
+    )
     assert verdict(3, published).verdict == "holds"
-    other = course("r2d2", hrci=(0.4, 0.1), asr=(0.25, 0.0), over=(1.0, 0.2), follows=(0, 0.5))
+    other = course(
+        "r2d2", sub=(0.4, 0.1), hrci=(0.4, 0.1), asr=(0.25, 0.0), over=(1.0, 0.2), follows=(0, 0.5)
+    )
     assert verdict(3, other).verdict == "refuted"
-    missing = verdict(3, course("r2d2", hrci=(0.4, 0.1)))
+    missing = verdict(3, course("r2d2", sub=(0.4, 0.1)))
     assert missing.verdict == "undecided" and "no 'ASR fixed'" in missing.held_back[0]
 
 
 def test_claim_4_compares_with_permuted_labels_and_the_reference():
-    low = [row("HRCI v2", 0.01, s, null=0.1) for s in (50, 500)]
+    low = [row("C_sub", 0.01, s, null=0.1) for s in (50, 500)]
     asr = [reference("ASR fixed", 0.2), *course("sft", asr=(0.5, 0.6))]
-    assert verdict(4, low + asr).verdict == "holds"
-    high = [row("HRCI v2", 0.3, s, null=0.1) for s in (50, 500)]
-    assert verdict(4, high + asr).verdict == "refuted"
+    assert verdict(4, asr + low).verdict == "holds"
+    high = [row("C_sub", 0.3, s, null=0.1) for s in (50, 500)]
+    assert verdict(4, asr + high).verdict == "refuted"
 
 
 def test_claims_8_to_11_on_one_training():
@@ -100,8 +108,13 @@ def test_claims_8_to_11_on_one_training():
     assert verdict(10, drifted).verdict == "holds"
     robust = course("sft", drift=(5.0, 30.0), asr=(0.6, 0.1))
     assert verdict(10, robust).verdict == "refuted"
-    assert verdict(11, course("sft", adaptive=(0, 0.7), asr=(0, 0.1))).verdict == "holds"
-    few = [row("ASR adaptive", 0.7, 500, n=6), row("ASR fixed", 0.1, 500)]
+    same = course("sft", drift=(5.0, 5.001), asr=(0.4, 0.42))
+    assert "surely drifted" in verdict(10, same).held_back[0]
+    safe = course("sft", drift=(5.0, 30.0), asr=(0.0, 0.01))
+    assert "no attack succeeds" in verdict(10, safe).held_back[0]
+    attacked = course("sft", adaptive=(0, 0.7), gcg=(0, 0.1), asr=(0, 0.1))
+    assert verdict(11, attacked).verdict == "holds"
+    few = [row("ASR adaptive", 0.7, 500, n=6), row("ASR gcg", 0.1, 500), row("ASR fixed", 0.1, 500)]
     assert verdict(11, few).verdict == "undecided"
 
 
@@ -110,15 +123,20 @@ def test_claims_16_and_18_look_for_the_control_training():
         row(f"harmful with {k}", v, s, "harc") for k in "HR" for s, v in ((50, 0.2), (500, 0.6))
     ]
     before = [reference(f"harmful with {k}", 0.1) for k in "HR"]
-    held = verdict(16, real + before)
+    held = verdict(16, before + real)
     assert held.verdict == "undecided" and "directions=permuted" in held.held_back[0]
 
     def control(value):
         own = {"variant": "directions=permuted"}
         return [row(f"harmful with {k}", value, s, "harc", **own) for k in "HR" for s in (50, 500)]
 
-    assert verdict(16, real + before + control(0.3)).verdict == "holds"
-    assert verdict(16, real + before + control(0.9)).verdict == "refuted"
+    assert verdict(16, before + real + control(0.3)).verdict == "holds"
+    assert verdict(16, before + real + control(0.9)).verdict == "refuted"
+    # a control is told no claim about HARC, and a training of other settings is no control
+    names = [c.model for c in training_claims(before + real + control(0.3), []) if c.number == 16]
+    assert names == ["harc, seed 0 (harc)"]
+    other = [r | {"common": "other"} for r in control(0.3)]
+    assert verdict(16, before + real + other).verdict == "undecided"
     both = course("harc", over=(0.2, 0.2))
     single = [
         row("refused, pseudo_harmful", 0.5, s, "harc", variant="positions=t_inst")
@@ -149,9 +167,10 @@ def test_claims_17_and_19_on_harc():
 def test_claims_5_and_6_read_what_predicts_transfer():
     def prediction(arm, name, rho, interval, p):
         own = {"targets": arm, "predictor": name, "rho": rho, "interval": interval, "p": p}
-        return own | {"of": "raw", "n_targets": 5}
+        return own | {"of": "raw", "n_targets": 5, "n_trainings": 5}
 
-    arms = [row("C_cos", 0.1, s, arm) for arm in ("r2d2", "sft") for s in (50, 500)]
+    arms = [reference("C_cos", 0.1)]
+    arms += [row("C_cos", 0.1, s, arm) for arm in ("r2d2", "sft") for s in (50, 500)]
     rows = [
         prediction("r2d2", "HRCI v2", 0.96, (0.8, 1.0), 0.01),
         prediction("sft", "HRCI v2", 0.03, (-0.2, 0.2), 0.9),
@@ -163,17 +182,45 @@ def test_claims_5_and_6_read_what_predicts_transfer():
     assert claims[5, "sft, seed 0"].checks[0].outcome == "yes"
     assert claims[6, "sft, seed 0"].p == pytest.approx(0.02)  # one of two is enough
     assert claims[5, "sft, seed 0"].held_back == ()
+    few = [r | {"n_trainings": 1} for r in rows]
+    one = {(c.number, c.model): c for c in training_claims(arms, few)}
+    assert one[5, "r2d2, seed 0"].checks[0].outcome == "unclear"
     assert "four targets" in {c.number: c for c in training_claims(arms, [])}[6].held_back[0]
 
 
 def test_trainings_are_told_apart_by_seed_and_variant():
     rows = [
+        reference("C_cos", 0.1),
         row("C_cos", 0.1, 50, "harc", seed=0),
         row("C_cos", 0.1, 50, "harc", seed=1),
         row("C_cos", 0.1, 50, "harc", seed=0, variant="opened=True"),
     ]
     names = [t.name for t in trainings_of(rows).all]
     assert names[1] == "harc, seed 1" and len(set(names)) == 3
+
+
+def test_seeds_are_the_units_of_a_way_of_training():
+    def seeds(n, last):
+        return [
+            row(f"layer of {kind}", value, step, "sft", half=None, seed=seed)
+            for seed in range(n)
+            for kind in "HR"
+            for step, value in ((50, 25), (500, last + seed % 2))
+        ]
+
+    base = [reference("nothing", 0.0)]
+    five = {c.model: c for c in training_claims(base + seeds(5, 7), []) if c.number == 8}
+    assert five["sft, seed 0"].verdict == "undecided"
+    assert five["sft, 5 seeds"].p == 1 / 32 and five["sft, 5 seeds"].verdict == "holds"
+    two = {c.model: c for c in training_claims(base + seeds(2, 7), []) if c.number == 8}
+    assert two["sft, 2 seeds"].verdict == "undecided"
+
+
+def test_a_second_model_without_a_card_is_not_the_reference():
+    rows = [reference("ASR fixed", 0.2), *course("sft", sub=(0.1, 0.1), asr=(0.5, 0.6))]
+    other = row("ASR fixed", 0.9, 0, None) | {"model": "another"}
+    trainings = trainings_of([*rows, other])
+    assert trainings.all[0].of_reference("ASR fixed")["value"] == 0.2
 
 
 def test_all_claims_are_listed_with_what_they_need():

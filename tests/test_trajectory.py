@@ -138,17 +138,23 @@ def test_ways_of_training_are_told_apart_and_seeds_joined():
 def test_the_behaviour_of_a_changed_checkpoint_is_left_out():
     cell = {"none": 0.5, "full": 0.25, "refused_wilson": [0.3, 0.7], "full_wilson": [0.1, 0.5]}
     rate = {"asr": 0.2, "wilson": [0.1, 0.4], "behaviours": 8}
+    rate |= {"corrected": 0.15, "corrected_interval": [0.0, 0.3]}
     row = {
         "model": "m",
         "fingerprint": "f",
         "robustness": {"fixed": rate, "adaptive": rate | {"asr": None}},
         "usability": {"harmless": cell | {"n": 12, "d": -0.4}},
         "kl": 0.1,
+        "instructions": 0.3,
+        "instructions_wilson": [0.2, 0.4],
+        "instructions_n": 120,
     }
     notes = []
     state = {r["measure"]: r["value"] for r in behaviour_state(row, "f", notes)}
     assert state == {
         "ASR fixed": 0.2,
+        "ASR fixed, corrected": 0.15,
+        "instructions": 0.3,
         "refused, harmless": 0.5,
         "refused in full, harmless": 0.25,
         "D, harmless": -0.4,

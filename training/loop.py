@@ -137,6 +137,12 @@ def method_of(arm: Arm, config: Any, requests: Requests) -> str:
     return content_hash({k: v for k, v in settings.items() if k not in other})
 
 
+def common_of(config: Any) -> str:
+    """Stands for the settings of the loop, but seed and saved steps."""
+    names = {f.name for f in dataclasses.fields(TrainConfig)} - {"seed", "checkpoints"}
+    return content_hash({k: v for k, v in vars(config).items() if k in names})
+
+
 def variant_of(arm: Arm, config: Any) -> Row:
     """The arm's own settings that are not its paper's: what makes it a control, say."""
     common = {f.name for f in dataclasses.fields(TrainConfig)}
@@ -294,6 +300,7 @@ def card(arm: Arm, base: LoadedModel, config: Any, requests: Requests, step: int
         "settings": content_hash(settings_of(arm, config, requests)),
         "method": method_of(arm, config, requests),
         "variant": variant_of(arm, config),
+        "common": common_of(config),
         "trained_on": sorted(request_hash(r) for r in requests.texts(arm.needs, arm.validates)),
     }
 

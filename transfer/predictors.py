@@ -10,7 +10,10 @@ difference of both (``gap``) [SG 2606.16349].
 
     interval      bootstrap over checkpoints *and* behaviours: checkpoints are drawn again, and
                   pairs of one checkpoint with itself are left out
-    p             permutation of the predictor's numbers over checkpoints, of |rho|
+    p             permutation of the predictor's known numbers over the checkpoints of the group, of
+                  |rho|. Checkpoints of one training are not exchangeable: whatever grows along it
+                  correlates with whatever else does. So a claim takes this p only from five
+                  trainings on (``n_trainings``)
     first - next  difference of two predictors' |rho|, from the same samples
     needed        independent checkpoints that would show such a rho at 80 % power (Fisher's z)
 
@@ -49,11 +52,13 @@ class Transfers:
         checkpoints: names of all checkpoints, in one order.
         arms: their arms; None for a model that was not trained.
         success: (source, target, behaviour); NaN where nothing was made or sent.
+        trainings: which training each is of; None: each of its own.
     """
 
     checkpoints: tuple[str, ...]
     arms: tuple[str | None, ...]
     success: Array
+    trainings: tuple[str, ...] | None = None
 
     def tasr(self, weights: Array | None = None) -> Array:
         """(source, target) mean over behaviours, NaN without any; ``weights``: how often each."""
@@ -68,7 +73,7 @@ class Transfers:
         n = len(self.checkpoints)
         own = self.success[np.arange(n), np.arange(n)]
         kept = np.where((own > 0)[:, None], self.success, np.nan)
-        return Transfers(self.checkpoints, self.arms, kept)
+        return Transfers(self.checkpoints, self.arms, kept, self.trainings)
 
 
 def of_target(values: Array) -> Array:
@@ -134,8 +139,7 @@ def _group(
     rows: list[Row] = []
     for p in sorted(known, key=lambda p: -abs(own[p.name])):
         nulls = [
-            abs(_rho(tasr, Predictor(p.name, rng.permutation(p.values), p.pairs), everyone, chosen))
-            for _ in range(permutations)
+            abs(_rho(tasr, _dealt(p, chosen, rng), everyone, chosen)) for _ in range(permutations)
         ]
         rho = own[p.name]
         rows.append(
@@ -146,6 +150,7 @@ def _group(
                 "interval": percentile_interval(drawn[p.name]),
                 "p": permutation_p(abs(rho), nulls),
                 "n_targets": _targets(tasr, p, chosen),
+                "n_trainings": _trainings(transfers, tasr, p, chosen),
                 "n_pairs": int(_used(tasr, p, everyone, chosen).sum()),
                 "needed": needed(rho),
                 "beyond": {},
@@ -174,6 +179,20 @@ def _rho(tasr: Array, p: Predictor, nodes: NDArray[np.int64], chosen: NDArray[np
     return spearman(x, y)
 
 
+def _dealt(p: Predictor, chosen: NDArray[np.bool_], rng: np.random.Generator) -> Predictor:
+    """The predictor with its known numbers dealt anew among the group's checkpoints."""
+    values = p.values.copy()
+    known = chosen & ~np.isnan(values)
+    values[known] = rng.permutation(values[known])
+    return Predictor(p.name, values, p.pairs)
+
+
+def _trainings(transfers: Transfers, tasr: Array, p: Predictor, chosen: NDArray[np.bool_]) -> int:
+    used = np.asarray(_used(tasr, p, np.arange(len(chosen)), chosen)).any(0)
+    names = transfers.trainings or transfers.checkpoints
+    return len({names[n] for n in np.flatnonzero(used)})
+
+
 def _targets(tasr: Array, p: Predictor, chosen: NDArray[np.bool_]) -> int:
     used = _used(tasr, p, np.arange(len(chosen)), chosen)
     return int(used.any(0).sum())
@@ -191,6 +210,7 @@ def transfers_of(
     success: Mapping[tuple[str, str, str], float],
     checkpoints: Sequence[str],
     arms: Mapping[str, str | None],
+    trainings: Mapping[str, str] | None = None,
 ) -> Transfers:
     """``success`` by (source, target, behaviour) as an array; what is not there is missing."""
     behaviours = sorted({key[2] for key in success})
@@ -199,4 +219,5 @@ def transfers_of(
     for (source, target, behaviour), value in success.items():
         if source in place and target in place:
             array[place[source], place[target], behaviours.index(behaviour)] = value
-    return Transfers(tuple(checkpoints), tuple(arms.get(c) for c in checkpoints), array)
+    names = None if trainings is None else tuple(trainings[c] for c in checkpoints)
+    return Transfers(tuple(checkpoints), tuple(arms.get(c) for c in checkpoints), array, names)

@@ -2,7 +2,8 @@
 
 The last saved checkpoint against the first one. Published for Mistral-7B from update 50 to 500: ASR
 0 to .250, XSTest refusal 1 to .228, utility 0 to 1.117. Utility here is the share of verifiable
-instructions that are followed.
+instructions that are followed. Coupling is C_sub, of the whole fields: HRCI rests on carriers that
+were searched, and its interval leaves the search out. It is told.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from study.training_claims.registry import TRAINING_CLAIMS, TrainingTest
 from study.verdicts import Check
 
 MEASURES = (
-    ("HRCI v2", BELOW),
+    ("C_sub", BELOW),
     ("ASR fixed", ABOVE),
     ("instructions", ABOVE),
     ("refused, pseudo_harmful", BELOW),
@@ -26,7 +27,8 @@ def measure(training: Training, trainings: Trainings) -> Sequence[Check]:
     for name, claimed in MEASURES:
         first, last = training.ends(name)
         checks.append(difference(f"{name}, last - first", last, first, claimed=claimed))
-    return checks
+    first, last = training.ends("HRCI v2")
+    return [*checks, difference("HRCI v2, last - first", last, first, claimed=BELOW).told()]
 
 
 TRAINING_CLAIMS.add(

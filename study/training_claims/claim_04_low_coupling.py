@@ -1,7 +1,8 @@
 """Claim 4 [RG 2604.27019]: SFT has low coupling with high ASR.
 
-Low is what permuted labels show: HRCI v2 of the last checkpoint lies below their 95th percentile.
-High is more than the reference's ASR. Published for Mistral-7B at update 500: ASR .578.
+Low is what permuted labels show: C_sub of the last checkpoint lies below their 95th percentile.
+(HRCI rests on carriers that were searched, and its interval leaves the search out.) High is more
+than the reference's ASR. Published for Mistral-7B at update 500: ASR .578.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from study.verdicts import Check
 
 def measure(training: Training, trainings: Trainings) -> Sequence[Check]:
     step = training.steps[-1]
-    coupling, asr = (training.at(name, step) for name in ("HRCI v2", "ASR fixed"))
+    coupling, asr = (training.at(name, step) for name in ("C_sub", "ASR fixed"))
     null = coupling["null_permuted"]
     if null is None:
-        raise NothingToMeasure("no null of HRCI", where=training.name)
+        raise NothingToMeasure("no null of C_sub", where=training.name)
     before = training.of_reference("ASR fixed")
     return (
-        level("HRCI v2 below its permuted labels'", coupling, claimed=BELOW, threshold=null),
+        level("C_sub below its permuted labels'", coupling, claimed=BELOW, threshold=null),
         difference("ASR fixed, last - reference", asr, before, claimed=ABOVE),
     )
 
@@ -32,7 +33,7 @@ TRAINING_CLAIMS.add(
         number=4,
         title="SFT: low coupling with high ASR",
         measure=measure,
-        needs="HRCI and fixed-source ASR of the last checkpoint and the reference",
+        needs="C_sub and fixed-source ASR of the last checkpoint and the reference",
         arms=("sft",),
     )
 )

@@ -1,8 +1,8 @@
 """Claim 8 [SG 2606.16349]: the best carrier relocates from late to early layers.
 
 The layer of the refusal carrier at the last checkpoint less that at the first. One search gives one
-layer and no interval: a single training cannot decide this, however many prompts it is asked. The
-number is told; seeds decide.
+layer and no interval: a single training cannot decide this, however many prompts it is asked. Five
+seeds that agree can.
 """
 
 from __future__ import annotations

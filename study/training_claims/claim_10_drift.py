@@ -13,6 +13,8 @@ from study.training_claims.evidence import ABOVE, Training, Trainings, differenc
 from study.training_claims.registry import TRAINING_CLAIMS, TrainingTest
 from study.verdicts import Check
 
+FLOOR = 0.05
+"""ASR of both checkpoints at which nothing can be told."""
 MARGIN = 0.1
 """A difference of ASR that counts."""
 
@@ -23,7 +25,15 @@ def measure(training: Training, trainings: Trainings) -> Sequence[Check]:
         raise NothingToMeasure("drift of fewer than two checkpoints", where=training.name)
     least, most = (pick(drift, key=lambda s: drift[s]["value"]) for pick in (min, max))
     moved = difference("drift of R, most - least", drift[most], drift[least], claimed=ABOVE)
+    if moved.outcome != "yes":
+        raise NothingToMeasure(
+            "no two checkpoints that have surely drifted by different amounts",
+            where=training.name,
+            got=f"{drift[least]['value']:.1f} and {drift[most]['value']:.1f} degrees",
+        )
     near, far = (training.at("ASR fixed", step) for step in (least, most))
+    if max(near["value"], far["value"]) <= FLOOR:
+        raise NothingToMeasure("no attack succeeds, so no robustness shows", where=training.name)
     name = f"ASR fixed, most drifted (step {most}) - least (step {least})"
     return (
         moved.told(),

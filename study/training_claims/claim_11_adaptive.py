@@ -1,6 +1,7 @@
 """Claim 11 [SG 2606.16349]: fixed-source ASR understates adaptive ASR.
 
-GCG made anew on the last checkpoint against the frozen prompts of other models.
+GCG made anew on the last checkpoint against frozen GCG prompts of another model (other behaviours,
+the same attack). All frozen classes together are told.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ from study.verdicts import Check
 
 def measure(training: Training, trainings: Trainings) -> Sequence[Check]:
     step = training.steps[-1]
-    adaptive, fixed = (training.at(name, step) for name in ("ASR adaptive", "ASR fixed"))
-    return (difference("ASR, adaptive - fixed", adaptive, fixed, claimed=ABOVE),)
+    adaptive, gcg, fixed = (
+        training.at(f"ASR {name}", step) for name in ("adaptive", "gcg", "fixed")
+    )
+    return (
+        difference("ASR of GCG, adaptive - fixed", adaptive, gcg, claimed=ABOVE),
+        difference("ASR, adaptive - all fixed classes", adaptive, fixed, claimed=ABOVE).told(),
+    )
 
 
 TRAINING_CLAIMS.add(
@@ -23,6 +29,6 @@ TRAINING_CLAIMS.add(
         number=11,
         title="Fixed-source ASR understates adaptive ASR",
         measure=measure,
-        needs="adaptive ASR on at least 12 behaviours, and fixed-source ASR",
+        needs="adaptive and fixed-source ASR of GCG on at least 12 behaviours",
     )
 )

@@ -1,9 +1,9 @@
 """Claim 16 [HARC 2607.00572]: HARC raises in-band cosines beyond the gain of permuted labels.
 
 The cosine of held-out harmful prompts with the reference's H (t_inst) and R (t_post_inst) in its
-two best layers. The gain of a training, last checkpoint less reference, is compared with that of
-the same training on directions of permuted labels (``--directions permuted``), which an audit found
-to reach half of it.
+two best layers by prompts; HARC's own layers, by all factors of Eq. 6, may be others. The gain of a
+training, last checkpoint less reference, is compared with that of the same training on directions
+of permuted labels (``--directions permuted``), which an audit found to reach half of it.
 """
 
 from __future__ import annotations
@@ -36,5 +36,6 @@ TRAINING_CLAIMS.add(
         measure=measure,
         needs="HARC, and HARC with --directions permuted",
         arms=("harc",),
+        without=("directions", "positions", "terms"),
     )
 )

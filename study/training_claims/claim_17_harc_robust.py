@@ -33,5 +33,6 @@ TRAINING_CLAIMS.add(
         measure=measure,
         needs="fixed-source ASR and over-refusal of the last checkpoint and the reference",
         arms=("harc",),
+        without=("directions", "positions", "terms"),
     )
 )

@@ -43,5 +43,6 @@ TRAINING_CLAIMS.add(
         measure=measure,
         needs="HARC, and HARC at one position",
         arms=("harc",),
+        without=("directions", "positions", "terms"),
     )
 )

@@ -59,5 +59,6 @@ TRAINING_CLAIMS.add(
         measure=measure,
         needs="the change and KL of the last checkpoint and of other arms' checkpoints",
         arms=("harc",),
+        without=("directions", "positions", "terms"),
     )
 )

@@ -1,14 +1,17 @@
 """What claims about trainings look at: the measures of ``trajectory``, by training and step.
 
 One training run is one unit: what is shown on its checkpoints holds for this run, and says nothing
-of the next seed. So every claim is measured on each training apart, and the reader counts.
+of the next seed. So every claim is measured on each training apart, and on all seeds of a way of
+training together, where seeds are the units (``over_seeds``).
 
 A check compares two numbers with their 95 % intervals. Their standard errors are taken from these,
 
     p = 1 - Phi( (difference - threshold) / sqrt(se_1^2 + se_2^2) )        se = (high - low) / 3.92
 
-as if the two were independent. They mostly come from the same prompts, which makes the true error
-of a difference smaller: such a test decides less than it could, and is not wrong more often.
+as if the two were independent. Two checkpoints of one training mostly come from the same prompts,
+which makes the true error of a difference smaller: such a test decides less than it could. A
+difference between two trainings (claims 16, 18, 19) has the error of the seed on top, which one
+pair of trainings cannot show: a verdict there is about these two.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from statistics import NormalDist
 from core.errors import NothingToMeasure
 from core.rows import Row
 from core.significance import FEWEST, units_needed
-from study.verdicts import ABOVE, BELOW, WITHIN, Check
+from study.verdicts import ABOVE, BELOW, WITHIN, Check, Claim, mean_check
 
 WIDTH = 2 * 1.96
 """Standard errors in a 95 % interval."""
@@ -35,6 +38,7 @@ class Training:
     Attributes:
         name: arm and seed, and the folder where two would have one name.
         variant: what its arm does otherwise than in the paper, as ``setting=value``.
+        common: stands for the settings that every arm has, but the seed.
         measures: name -> step -> row of ``trajectory``.
     """
 
@@ -43,6 +47,7 @@ class Training:
     seed: int | None
     method: str | None
     variant: frozenset[str]
+    common: str | None
     measures: Mapping[str, Mapping[int, Row]]
     reference: Mapping[str, Row]
 
@@ -76,19 +81,23 @@ class Training:
         return self.at(measure, self.steps[0]), self.at(measure, self.steps[-1])
 
     def like(self, trainings: Trainings, change: str) -> Training:
-        """The training of this arm that differs from this one in one setting; this seed's if any.
+        """The training of this arm, seed and steps that differs from this one in one setting.
 
         Raises:
             NothingToMeasure: there is none.
         """
-        found = [t for t in trainings.of_arms([self.arm]) if t.variant == self.variant | {change}]
-        if not found:
-            raise NothingToMeasure(
-                f"no {self.arm} with {change}",
-                where=self.name,
-                remedy=f"train one with --{change.replace('=', ' ')}",
-            )
-        return next((t for t in found if t.seed == self.seed), found[0])
+        key = change.partition("=")[0]
+        if any(item.startswith(f"{key}=") for item in self.variant):
+            raise NothingToMeasure("a control itself", where=self.name, got=sorted(self.variant))
+        for other in trainings.of_arms([self.arm]):
+            same = (other.seed, other.common) == (self.seed, self.common)
+            if same and other.variant == self.variant | {change} and other.steps == self.steps:
+                return other
+        raise NothingToMeasure(
+            f"no {self.arm} of this seed, these steps and other settings with {change}",
+            where=self.name,
+            remedy=f"train one with --{change.replace('=', ' ')}",
+        )
 
     def of_reference(self, measure: str) -> Row:
         """
@@ -115,10 +124,11 @@ class Trainings:
 
 def trainings_of(rows: Sequence[Row], predictions: Sequence[Row] = ()) -> Trainings:
     """The trainings in rows of ``trajectory``."""
-    reference = {r["measure"]: r for r in rows if not r["arm"]}
+    first = rows[0]["model"] if rows else None
+    reference = {r["measure"]: r for r in rows if r["model"] == first}
     groups: dict[tuple[str, str | None, int | None], list[Row]] = {}
     for r in rows:
-        if r["arm"]:
+        if r["arm"] and r["model"] != first:
             groups.setdefault((r["arm"], r["method"], r["seed"]), []).append(r)
     usual = [f"{arm}, seed {seed}" for arm, _, seed in groups]
     trainings = []
@@ -130,8 +140,43 @@ def trainings_of(rows: Sequence[Row], predictions: Sequence[Row] = ()) -> Traini
         for r in own:
             measures.setdefault(r["measure"], {})[r["step"]] = r
         variant = frozenset((own[0].get("variant") or "").split())
-        trainings.append(Training(name, arm, seed, method, variant, measures, reference))
+        common = own[0].get("common")
+        made = Training(name, arm, seed, method, variant, common, measures, reference)
+        trainings.append(made)
     return Trainings(tuple(trainings), predictions)
+
+
+def over_seeds(trainings: Sequence[Training], claims: Sequence[Claim]) -> list[Claim]:
+    """The claim on all seeds of each way of training that has several: seeds are the units.
+
+    Each check's numbers, one per seed, are tested by sign flips: five seeds that agree are the
+    fewest that can decide.
+    """
+    groups: dict[tuple[str, frozenset[str], str | None], list[Claim]] = {}
+    for training, claim in zip(trainings, claims, strict=True):
+        if claim.applicable:
+            key = training.arm, training.variant, training.common
+            groups.setdefault(key, []).append(claim)
+    found = []
+    for (arm, *_), own in groups.items():
+        first = own[0]
+        if len(own) < 2 or len({tuple(c.claimed for c in claim.checks) for claim in own}) > 1:
+            continue
+        checks = []
+        for k, check in enumerate(first.checks):
+            beyond = [claim.checks[k].value - claim.checks[k].threshold for claim in own]
+            whole = check.claimed == WITHIN
+            made = mean_check(
+                check.name,
+                [claim.checks[k].value for claim in own] if whole else beyond,
+                unit=check.unit,
+                threshold=check.threshold if whole else 0.0,
+                claimed=check.claimed,
+            )
+            checks.append(replace(made, decides=check.decides))
+        name = f"{arm}, {len(own)} seeds"
+        found.append(replace(first, model=name, checks=tuple(checks)))
+    return found
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -198,5 +243,6 @@ __all__ = [
     "Trainings",
     "difference",
     "level",
+    "over_seeds",
     "trainings_of",
 ]

@@ -6,7 +6,7 @@ from core.errors import NothingToMeasure
 from study.training_claims.evidence import WITHIN, Trainings
 from study.verdicts import Check, p_check
 
-RAW = "raw"
+RAW, FEWEST = "raw", 5
 WEAK = 0.3
 """A smaller |rho| ranks nothing."""
 
@@ -31,6 +31,7 @@ def prediction_check(trainings: Trainings, arm: str, predictor: str, *, claimed:
             remedy="optimise prompts on checkpoints and replay them on all (gcg, transfer)",
         )
     low, high = row["interval"]
+    few = row["n_trainings"] < FEWEST
     if claimed == WITHIN:
         inside = low > -WEAK and high < WEAK
         pair = (0.05 if inside else 1.0), row["p"] if abs(row["rho"]) > WEAK else 1.0
@@ -38,6 +39,9 @@ def prediction_check(trainings: Trainings, arm: str, predictor: str, *, claimed:
     else:
         pair = row["p"], 1.0 if high > WEAK or low < -WEAK else 0.05
         test = "permuted checkpoints; against: 95 % interval within a weak one"
+    if few:  # whatever grows along a training correlates with whatever else does
+        pair = 1.0, 1.0
+        test += f"; {row['n_trainings']} trainings, fewer than {FEWEST}, decide nothing"
     return p_check(
         f"rho of TASR with the target's {predictor}, {arm}",
         row["rho"],

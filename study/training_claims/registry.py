@@ -26,6 +26,8 @@ class TrainingTest:
         arms: which trainings it is about; all without any.
         note: what the reader must know.
         any_of: whether one of the checks is enough.
+        without: settings of the arm; trainings where one is not the paper's are controls, and are
+            left out.
     """
 
     number: int
@@ -35,10 +37,16 @@ class TrainingTest:
     arms: tuple[str, ...] = ()
     note: str = ""
     any_of: bool = False
+    without: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return str(self.number)
+
+    def about(self, training: Training) -> bool:
+        """Whether the claim speaks of this training."""
+        changed = {item.partition("=")[0] for item in training.variant}
+        return (not self.arms or training.arm in self.arms) and not changed & set(self.without)
 
     def on(self, training: Training, trainings: Trainings) -> Claim:
         """The claim on one training; held back where that lacks what is to be measured."""
