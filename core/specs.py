@@ -95,6 +95,13 @@ def canonical_name(spec: str) -> str:
 
 
 def short_spec(spec: str) -> str:
-    """A spec for a title or a class name: an adapter's folder by its last part."""
+    """A spec for a title or a class name: an adapter's folder by its last part.
+
+    A checkpoint ``step-N`` keeps the name of its training.
+    """
     base, plus, adapter = spec.partition("+")
-    return f"{base}+{Path(adapter).name}" if plus else base
+    if not plus:
+        return base
+    path = Path(adapter)
+    training = f"{path.parent.name}/" if path.name.startswith("step-") and path.parent.name else ""
+    return f"{base}+{training}{path.name}"

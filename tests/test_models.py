@@ -249,3 +249,15 @@ def test_a_file_that_is_no_gguf_is_a_clear_error(tmp_path, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(b"nonsense")
     with pytest.raises(AttackPlaneError, match="cannot read the GGUF file"):
         load(str(tmp_path / "m.gguf"), "cpu")
+
+
+def test_checkpoints_of_two_trainings_have_two_names():
+    from core.specs import short_spec
+
+    names = [short_spec(f"embedded+runs/harc-{n}/step-60?dtype=bfloat16") for n in (0, 1)]
+    assert names == [
+        "embedded+harc-0/step-60?dtype=bfloat16",
+        "embedded+harc-1/step-60?dtype=bfloat16",
+    ]
+    assert short_spec("embedded+some/adapter") == "embedded+adapter"
+    assert short_spec("embedded+step-3") == "embedded+step-3" and short_spec("a/b") == "a/b"
