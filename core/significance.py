@@ -34,6 +34,7 @@ DRAWN, RESAMPLED = 9999, 1999
 """Drawn sign patterns, and bootstrap samples."""
 FEWEST = 12
 """Units below which no bootstrap decides."""
+LEAST = 0.1
 
 
 def sign_flip_p(values: Numbers, *, threshold: float = 0.0, seed: int = 0) -> float:
@@ -52,7 +53,11 @@ def sign_flip_p(values: Numbers, *, threshold: float = 0.0, seed: int = 0) -> fl
 
 
 def studentised_p(values: Numbers, *, threshold: float = 0.0, seed: int = 0) -> float:
-    """The same from (m - mean) / se of resampled units; equal values give 1 or the smallest p."""
+    """The same from (m - mean) / se of resampled units; equal values give 1 or the smallest p.
+
+    Of mostly equal values many resamples have no spread, and an error of any size would seem
+    infinite. So a resample has at least ``LEAST`` of the sample's spread.
+    """
     shifted = np.asarray(values, dtype=np.float64) - threshold
     n = len(shifted)
     spread = shifted.std(ddof=1) if n > 1 else 0.0
@@ -60,8 +65,8 @@ def studentised_p(values: Numbers, *, threshold: float = 0.0, seed: int = 0) -> 
         return 1 / (1 + RESAMPLED) if n > 1 and shifted[0] > 0 else 1.0
     drawn = shifted[np.random.default_rng(seed).integers(0, n, size=(RESAMPLED, n))]
     errors, spreads = drawn.mean(1) - shifted.mean(), drawn.std(axis=1, ddof=1)
-    # errors / spreads >= mean / spread, where a sample of equal values has no spread
-    extreme = errors * spread >= shifted.mean() * spreads
+    spreads = np.maximum(spreads, LEAST * spread)
+    extreme = errors / spreads >= shifted.mean() / spread
     return float((1 + extreme.sum()) / (1 + RESAMPLED))
 
 
