@@ -12,7 +12,8 @@ share of points predicted
 right. Null: labels permuted within each behaviour, ``draws`` times, the whole procedure anew.
 Interval: percentile bootstrap over behaviours of the held-out predictions. The same draws say how
 sure it is that the accuracy is more, or less, than ``MARGIN`` beyond that of permuted labels
-(``p_present``, ``p_absent``).
+(``p_present``, ``p_absent``); of fewer than 12 behaviours no bootstrap is asked, and permutations
+alone decide.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def separability(
         "null_mean": float(nulls.mean()),
         "null_95": float(np.quantile(nulls, 0.95)),
         "p": permutation_p(accuracy, nulls),
-        "p_present": 1.0 if few else draws_p(resampled, nulls.mean() + MARGIN),
+        "p_present": 0.0 if few else draws_p(resampled, nulls.mean() + MARGIN),
         "p_absent": 1.0 if few else draws_p(-np.array(resampled), -(nulls.mean() + MARGIN)),
         "recall": {n: float((predicted[labels == c] == c).mean()) for c, n in enumerate(names)},
     }

@@ -306,21 +306,21 @@ def experiment_run(
         ),
     )
     result = ExperimentResult(models, evaluated, inside, seconds=seconds)
-    decided = e.checkpoints(e.claims)
-    if decided:
-        result.claims = timed(
-            "claims",
-            lambda: measure_claims(
-                e.folder / "claims",
-                decided,
-                [],
-                e.study,
-                controls=e.options.controls,
-                open_model=open_model,
-            ),
-        )
+    if e.checkpoints(e.claims):
+        result.claims = timed("claims", partial(_claims, e, open_model))
     result.notes = [*evaluated.notes, *inside.notes]
     return result
+
+
+def _claims(e: Experiment, open_model: OpenModel) -> ClaimsResult:
+    return measure_claims(
+        e.folder / "claims",
+        e.checkpoints(e.claims),
+        [],
+        e.study,
+        controls=e.options.controls,
+        open_model=open_model,
+    )
 
 
 def _train(e: Experiment, training: TrainingChoice, seed: int) -> None:

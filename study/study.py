@@ -23,10 +23,7 @@ from core.readings import Directions
 from core.records import HARMFUL, HARMLESS, AttackArtifact, Behaviour
 from core.rows import Row
 from core.store import RunFolder
-from evaluation.behaviours import (
-    load_behaviours,
-    spread,
-)
+from evaluation.behaviours import load_behaviours, spread
 from evaluation.judges import Exchange, Judge, make_judge, outcomes
 from evaluation.refusal_score import Openings, openings_of
 from geometry.activations import POSITIONS as DIRECTION_POSITIONS

@@ -42,15 +42,13 @@ from core.records import HARMFUL, HARMLESS
 from core.rows import Row
 from core.statistics import Numbers, bootstrap_mean
 from core.store import RunFolder, write_atomically
-from geometry.activations import collect
 from geometry.beliefs import beliefs, told_rightly
 from geometry.change import inside_and_whole, null_outside
-from geometry.contrasts import Contrast, unit
+from geometry.contrasts import unit
 from geometry.controls import edit
 from geometry.directions import best_layers
 from geometry.effects import by_behaviour, differences, pick, summary
 from geometry.layers import MAX_KL, inner_layers
-from pipeline.contrast_reading import rendered
 from pipeline.plane_files import as_parquet
 from pipeline.runs import check_specs, write_rows
 from plots import checkpoints_png, interventions_png
@@ -62,6 +60,7 @@ from study.causal_sweep import slopes, sweep
 from study.config import StudyConfig
 from study.coupling import Estimate, coupling, draw_fields, drift
 from study.outcomes import measure, site_of
+from study.reference import Reference, held_out_states
 from study.sparse_transfer import matrix_rows, prediction_rows, transfers_in
 from study.study import Study
 from study.training_claims.evidence import over_seeds, trainings_of
@@ -72,7 +71,6 @@ STAGE = "trajectory"
 FILE, PARQUET = checkpoints_png.ROWS, "trajectory.parquet"
 CLAIMS, TRANSFERS = "trajectory_claims.jsonl", checkpoints_png.TRANSFERS
 PREDICTIONS, ANCHORS = "trajectory_predictions.jsonl", "trajectory_anchors.jsonl"
-READ = ("t_inst", "t_post_inst")
 NATS = "nats per token"
 VERSION = 1
 """Of the measures: raised where rows of before must be measured anew."""
@@ -120,7 +118,7 @@ def trajectory(
         run.begin_stage(STAGE, settings, {})
         states = {row["model"]: row for row in run.rows(EVALUATION)}
         first = Study(run, open_model(reference), config)
-        anchor = Anchor(first)
+        anchor = Reference(first)
         steered: list[Row] = []
         for spec in dict.fromkeys([reference, *specs]):
             study = first if spec == reference else Study(run, open_model(spec), config)
@@ -181,23 +179,7 @@ def _whose(spec: str) -> Row:
     return {"model": spec, **own, "variant": variant, "step": card.get("step", 0)}
 
 
-class Anchor:
-    """The reference, and what checkpoints are compared with."""
-
-    def __init__(self, study: Study) -> None:
-        self.study = study
-
-    @cached_property
-    def axes(self) -> dict[str, tuple[Contrast, str]]:
-        """H and R with the position that each is read at."""
-        return {"H": (self.study.harmfulness, "t_inst"), "R": (self.study.refusal, "t_post_inst")}
-
-    @cached_property
-    def read(self) -> dict[str, list[Tensor]]:
-        return held_out_states(self.study)
-
-
-def of_checkpoint(study: Study, anchor: Anchor) -> list[Row]:
+def of_checkpoint(study: Study, anchor: Reference) -> list[Row]:
     """Everything that is measured inside one checkpoint."""
 
     def make() -> list[Row]:
@@ -232,7 +214,7 @@ def row_of(family: str, name: str, found: Estimate, unit: str, n: int | None = N
 class _Checkpoint:
     """The measures of one checkpoint, family by family."""
 
-    def __init__(self, study: Study, anchor: Anchor) -> None:
+    def __init__(self, study: Study, anchor: Reference) -> None:
         reference = anchor.study
         if study.loaded.d_model != reference.loaded.d_model:
             raise AttackPlaneError(
@@ -340,15 +322,6 @@ class _Checkpoint:
                 yield _mean("plane", f"{label} along {kind}", along.tolist(), "residual units")
                 cosines = (unit(side[:, band].double()) * v[band]).sum(-1).mean(1)
                 yield _mean("cosines", f"{label} with {kind}", cosines.tolist(), "")
-
-
-def held_out_states(study: Study) -> dict[str, list[Tensor]]:
-    """Position -> residuals (pair, layer, d_model) of held-out harmful, and of harmless prompts."""
-    sides: list[list[Any]] = [list(side) for side in zip(*study.held_out_pairs(), strict=True)]
-    prompts = rendered(study.renderer, sides[0] + sides[1], study.config.system_prompt)
-    ids = [str(i) for i in range(len(prompts))]
-    read = collect(study.loaded, prompts, ids, positions=READ, description="held-out prompts")
-    return {p: list(read.at(p).split(len(sides[0]))) for p in READ}
 
 
 def _mean(family: str, name: str, values: Numbers, unit: str) -> Row:
