@@ -170,12 +170,18 @@ def heat_map(rows: Sequence[Row], order: Sequence[str]) -> Any:
             text = "-" if missing else f"{values[i, j]:.2f}"
             colour = "black" if missing or values[i, j] > 0.6 else "white"
             axis.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
-        axis.set_xticks(range(len(targets)), [short_spec(t) for t in targets], fontsize=6)
+        axis.set_xticks(range(len(targets)), [_label(t) for t in targets], fontsize=6)
         axis.tick_params(axis="x", labelrotation=90)
-        axis.set_yticks(range(len(sources)), [short_spec(s) for s in sources], fontsize=6)
+        axis.set_yticks(range(len(sources)), [_label(s) for s in sources], fontsize=6)
         title = "TASR" if key == "tasr" else "TASR given success on the source"
         axis.set_title(f"{title}; rows: source, columns: target; grey: missing", fontsize=8)
     return figure
+
+
+def _label(spec: str) -> str:
+    """A checkpoint by its training and step, another model by the last part of its name."""
+    base, _, adapter = short_spec(spec).partition("?")[0].partition("+")
+    return adapter or Path(base).name
 
 
 def _face(colour: str, filled: bool) -> Row:
