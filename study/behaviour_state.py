@@ -6,10 +6,11 @@ model's abilities. Intervals are Wilson's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from core.rows import Row
 from core.specs import short_spec
+from study.coupling import Estimate, row_of
 
 FAMILY = "behaviour"
 SHOWN = ("plain", "fixed", "adaptive", "gcg")
@@ -52,16 +53,6 @@ def _measures(row: Row) -> Iterator[Row]:
             yield _row(name, row[name], None, None)
 
 
-def _row(name: str, value: float, interval: list[float] | None, n: int | None) -> Row:
-    low, high = interval or (None, None)
-    return {
-        "family": FAMILY,
-        "measure": name,
-        "value": value,
-        "low": low,
-        "high": high,
-        "null_random": None,
-        "null_permuted": None,
-        "unit": "",
-        "n": n,
-    }
+def _row(name: str, value: float, interval: Sequence[float] | None, n: int | None) -> Row:
+    ends = None if interval is None else (interval[0], interval[1])
+    return row_of(FAMILY, name, Estimate(value, ends), "", n)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.rows import Row
 from geometry.contrasts import Contrast, unit
 from geometry.coupling import (
     effective_rank,
@@ -50,6 +51,22 @@ class Estimate:
     interval: tuple[float, float] | None = None
     null_random: float | None = None
     null_permuted: float | None = None
+
+
+def row_of(family: str, name: str, found: Estimate, unit: str, n: int | None = None) -> Row:
+    """One measure of one checkpoint; ``n`` units, where the interval is over them."""
+    low, high = found.interval or (None, None)
+    return {
+        "family": family,
+        "measure": name,
+        "value": found.value,
+        "low": low,
+        "high": high,
+        "null_random": found.null_random,
+        "null_permuted": found.null_permuted,
+        "unit": unit,
+        "n": n,
+    }
 
 
 @dataclass(frozen=True)

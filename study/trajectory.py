@@ -58,7 +58,7 @@ from study.behaviour_state import behaviour_state
 from study.causal_sweep import UNIT as SLOPE
 from study.causal_sweep import slopes, sweep
 from study.config import StudyConfig
-from study.coupling import Estimate, coupling, draw_fields, drift
+from study.coupling import Estimate, coupling, draw_fields, drift, row_of
 from study.outcomes import measure, site_of
 from study.reference import Reference, held_out_states
 from study.sparse_transfer import matrix_rows, prediction_rows, transfers_in
@@ -193,22 +193,6 @@ def of_checkpoint(study: Study, anchor: Reference) -> list[Row]:
     depends += [reference.model.fingerprint, reference.estimator_identity]
     depends += [VERSION, asdict(study.openings)]
     return study.kept("trajectory", depends, make)
-
-
-def row_of(family: str, name: str, found: Estimate, unit: str, n: int | None = None) -> Row:
-    """One measure of one checkpoint; ``n`` units, where the interval is over them."""
-    low, high = found.interval or (None, None)
-    return {
-        "family": family,
-        "measure": name,
-        "value": found.value,
-        "low": low,
-        "high": high,
-        "null_random": found.null_random,
-        "null_permuted": found.null_permuted,
-        "unit": unit,
-        "n": n,
-    }
 
 
 class _Checkpoint:
