@@ -16,7 +16,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from core.records import BASELINES, AttackArtifact
 from evaluation.judges import COMPLIED
 from geometry.contrasts import Contrast
 from geometry.resampling import permuted
@@ -77,15 +76,7 @@ def measure(evidence: Evidence) -> Claim:
 
 def successful(evidence: Evidence) -> dict[str, str]:
     """Artifact id -> reply of the attacks that succeeded with a reply that complies."""
-    by_id: dict[str, AttackArtifact] = {a.artifact_id: a for a in evidence.artifacts}
-    won = [
-        (by_id[r.artifact_id], r.reply)
-        for r in evidence.replays
-        if r.target_model == evidence.study.spec
-        and r.jailbroken
-        and r.attack not in BASELINES
-        and r.artifact_id in by_id
-    ]
+    won = [(a, r.reply) for a, r in evidence.answered if r.jailbroken]
     said = evidence.study.outcomes(won)
     return {
         a.artifact_id: reply

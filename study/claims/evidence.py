@@ -159,15 +159,19 @@ class Evidence:
     @cached_property
     def passed(self) -> set[str]:
         """Ids of attacked prompts whose reply is no refusal: they got past it."""
+        said = self.study.outcomes((a, r.reply) for a, r in self.answered)
+        kept = zip(self.answered, said, strict=True)
+        return {a.artifact_id for (a, _), outcome in kept if outcome not in (None, REFUSED)}
+
+    @cached_property
+    def answered(self) -> list[tuple[AttackArtifact, Replay]]:
+        """Attacked prompts, no baselines, with this model's replies."""
         by_id = {a.artifact_id: a for a in self.artifacts if a.attack not in BASELINES}
-        own = [
-            (by_id[r.artifact_id], r.reply)
+        return [
+            (by_id[r.artifact_id], r)
             for r in self.replays
             if r.target_model == self.study.spec and r.artifact_id in by_id
         ]
-        said = self.study.outcomes(own)
-        kept = zip(own, said, strict=True)
-        return {a.artifact_id for (a, _), outcome in kept if outcome not in (None, REFUSED)}
 
     @cached_property
     def refuses(self) -> tuple[int, int]:
