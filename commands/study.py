@@ -11,13 +11,14 @@ from commands.options import echo_notes, open_model, quiet_libraries
 
 if TYPE_CHECKING:
     from study.experiment import Experiment, ExperimentResult
+    from study.experiment_plan import Stage
 
 REPORT = "REPORT.md"
 
 
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
-@click.option("--dry-run", is_flag=True, help="Print the plan only.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and its time here only.")
 @quiet_libraries
 def study(config: Path, dry_run: bool) -> None:
     """Run a whole experiment from a TOML file.
@@ -30,17 +31,12 @@ def study(config: Path, dry_run: bool) -> None:
       python cli.py study examples/safety_geometry.toml --dry-run
       python cli.py study examples/safety_geometry.toml
     """
-    from commands.tables.layout import text_of
-    from study.experiment import experiment_run, plan, read_experiment
+    from study.experiment import experiment_run, read_experiment
+    from study.experiment_plan import measured, stages
 
     experiment = read_experiment(config)
-    columns = [
-        ("step", lambda row: row[0]),
-        ("what", lambda row: row[1]),
-        ("how many", lambda row: str(row[2])),
-    ]
-    models = 1 + len(experiment.checkpoints())
-    click.echo(f"{models} models -> {experiment.run}\n{text_of(columns, plan(experiment))}")
+    planned = stages(experiment, measured(experiment, open_model))
+    show_plan(experiment, planned)
     if dry_run:
         return
     result = experiment_run(
@@ -49,8 +45,25 @@ def study(config: Path, dry_run: bool) -> None:
     report = write_report(config, experiment, result)
     echo_notes(result.notes)
     for step, seconds in result.seconds.items():
-        click.echo(f"{step}: {seconds / 60:.1f} minutes")
+        estimated = sum(stage.seconds for stage in planned if stage.step == step) / 60
+        click.echo(f"{step}: {seconds / 60:.1f} minutes, estimated {estimated:.1f} from nothing")
     click.echo(str(report))
+
+
+def show_plan(experiment: Experiment, planned: list[Stage]) -> None:
+    from commands.tables.layout import text_of
+
+    columns = [
+        ("step", lambda s: s.step),
+        ("what", lambda s: s.what),
+        ("how many", lambda s: str(s.count)),
+        ("minutes each", lambda s: f"{s.each / 60:.1f}"),
+        ("minutes", lambda s: f"{s.seconds / 60:.0f}"),
+    ]
+    models = 1 + len(experiment.checkpoints())
+    hours = sum(stage.seconds for stage in planned) / 3600
+    click.echo(f"{models} models -> {experiment.run}\n{text_of(columns, planned)}")
+    click.echo(f"estimated time from nothing: {hours:.1f} hours (calibrated on the reference)")
 
 
 def write_report(config: Path, experiment: Experiment, result: ExperimentResult) -> Path:

@@ -110,6 +110,12 @@ class Experiment:
         return Path(self.run)
 
     @property
+    def base(self) -> str:
+        """What is trained: the reference as its folder has it, whatever it is loaded as later."""
+        spec = parse_spec(self.reference)
+        return self.reference if spec.load else self.reference.partition("?")[0]
+
+    @property
     def study(self) -> StudyConfig:
         return StudyConfig(
             contrast=self.behaviours,
@@ -234,25 +240,6 @@ class ExperimentResult:
     notes: list[str] = field(default_factory=list)
 
 
-def plan(experiment: Experiment) -> list[tuple[str, str, int]]:
-    """(step, what, how many) in the order of the work."""
-    e = experiment
-    trainings = [
-        ("train", f"{t.name or t.arm}, seeds {', '.join(map(str, t.seeds))}", len(t.seeds))
-        for t in e.trainings
-    ]
-    models = 1 + len(e.checkpoints())
-    sources = e.checkpoints(e.sources, first=True)
-    rest = [
-        ("attack", f"{', '.join(e.attacks) or 'none'} on {e.reference}", e.fixed_behaviours),
-        ("attack", f"{', '.join(e.transfer) or 'none'} on {len(sources)} sources", len(sources)),
-        ("evaluate", "checkpoints and the reference", models),
-        ("trajectory", "checkpoints and the reference", models),
-        ("claims", "checkpoints", len(e.checkpoints(e.claims))),
-    ]
-    return [*trainings, *rest]
-
-
 def experiment_run(
     experiment: Experiment,
     *,
@@ -326,7 +313,7 @@ def _claims(e: Experiment, open_model: OpenModel) -> ClaimsResult:
 def _train(e: Experiment, training: TrainingChoice, seed: int) -> None:
     arm = ARMS.get(training.arm)
     config = replace(training.config, seed=seed)
-    train_arm(arm.name, e.reference, e.out(training, seed), config, e.behaviours)
+    train_arm(arm.name, e.base, e.out(training, seed), config, e.behaviours)
 
 
 def _attack(

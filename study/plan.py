@@ -1,4 +1,4 @@
-"""What a run of ``claims`` will do on one model, and how long it will take here.
+"""What ``claims`` and ``trajectory`` will do on one model, and how long it will take here.
 
 The rates are measured on the spot, on a few prompts: seconds of a reply token, of an edited row
 with outcome D, of one without, and of a prompt whose residuals are read. What the run folder has
@@ -20,16 +20,22 @@ from evaluation.refusal_score import Openings
 from geometry.activations import collect
 from geometry.carriers import KEPT
 from geometry.contrasts import unit
+from geometry.interventions import MODES as STEERED
 from geometry.interventions import Intervention, ablation
 from geometry.rollout import rollout
+from study.causal_sweep import CONTROLS as SWEEP_CONTROLS
+from study.causal_sweep import PROMPTS as SWEPT
 from study.claims.evidence import CONTROL_PROMPTS, CONTROL_TEXTS, MODES, REPLY_TOKENS
 from study.claims.registry import ClaimTest
+from study.intervene import SWEEP
 from study.study import Study
 
 PROBED, EDITS = 8, 63
 """Prompts, and interventions, that rates are measured on: a whole batch of rows, as in the work."""
 ATTACK_TOKENS = 80
 """New tokens of a reply to an attacked prompt, on average."""
+BACKWARD = 6
+"""A gradient through prompt and reply, in passes of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -93,19 +99,45 @@ def _each(work: Callable[[], int]) -> float:
     return (time.monotonic() - start) / count
 
 
-def plan(study: Study, tests: Sequence[ClaimTest], controls: int, classes: int) -> list[Piece]:
+def trajectory_plan(study: Study, r: Rates, *, sweeps: bool) -> list[Piece]:
+    """The pieces of one checkpoint, in the order of the work."""
+    contrast = len(study.behaviours)
+    held_out = sum(len(study.held_out(label)) for label in (HARMFUL, HARMLESS))
+    rows = 2 * SWEPT * (1 + SWEEP_CONTROLS) * len(SWEEP) * len(STEERED)
+    works = [
+        ("residuals", contrast + 2 * held_out, "prompt", r.prompt),
+        ("carriers, by gradients", _passes(study), "pass", BACKWARD * r.prompt),
+        ("ablations", 3 * held_out, "row", r.row),
+        ("steering", rows if sweeps else 0, "row", r.control_row),
+    ]
+    return [Piece(what, n, of, n * seconds) for what, n, of, seconds in works if n]
+
+
+def _passes(study: Study) -> int:
+    """Gradients of D and of KL that the search for two carriers takes."""
+    config = study.config
+    return 2 * config.carrier_prompts * (4 * config.refusals + 8)
+
+
+def plan(
+    study: Study,
+    tests: Sequence[ClaimTest],
+    controls: int,
+    classes: int,
+    known: Rates | None = None,
+) -> list[Piece]:
     """The pieces of one model, in the order of the work.
 
     Args:
         classes: prompt-level attacks that are made where the run has none.
+        known: rates that were measured before.
     """
     needs = {name for t in tests for name in t.needs}
-    r, config = rates(study), study.config
+    r, config = known or rates(study), study.config
     harmful, harmless = (len(study.held_out(label)) for label in (HARMFUL, HARMLESS))
     contrast = len(study.behaviours)
     few = min(CONTROL_PROMPTS, harmful)
     tried = config.carrier_prompts
-    texts = 2 * config.refusals
     pieces = []
 
     def add(what: str, count: int, unit_of: str, seconds: float) -> None:
@@ -118,10 +150,8 @@ def plan(study: Study, tests: Sequence[ClaimTest], controls: int, classes: int) 
         add("residuals of attacked prompts", 2 * prompts, "prompt", r.prompt)
     add("own replies", contrast + harmful + harmless, "reply", config.reply_tokens * r.reply_token)
     add("residuals of contrast prompts", contrast, "prompt", r.prompt)
-    backward = 3 * r.prompt * 2
     if needs - {"attacks", "judgements"}:
-        passes = 2 * tried * (2 * texts + 8)
-        add("carriers, by gradients", passes, "pass", backward)
+        add("carriers, by gradients", _passes(study), "pass", BACKWARD * r.prompt)
     if "responses" in needs:
         add("replies under ablation", contrast, "reply", 2 * config.reply_tokens * r.reply_token)
         add("residuals of replies", contrast, "prompt", r.prompt)

@@ -4,9 +4,11 @@ import pytest
 from click.testing import CliRunner
 
 import cli
+from attacks.registry import Speed
 from core.errors import AttackPlaneError
 from core.store import read_rows
-from study.experiment import plan, read_experiment
+from study.experiment import read_experiment
+from study.experiment_plan import Costs, measured, stages
 
 FILE = """
 run = "{run}"
@@ -70,9 +72,29 @@ def test_an_experiment_knows_its_checkpoints_and_its_plan(tmp_path):
     sources = e.checkpoints(e.sources, first=True)
     assert sources == [f"embedded+{run}/sft-0/step-2?dtype=bfloat16"]
     assert e.trainings[0].config.learning_rate == 1e-3  # the preset small
-    rows = plan(e)
-    assert rows[0] == ("train", "sft, seeds 0, 1", 2) and rows[-1] == ("claims", "checkpoints", 1)
-    assert ("evaluate", "checkpoints and the reference", 6) in rows
+    speed = Speed(token=0.01, gradient=1.0, decoding_step=0.1)
+    rows = stages(e, Costs(speed, trajectory=50.0, claims=100.0))
+    assert (rows[0].step, rows[0].what, rows[0].count) == ("train", "sft, seeds 0, 1", 2)
+    # two updates of two sequences of 60 tokens, forward and backward like three passes
+    assert rows[0].seconds == pytest.approx(2 * 2 * 2 * 60 * 3 * 0.01)
+    counts = {row.step: (row.count, row.each) for row in rows}
+    assert counts["trajectory"] == (6, 50.0) and counts["claims"] == (1, 100.0)
+    assert counts["evaluate"][0] == 6 and counts["evaluate"][1] > 0
+
+
+def test_a_plan_is_estimated_on_the_reference_here(tmp_path, tiny_folders):
+    path = written(tmp_path, model=tiny_folders["qwen2"])
+    costs = measured(read_experiment(path))
+    assert costs.claims > costs.trajectory > 0
+    shown = CliRunner().invoke(cli.cli, ["study", str(path), "--dry-run"])
+    assert shown.exit_code == 0, shown.output
+    assert "hours (calibrated on the reference)" in shown.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("reference", ["embedded", "embedded?dtype=bfloat16"])
+def test_what_is_trained_is_the_reference_as_it_is_stored(reference, tmp_path):
+    assert read_experiment(written(tmp_path, model=reference)).base == "embedded"
 
 
 @pytest.mark.parametrize(

@@ -38,11 +38,13 @@ from training.data import Texts
 from training.examples import Example
 from training.forward import Forward
 from training.loop import STAGE, card, refuse_adapter, settings_of
-from training.registry import ARMS, Arm, TrainResult
+from training.registry import ARMS, SEQUENCE, Arm, TrainResult
 from training.requests import Requests
 from training.saved import table
 
 FOLDER = "cast"
+READ = 1_000
+"""Sequences that a fit reads, about: for estimates."""
 DEPTHS = (10 / 32, 15 / 32)
 """First and last layer that the behaviour is added at, as shares of the depth, rounded up: the
 condition is read up to the first of them, and it reads better later (docs/lab-log.md, 2026-11-28).
@@ -233,6 +235,7 @@ ARM = ARMS.add(
         fit=fit,
         validates=True,
         needs=(HARMFUL, HARMLESS),
+        cost=lambda config, speed: READ * SEQUENCE * speed.token,
         source="arXiv 2409.05907 and its official code",
         small={"reply_tokens": 16},
         examples=("train cast --out runs/cast --preset small",),

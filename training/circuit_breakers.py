@@ -25,7 +25,7 @@ from core.settings import setting
 from training.config import published
 from training.examples import Batches
 from training.losses import moved, rerouted
-from training.registry import ARMS, Arm, Bench, Losses, Method
+from training.registry import ARMS, Arm, Bench, Losses, Method, update_cost
 from training.states import StatesConfig, units
 
 DEPTHS = (10 / 32, 20 / 32)
@@ -93,6 +93,9 @@ ARM = ARMS.add(
         config=CBConfig,
         method=method,
         needs=(HARMFUL, HARMLESS, PSEUDO_HARMFUL),
+        cost=lambda config, speed: update_cost(
+            config, speed, learnt=2 * config.batch_size, frozen=2 * config.batch_size
+        ),
         source="arXiv 2406.04313 and its official code",
         blocks=lambda config, n_layers: range(max(chosen_layers(n_layers))),
         small={

@@ -21,7 +21,7 @@ from training.config import TrainConfig, published
 from training.examples import Batches
 from training.forward import Pass
 from training.losses import dpo_loss, reply_log_probability
-from training.registry import ARMS, Arm, Bench, Losses, Method
+from training.registry import ARMS, Arm, Bench, Losses, Method, update_cost
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,9 @@ ARM = ARMS.add(
         config=DPOConfig,
         method=method,
         needs=(HARMFUL,),
+        cost=lambda config, speed: update_cost(
+            config, speed, learnt=2 * config.batch_size, frozen=2 * config.batch_size
+        ),
         source="arXiv 2305.18290; settings as in arXiv 2607.00572",
         small={
             "num_steps": 100,

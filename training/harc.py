@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attacks.registry import Speed
 from attacks.workbench import stream_seed
 from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL
 from core.rows import Row
@@ -42,7 +43,7 @@ from training.config import TrainConfig, published
 from training.examples import Batches, Example
 from training.forward import Pass
 from training.losses import coupling_loss, kl_loss, reply_loss
-from training.registry import ARMS, Arm, Bench, Losses, Method
+from training.registry import ARMS, Arm, Bench, Losses, Method, update_cost
 
 TERMS = ("full", "prompt", "response", "ce_kl", "ce")
 POSITIONS = ("both", "t_inst", "t_post_inst")
@@ -252,6 +253,13 @@ def _ranges(sizes: Sequence[int]) -> list[range]:
     return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
 
 
+def cost(config: HARCConfig, speed: Speed) -> float:
+    """Refusals and continuations of as many harmful requests, and ordinary ones beside the base."""
+    ordinary = config.harmless + config.pseudo_harmful
+    learnt = 2 * config.batch_size + ordinary
+    return update_cost(config, speed, learnt=learnt, frozen=ordinary)
+
+
 ARM = ARMS.add(
     Arm(
         name="harc",
@@ -259,6 +267,7 @@ ARM = ARMS.add(
         config=HARCConfig,
         method=method,
         needs=(HARMFUL, HARMLESS, PSEUDO_HARMFUL),
+        cost=cost,
         source="arXiv 2607.00572 and its official code",
         small={
             "batch_size": 4,

@@ -22,7 +22,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
+from attacks.gcg import step_seconds
 from attacks.gcg_search import GCGConfig
+from attacks.registry import Speed
 from core.errors import AttackPlaneError
 from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL
 from core.rows import Row
@@ -30,7 +32,7 @@ from core.settings import setting
 from training.config import TrainConfig, published
 from training.examples import Batches, Example
 from training.losses import away_loss, reply_loss
-from training.registry import ARMS, Arm, Bench, Losses, Method
+from training.registry import ARMS, Arm, Bench, Losses, Method, update_cost
 from training.test_cases import Case, Pool
 
 TOWARD = "Sorry, I can't do that."
@@ -123,6 +125,14 @@ class _R2D2:
         self.pool.cases = [Case(**case) for case in row["pool"]]
 
 
+def cost(config: R2D2Config, speed: Speed) -> float:
+    """Each case is attacked, and followed by its target and by a refusal."""
+    gcg = GCGConfig(search_width=config.search_width, topk=config.topk)
+    attacks = config.num_steps * config.accumulation * config.cases * config.attack_steps
+    learnt = config.batch_size + 2 * config.cases
+    return attacks * step_seconds(gcg, speed) + update_cost(config, speed, learnt=learnt)
+
+
 ARM = ARMS.add(
     Arm(
         name="r2d2",
@@ -130,6 +140,7 @@ ARM = ARMS.add(
         config=R2D2Config,
         method=method,
         needs=(HARMFUL, HARMLESS, PSEUDO_HARMFUL),
+        cost=cost,
         source="HarmBench, arXiv 2402.04249; pool and LoRA as in arXiv 2606.16349",
         small={
             "num_steps": 240,

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from attacks.registry import Speed
 from core.errors import AttackPlaneError
 from core.records import config_from_dict, nearest
 from core.registry import Registry
@@ -32,6 +33,9 @@ from training.forward import Forward
 from training.requests import Requests
 
 PAPER, SMALL_PRESET = "paper", "small"
+SEQUENCE, FORWARD_AND_BACKWARD = 60, 3
+"""For estimates: tokens of a sequence (a request in its template and a short reply), and what an
+update of it costs in forward passes."""
 Losses = Mapping[str, Tensor]
 """Component -> its weighted loss. Those of one mapping share a graph and are differentiated
 together."""
@@ -97,6 +101,17 @@ class TrainResult:
     first: bool = True
 
 
+def update_cost(config: TrainConfig, speed: Speed, *, learnt: int = 0, frozen: int = 0) -> float:
+    """Seconds of all updates.
+
+    Args:
+        learnt: sequences of a micro-batch that gradients go through; 0: its batch size.
+        frozen: further sequences that are only read.
+    """
+    passes = FORWARD_AND_BACKWARD * (learnt or config.batch_size) + frozen
+    return config.num_steps * config.accumulation * passes * SEQUENCE * speed.token
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way to train, as everything else knows it.
@@ -109,6 +124,7 @@ class Arm:
         fit: fits such an arm: (arm, spec, requests, config, folder) -> result.
         needs: labels of the requests that it trains on.
         validates: whether it chooses something on the split validation.
+        cost: (config, speed) -> seconds of one training, for plans (``update_cost``).
         small: what the preset ``small`` changes, besides what every arm changes.
         blocks: (config, number of blocks) -> the blocks that get an adapter; None: all.
         source: the paper or code that it follows.
@@ -123,6 +139,7 @@ class Arm:
     method: Callable[[Bench, Any], Method] | None = None
     fit: Callable[[Arm, str, Requests, Any, Path], TrainResult] | None = None
     validates: bool = False
+    cost: Callable[[Any, Speed], float] = lambda config, speed: update_cost(config, speed)
     small: Mapping[str, Any] = field(default_factory=dict)
     blocks: Callable[[Any, int], range | None] = lambda config, n_layers: None
     examples: Sequence[str] = ()

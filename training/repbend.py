@@ -27,7 +27,7 @@ from training.config import published
 from training.examples import Batches
 from training.forward import Pass
 from training.losses import gathered, kl_loss, moved
-from training.registry import ARMS, Arm, Bench, Losses, Method
+from training.registry import ARMS, Arm, Bench, Losses, Method, update_cost
 from training.states import StatesConfig, units
 
 DEPTH = 20 / 32
@@ -96,6 +96,9 @@ ARM = ARMS.add(
         config=RepBendConfig,
         method=method,
         needs=(HARMFUL, HARMLESS, PSEUDO_HARMFUL),
+        cost=lambda config, speed: update_cost(
+            config, speed, learnt=2 * config.batch_size, frozen=2 * config.batch_size
+        ),
         source="arXiv 2504.01550 and its official code",
         small={"batch_size": 4, "learning_rate": 1e-4, "relative": True, "opened": True},
         examples=("train repbend --out runs/repbend --preset small",),
