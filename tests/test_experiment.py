@@ -1,5 +1,12 @@
 """A whole experiment from one file: read with all its faults told, and run on a tiny model."""
 
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 
@@ -10,6 +17,7 @@ from core.store import read_rows
 from study.experiment import read_experiment
 from study.experiment_plan import Costs, measured, stages
 
+ROOT = Path(__file__).parent.parent
 FILE = """
 run = "{run}"
 reference = "{model}"
@@ -115,6 +123,59 @@ def test_faults_of_an_experiment_are_told_with_their_place(old, new, says, tmp_p
     with pytest.raises(AttackPlaneError) as error:
         read_experiment(written(tmp_path, FILE.replace(old, new, 1)))
     assert says in str(error.value) and "experiment.toml" in str(error.value)
+
+
+STAGES = ("train", "attack", "evaluate", "trajectory", "claims")
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_in_every_stage_ends_as_one_that_was_not(tmp_path, tiny_folders):
+    text = FILE.replace("adaptive = 0", "adaptive = 1\nadaptive_steps = 2\nadaptive_width = 4")
+    text = text.format(run="run", model=tiny_folders["qwen2"])
+
+    def start(name):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        (folder / "experiment.toml").write_text(text)
+        command = [sys.executable, ROOT / "cli.py", "study", "experiment.toml"]
+        return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+
+    whole = start("whole")
+    whole.communicate()
+    assert whole.returncode == 0
+    draw, killed = random.Random(0), []
+    for stage in STAGES:
+        process = start("killed")
+        for line in process.stdout:
+            if line == f"{stage} ...\n":
+                time.sleep(draw.uniform(0.2, 1.5))
+                break
+        if process.poll() is None:
+            process.kill()
+            killed.append(stage)
+        process.communicate()
+    assert killed == list(STAGES)
+    last = start("killed")
+    last.communicate()
+    assert last.returncode == 0
+    expected, found = (_results(tmp_path / name / "run") for name in ("whole", "killed"))
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if expected[name] != found[name]] == []
+
+
+def _results(run):
+    """What a study leaves: rows without times, and the weights of checkpoints."""
+    timed = {"seconds", "wall_seconds", "created", "timestamp", "environment", "time"}
+    found = {}
+    for path in sorted(run.rglob("*.jsonl")):
+        rows = [
+            json.dumps({k: v for k, v in row.items() if k not in timed}, sort_keys=True)
+            for row in read_rows(path)
+        ]
+        found[str(path.relative_to(run))] = sorted(rows)
+    for path in sorted(run.rglob("*.safetensors")):
+        found[str(path.relative_to(run))] = path.read_bytes()
+    return found
 
 
 @pytest.mark.slow

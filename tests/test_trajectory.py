@@ -224,3 +224,7 @@ def test_checkpoints_are_measured_by_one_command_and_once(tiny_folders, tmp_path
     assert again.exit_code == 0 and read_rows(run / "trajectory.jsonl") == rows
     assert (run / "measured.jsonl").read_text().splitlines() == lines
     assert [json.loads(line)["what"] for line in lines].count("trajectory") == 2
+    adapter(tiny_folders["qwen2"], folder, seed=6)  # the same spec, other weights
+    refused = CliRunner().invoke(cli.cli, list(map(str, args)))
+    assert refused.exit_code == 1 and spec in refused.output and "remedy" in refused.output
+    assert read_rows(run / "trajectory.jsonl") == rows

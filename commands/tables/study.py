@@ -142,6 +142,24 @@ def effects_table(rows: Sequence[Row]) -> str:
     return text_of(columns, shown)
 
 
+def _claimed(c: Check) -> str:
+    if c.claimed == "within":
+        return f"|.| < {c.threshold:.2f}"
+    return f"{'>' if c.claimed == 'above' else '<'} {c.threshold:.2f}"
+
+
+def _nulls(c: Check) -> str:
+    return ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in c.nulls.items()) or "-"
+
+
+def _holm(claim: Claim) -> str:
+    return ", ".join(f"{p:.3f}" for p in claim.holm or ()) or "-"
+
+
+def _known(c: Check) -> bool:
+    return math.isfinite(c.value) and math.isfinite(c.low)
+
+
 def claims_table(claims: Sequence[Claim]) -> str:
     """One line per check; the verdict stands with each claim's first line.
 
@@ -159,37 +177,20 @@ def claims_table(claims: Sequence[Claim]) -> str:
     def of_check(fill: Callable[[Check], str]) -> Callable[[Any], str]:
         return lambda row: "" if row[1] is None else fill(row[1])
 
-    def claimed(c: Check) -> str:
-        if c.claimed == "within":
-            return f"|.| < {c.threshold:.2f}"
-        return f"{'>' if c.claimed == 'above' else '<'} {c.threshold:.2f}"
-
-    def nulls(c: Check) -> str:
-        return ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in c.nulls.items()) or "-"
-
-    def holm(claim: Claim) -> str:
-        return ", ".join(f"{p:.3f}" for p in claim.holm or ()) or "-"
-
-    def known(c: Check) -> bool:
-        return math.isfinite(c.value) and math.isfinite(c.low)
-
-    def says(c: Check) -> str:
-        return c.outcome if c.decides else f"({c.outcome})"
-
     columns: Columns = [
         ("claim", once(lambda claim: str(claim.number))),
         ("model", once(lambda claim: short_spec(claim.model))),
         ("verdict", once(lambda claim: claim.verdict)),
-        ("p, against, by Holm", once(holm)),
+        ("p, against, by Holm", once(_holm)),
         ("check", lambda row: row[1].name if row[1] else "not measured"),
-        ("estimate", of_check(lambda c: f"{c.value:+.2f}" if known(c) else "-")),
-        ("interval", of_check(lambda c: ends((c.low, c.high)) if known(c) else "-")),
-        ("claimed", of_check(claimed)),
-        ("nulls", of_check(nulls)),
+        ("estimate", of_check(lambda c: f"{c.value:+.2f}" if _known(c) else "-")),
+        ("interval", of_check(lambda c: ends((c.low, c.high)) if _known(c) else "-")),
+        ("claimed", of_check(_claimed)),
+        ("nulls", of_check(_nulls)),
         ("n", of_check(lambda c: str(c.n))),
         ("p", of_check(lambda c: f"{c.p:.3f}")),
         ("p against", of_check(lambda c: f"{c.p_against:.3f}")),
-        ("check says", of_check(says)),
+        ("check says", of_check(lambda c: c.outcome if c.decides else f"({c.outcome})")),
         ("n for 80 %", of_check(lambda c: str(c.needed) if c.needed else "-")),
     ]
     held_back = [

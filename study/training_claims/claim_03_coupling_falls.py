@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from study.training_claims.evidence import ABOVE, BELOW, Training, Trainings, difference
+from study.training_claims.evidence import ABOVE, BELOW, Training, Trainings, along
 from study.training_claims.registry import TRAINING_CLAIMS, TrainingTest
 from study.verdicts import Check
 
@@ -23,12 +23,8 @@ MEASURES = (
 
 
 def measure(training: Training, trainings: Trainings) -> Sequence[Check]:
-    checks = []
-    for name, claimed in MEASURES:
-        first, last = training.ends(name)
-        checks.append(difference(f"{name}, last - first", last, first, claimed=claimed))
-    first, last = training.ends("HRCI v2")
-    return [*checks, difference("HRCI v2, last - first", last, first, claimed=BELOW).told()]
+    checks = [along(training, name, claimed=claimed) for name, claimed in MEASURES]
+    return [*checks, along(training, "HRCI v2", claimed=BELOW).told()]
 
 
 TRAINING_CLAIMS.add(

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from study.training_claims.evidence import BELOW, Training, Trainings, difference
+from study.training_claims.evidence import BELOW, Training, Trainings, along
 from study.training_claims.registry import TRAINING_CLAIMS, TrainingTest
 from study.verdicts import Check
 
 
 def measure(training: Training, trainings: Trainings) -> Sequence[Check]:
-    checks = []
-    for kind in ("R", "H"):
-        first, last = training.ends(f"layer of {kind}")
-        checks.append(difference(f"layer of {kind}, last - first", last, first, claimed=BELOW))
-    return (checks[0], checks[1].told())
+    refusal, harmfulness = (
+        along(training, f"layer of {kind}", claimed=BELOW) for kind in ("R", "H")
+    )
+    return refusal, harmfulness.told()
 
 
 TRAINING_CLAIMS.add(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from study.training_claims.evidence import WITHIN, Training, Trainings, difference
+from study.training_claims.evidence import WITHIN, Training, Trainings, along
 from study.training_claims.registry import TRAINING_CLAIMS, TrainingTest
 from study.verdicts import Check
 
@@ -17,14 +17,9 @@ FLAT = 0.1
 
 
 def measure(training: Training, trainings: Trainings) -> Sequence[Check]:
-    checks = []
-    for name in ("effective rank of R, rows of unit length", "effective rank of R"):
-        first, last = training.ends(name)
-        margin = FLAT * first["value"]
-        checks.append(
-            difference(f"{name}, last - first", last, first, claimed=WITHIN, threshold=margin)
-        )
-    return (checks[0], checks[1].told())
+    rank = "effective rank of R"
+    of_unit_rows = along(training, f"{rank}, rows of unit length", claimed=WITHIN, flat=FLAT)
+    return of_unit_rows, along(training, rank, claimed=WITHIN, flat=FLAT).told()
 
 
 TRAINING_CLAIMS.add(

@@ -195,6 +195,18 @@ def difference(
     return _check(name, value, error, n, claimed, threshold, first["unit"])
 
 
+def along(training: Training, name: str, *, claimed: str, flat: float = 0.0) -> Check:
+    """A measure of the last checkpoint less that of the first, against 0.
+
+    Args:
+        flat: share of the first one's value that counts as no change.
+    """
+    first, last = training.ends(name)
+    return difference(
+        f"{name}, last - first", last, first, claimed=claimed, threshold=flat * first["value"]
+    )
+
+
 def level(name: str, row: Row, *, claimed: str, threshold: float) -> Check:
     """A measure against a threshold that is known."""
     return _check(name, row["value"], error_of(row), row["n"] or 1, claimed, threshold, row["unit"])
