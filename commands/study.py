@@ -70,7 +70,7 @@ def write_report(config: Path, experiment: Experiment, result: ExperimentResult)
     """``REPORT.md`` in the run folder: the tables of all stages, and their pictures."""
     from commands.tables.evaluate import evaluation_table
     from commands.tables.study import claims_table
-    from commands.tables.trajectory import predictions_table, trajectory_table
+    from commands.tables.trajectory import anchors_table, predictions_table, trajectory_table
     from core.store import write_atomically
 
     inside = result.trajectory
@@ -90,6 +90,8 @@ def write_report(config: Path, experiment: Experiment, result: ExperimentResult)
         images(result.evaluation.files),
     )
     section("What changes inside", trajectory_table(inside.rows), images(inside.files))
+    if inside.anchors:
+        section("Aligned anchors, ASR by what is ablated", anchors_table(inside.anchors), [])
     if inside.predictions:
         section("What predicts transfer", predictions_table(inside.predictions), [])
     if inside.claims:

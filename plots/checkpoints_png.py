@@ -23,6 +23,12 @@ from plots.style import COLOURS, MARKERS
 
 ROWS, NAME = "trajectory.jsonl", "trajectory_{}.png"
 TRANSFERS = "trajectory_transfers.jsonl"
+CELLS = {
+    "tasr": "TASR",
+    "tasr_given_source": "TASR given success on the source",
+    "d": "mean D of the target (nats per token)",
+}
+"""Panels of the heat map."""
 PLANE = "plane"
 ACROSS = 4
 
@@ -149,31 +155,33 @@ def plane_of(rows: Sequence[Row]) -> Any:
 
 
 def heat_map(rows: Sequence[Row], order: Sequence[str]) -> Any:
-    """TASR of sources (rows) on targets (columns), raw and given source success."""
+    """TASR of sources (rows) on targets (columns), raw and given source success; mean D."""
     import numpy as np
 
     places = list(dict.fromkeys(order))
     targets = [m for m in places if any(r["target"] == m for r in rows)]
     sources = [m for m in places if any(r["source"] == m for r in rows)]
     size = 1.8 + 0.42 * len(targets), 0.9 + 0.5 * len(sources)
-    figure, axes = _figure(1, 2, max(5.0, size[0]), max(2.2, size[1] + 1.2))
-    for axis, key in zip(axes, ("tasr", "tasr_given_source"), strict=True):
+    figure, axes = _figure(1, len(CELLS), max(5.0, size[0]), max(2.2, size[1] + 1.2))
+    for axis, (key, title) in zip(axes, CELLS.items(), strict=True):
         values = np.full((len(sources), len(targets)), np.nan)
         for r in rows:
             value = r[key]
             place = sources.index(r["source"]), targets.index(r["target"])
             values[place] = np.nan if value is None else value
         axis.set_facecolor("#dddddd")
-        axis.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        low, high = 0.0, 1.0
+        if key == "d" and not np.isnan(values).all():
+            low, high = float(np.nanmin(values)), float(np.nanmax(values))
+        axis.imshow(values, vmin=low, vmax=high, cmap="cividis", aspect="auto")
         for i, j in np.ndindex(*values.shape):
             missing = np.isnan(values[i, j])
             text = "-" if missing else f"{values[i, j]:.2f}"
-            colour = "black" if missing or values[i, j] > 0.6 else "white"
+            colour = "black" if missing or values[i, j] > low + 0.6 * (high - low) else "white"
             axis.text(j, i, text, ha="center", va="center", fontsize=6, color=colour)
         axis.set_xticks(range(len(targets)), [_label(t) for t in targets], fontsize=6)
         axis.tick_params(axis="x", labelrotation=90)
         axis.set_yticks(range(len(sources)), [_label(s) for s in sources], fontsize=6)
-        title = "TASR" if key == "tasr" else "TASR given success on the source"
         axis.set_title(f"{title}; rows: source, columns: target; grey: missing", fontsize=8)
     return figure
 

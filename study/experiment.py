@@ -20,6 +20,8 @@ sft = [200]
 [evaluate]                            # the budget of ``evaluate``
 [claims]                              # arm -> steps, of all seeds: claims about one model
 harc = [60]
+[anchors]                             # arm -> steps, of all seeds: aligned models to be reopened
+harc = [60]
 [options]                             # sweeps = true, controls = 199
 
 1. Train every arm and seed.
@@ -58,6 +60,8 @@ from study.measure import claims as measure_claims
 from study.trajectory import TrajectoryResult, trajectory
 from training.registry import ARMS, SMALL_PRESET
 
+CHOSEN = ("sources", "claims", "anchors")
+"""Tables that name checkpoints."""
 Steps = Mapping[str, tuple[int, ...]]
 """Arm -> steps of its checkpoints."""
 
@@ -102,6 +106,7 @@ class Experiment:
     transfer: Mapping[str, AttackChoice] = field(default_factory=dict)
     sources: Steps = field(default_factory=dict)
     claims: Steps = field(default_factory=dict)
+    anchors: Steps = field(default_factory=dict)
     evaluate: EvaluateConfig = EvaluateConfig()
     options: Options = Options()
 
@@ -166,7 +171,7 @@ def read_experiment(path: Path) -> Experiment:
             key: attack_of(key, table, f"{where}, [{name}.{key}]")
             for key, table in _table(values, name, where).items()
         }
-    for name in ("sources", "claims"):
+    for name in CHOSEN:
         values[name] = {
             key: tuple(steps) if isinstance(steps, list) else (steps,)
             for key, steps in _table(values, name, where).items()
@@ -213,7 +218,7 @@ def _check(experiment: Experiment, where: str) -> None:
             "two trainings of one name", where=where, got=twice, remedy='give one a name = "..."'
         )
     saved = {n: t.steps for n, t in zip(names, experiment.trainings, strict=True)}
-    for table in ("sources", "claims"):
+    for table in CHOSEN:
         for name, steps in getattr(experiment, table).items():
             missing = [s for s in steps if s not in saved.get(name, ())]
             if missing:
@@ -289,6 +294,7 @@ def experiment_run(
             models[1:],
             e.study,
             sweeps=e.options.sweeps,
+            anchors=e.checkpoints(e.anchors),
             open_model=open_model,
         ),
     )

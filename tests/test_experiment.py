@@ -50,6 +50,9 @@ sft = [2]
 [claims]
 other = [1]
 
+[anchors]
+sft = [2]
+
 [evaluate]
 plain = 2
 adaptive = 0
@@ -186,7 +189,12 @@ def test_a_whole_experiment_runs_and_runs_again_without_work(tmp_path, tiny_fold
         assert result.exit_code == 0, result.output
     run = tmp_path / "run"
     report = (run / "REPORT.md").read_text()
-    for title in ("How checkpoints behave", "What changes inside", "Claims about trainings"):
+    for title in (
+        "How checkpoints behave",
+        "What changes inside",
+        "Aligned anchors",
+        "Claims about trainings",
+    ):
         assert f"## {title}" in report
     rows = read_rows(run / "checkpoints" / "trajectory.jsonl")
     assert len({r["model"] for r in rows}) == 6

@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from core.statistics import wilson
+from study.sparse_transfer import SparseTransfer, matrix_rows
 from transfer.predictors import (
     Predictor,
     Transfers,
@@ -81,3 +83,18 @@ def test_pairs_by_hand():
     values = np.array([1.0, 3.0])
     assert of_target(values).tolist() == [[1, 3], [1, 3]]
     assert gap(values).tolist() == [[0, 2], [2, 0]]
+
+
+def test_cells_of_the_matrix_by_hand():
+    def between(values):
+        return transfers_of(values, ["a", "b"], {"a": "sft"})
+
+    judged = {("a", "a", "x"): 1.0, ("a", "a", "y"): 0.0, ("a", "b", "x"): 0.0}
+    leaning = {("a", "b", "x"): -2.0, ("a", "b", "y"): -1.0}
+    rows = matrix_rows(SparseTransfer(between(judged), between(leaning)))
+    own, other = rows  # nothing was made on b
+    assert (own["source"], own["target"], own["behaviours"]) == ("a", "a", 2)
+    assert own["tasr"] == 0.5 and own["tasr_interval"] == pytest.approx(wilson(1, 2))
+    assert own["tasr_given_source"] == 1.0 and own["d"] is None and own["d_interval"] is None
+    assert other["tasr"] == 0.0 and other["d"] == -1.5
+    assert other["d_interval"] == pytest.approx((-2.0, -1.0))

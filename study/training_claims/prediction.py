@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from core.errors import NothingToMeasure
+from study.sparse_transfer import RAW
 from study.training_claims.evidence import WITHIN, Trainings
 from study.verdicts import Check, p_check
 
-RAW, FEWEST = "raw", 5
+FEWEST = 5
 WEAK = 0.3
 """A smaller |rho| ranks nothing."""
 
