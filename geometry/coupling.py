@@ -32,7 +32,12 @@ def subspace(rows: Tensor, k: int = SUBSPACE) -> Tensor:
         raise AttackPlaneError(
             "too few directions for a subspace", got=len(kept), remedy=f"at least {k}"
         )
-    return torch.linalg.svd(unit(kept), full_matrices=False).Vh[:k]
+    kept = unit(kept)
+    if len(kept) > kept.shape[1]:
+        return torch.linalg.svd(kept, full_matrices=False).Vh[:k]
+    # a quarter of the time of an SVD: the leading eigenvectors u of the Gram matrix give u^T rows
+    leading = torch.linalg.eigh(kept @ kept.T).eigenvectors[:, -k:].flip(1)
+    return torch.linalg.qr((leading.T @ kept).T).Q.T
 
 
 def principal_cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -68,7 +73,9 @@ def effective_rank(rows: Tensor, *, normalise: bool) -> float:
     kept = rows[rows.norm(dim=-1) > 0].double()
     if not len(kept):
         return 0.0
-    power = torch.linalg.svdvals(unit(kept) if normalise else kept) ** 2
+    kept = unit(kept) if normalise else kept
+    gram = kept @ kept.T if len(kept) <= kept.shape[1] else kept.T @ kept
+    power = torch.linalg.eigvalsh(gram).clamp_min(0)  # squared singular values
     q = power / power.sum()
     return float(torch.exp(-(q * q.clamp_min(1e-300).log()).sum()))
 

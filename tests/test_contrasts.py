@@ -187,6 +187,20 @@ def test_effective_rank_by_hand_and_row_normalised():
     assert effective_rank(torch.zeros(2, 2), normalise=True) == 0
 
 
+@pytest.mark.parametrize(("n", "rank"), [(31, 31), (60, 20), (200, 64), (5, 2)])
+def test_subspaces_and_ranks_by_the_gram_matrix_are_those_of_the_svd(n, rank):
+    generator = torch.Generator().manual_seed(n)
+    rows = torch.randn(n, rank, generator=generator) @ torch.randn(rank, 64, generator=generator)
+    decomposed = torch.linalg.svd(unit(rows.double()), full_matrices=False)
+    found = subspace(rows)
+    assert torch.allclose(found @ found.T, torch.eye(3, dtype=torch.float64), atol=1e-10)
+    k = min(3, rank)
+    assert subspace_overlap(found[:k], decomposed.Vh[:k]) == pytest.approx(1)
+    q = decomposed.S**2 / (decomposed.S**2).sum()
+    expected = float(torch.exp(-(q * q.clamp_min(1e-300).log()).sum()))
+    assert effective_rank(rows, normalise=True) == pytest.approx(expected)
+
+
 def test_the_leading_subspace_of_planted_rows_is_found():
     frame = torch.linalg.qr(torch.randn(40, 3, generator=g()).double()).Q.T
     rows = torch.randn(100, 3, generator=g(1)).double() @ frame
