@@ -14,8 +14,7 @@ from attacks.registry import ATTACKS, Attack
 from attacks.result import AttackResult, Search, suffix_result
 from attacks.slot import slot_for
 from attacks.workbench import Progress, Task, Workbench, stream_seed
-from core.errors import AttackPlaneError
-from core.records import nearest
+from core.errors import AttackPlaneError, nearest
 from core.rows import Row
 from core.settings import check_settings, setting
 

@@ -16,11 +16,12 @@ from typing import Any
 
 from attacks.result import AttackResult
 from attacks.workbench import Task, Workbench
-from core.errors import AttackPlaneError
+from core.errors import AttackPlaneError, nearest
 from core.models import ModelHandle
-from core.records import AttackArtifact, Behaviour, config_from_dict, content_hash, nearest
+from core.records import AttackArtifact, Behaviour, content_hash
 from core.registry import Registry
 from core.rows import Row
+from core.typed import from_values
 
 PAPER, QUICK = "paper", "quick"
 Key = tuple[str, str | None]
@@ -112,7 +113,7 @@ class Attack:
             )
         values = {**self.presets[preset], **values}
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return config_from_dict(self.config, values, where)
+        return from_values(self.config, values, where)
 
 
 ATTACKS: Registry[Attack] = Registry("attack", "attacks")

@@ -7,20 +7,16 @@ that names the nearest known one, so that a typo never becomes a silently droppe
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self
 
 from core.errors import AttackPlaneError
 from core.rows import Row
+from core.typed import from_values
 
-if TYPE_CHECKING:
-    pass
-
-T = TypeVar("T")
 SCHEMA_VERSION = 1
 LABELS = HARMFUL, HARMLESS, PSEUDO_HARMFUL = "harmful", "harmless", "pseudo_harmful"
 SPLITS = ("train", "validation", "test")
@@ -44,23 +40,6 @@ def content_hash(content: Any, length: int = 16) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """A remedy that names the closest known word, or all of them."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
-
-
-def config_from_dict(cls: type[T], values: Row, where: str) -> T:
-    """Build a config dataclass; an unknown key is an error that names the nearest known one."""
-    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            raise AttackPlaneError(
-                f"unknown setting {key!r}", where=where, remedy=nearest(key, known)
-            )
-    return cls(**values)
-
-
 def require(condition: bool, what: str, record: Any, got: object) -> None:
     if not condition:
         raise AttackPlaneError(what, where=type(record).__name__, got=repr(got))
@@ -82,17 +61,7 @@ class Record:
                 got=version,
                 remedy=f"this version of the suite reads schema_version {SCHEMA_VERSION}",
             )
-        required = [
-            f.name
-            for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        ]
-        missing = [name for name in required if name not in row]
-        if missing:
-            raise AttackPlaneError(
-                f"{cls.__name__} lacks {', '.join(missing)}", where=where, got=sorted(row)
-            )
-        return config_from_dict(cls, row, where)
+        return from_values(cls, row, where, of="field")
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from core.errors import AttackPlaneError
-from core.records import content_hash, nearest
+from core.errors import AttackPlaneError, nearest
+from core.records import content_hash
 
 
 class Named(Protocol):

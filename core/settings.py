@@ -15,8 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from core.errors import AttackPlaneError
-from core.records import nearest
+from core.errors import AttackPlaneError, nearest
 from core.rows import Row
 
 HELP, FLAG, LOW, HIGH, BELOW, CHOICES = "help", "flag", "low", "high", "below", "choices"

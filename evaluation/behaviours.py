@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import AttackPlaneError
-from core.records import HARMFUL, HARMLESS, LABELS, SPLITS, Behaviour, nearest
+from core.errors import AttackPlaneError, nearest
+from core.records import HARMFUL, HARMLESS, LABELS, SPLITS, Behaviour
 from core.rows import Row
 from evaluation.behaviour_rows import (
     read_csv,

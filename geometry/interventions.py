@@ -35,9 +35,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.errors import AttackPlaneError
+from core.errors import AttackPlaneError, nearest
 from core.prompt import Prompt
-from core.records import nearest
 from geometry.activations import span_of
 from geometry.contrasts import unit
 

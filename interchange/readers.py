@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.errors import AttackPlaneError
-from core.records import nearest
+from core.errors import AttackPlaneError, nearest
 from interchange.foreign import (
     Foreign,
     Found,

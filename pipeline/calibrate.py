@@ -18,11 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from core.errors import AttackPlaneError
-from core.records import HARMFUL, AttackArtifact, Replay, config_from_dict, content_hash, nearest
+from core.errors import AttackPlaneError, nearest
+from core.records import HARMFUL, AttackArtifact, Replay, content_hash
 from core.rows import Row
 from core.statistics import Interval, wilson
 from core.store import RunFolder, read_rows, write_atomically
+from core.typed import from_values
 from evaluation.calibration import POOLED, Errors, count, kappa, kappa_interval
 from evaluation.judges import OUTCOMES, REFUSED, Exchange, make_judge, outcomes
 from pipeline.runs import artifacts_of, replays_of, write_rows
@@ -176,7 +177,7 @@ def read_labels(path: Path) -> list[Label]:
     labels = []
     for number, row in enumerate(read_rows(path), start=1):
         where = f"{path}, line {number}"
-        label = config_from_dict(Label, row, where)
+        label = from_values(Label, row, where)
         words = ((label.label, OUTCOMES), (label.second, OUTCOMES), (label.part, PARTS))
         for value, known in words:
             if value is not None and value not in known:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from attacks.registry import Attack, find_attack
 from core.errors import AttackPlaneError
-from core.records import config_from_dict
 from core.rows import Row
+from core.typed import from_values
 
+T = TypeVar("T")
 AttackChoice = tuple[Attack, Any]
 """An attack and its config."""
 
@@ -29,7 +30,7 @@ def read_toml(path: Path, what: str) -> Row:
         raise AttackPlaneError("not a TOML file", where=path, got=error) from error
 
 
-def table_of(cls: type[Any], values: Any, where: str) -> Any:
+def table_of(cls: type[T], values: Any, where: str) -> T:
     """A config dataclass from one table.
 
     Raises:
@@ -37,13 +38,7 @@ def table_of(cls: type[Any], values: Any, where: str) -> Any:
     """
     if not isinstance(values, dict):
         raise AttackPlaneError("expected a table", where=where, got=repr(values))
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    try:
-        return config_from_dict(cls, values, where)
-    except TypeError as error:  # a missing field, or a value of a wrong type met by a comparison
-        raise AttackPlaneError(
-            "a setting is missing or of a wrong type", where=where, got=error
-        ) from error
+    return from_values(cls, values, where)
 
 
 def attack_of(name: str, values: Any, where: str, judge: str | None = None) -> AttackChoice:

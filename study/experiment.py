@@ -42,9 +42,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from core.errors import AttackPlaneError
+from core.errors import AttackPlaneError, nearest
 from core.models import ModelHandle, OpenModel
-from core.records import HARMFUL, nearest
+from core.records import HARMFUL
 from core.rows import Row
 from core.specs import parse_spec
 from evaluation.behaviours import DEMONSTRATION, load_held_out, spread

@@ -8,8 +8,9 @@ import pytest
 
 from core.errors import AttackPlaneError
 from core.readings import PlanePoint
-from core.records import AttackArtifact, Behaviour, config_from_dict, content_hash
+from core.records import AttackArtifact, Behaviour, content_hash
 from core.store import RunFolder, read_rows, write_atomically
+from core.typed import from_values
 
 
 def test_a_torn_last_line_is_dropped_with_a_warning_and_cut_when_writing(tmp_path, caplog):
@@ -110,7 +111,7 @@ def test_unknown_and_missing_fields_are_named_with_the_nearest():
     with pytest.raises(AttackPlaneError, match="did you mean 'search_width'"):
         from attacks.gcg import GCGConfig
 
-        config_from_dict(GCGConfig, {"serch_width": 3}, "a config")
+        from_values(GCGConfig, {"serch_width": 3}, "a config")
 
 
 def test_records_refuse_what_cannot_be():

@@ -21,10 +21,10 @@ from typing import Any
 from torch import Tensor
 
 from attacks.registry import Speed
-from core.errors import AttackPlaneError
-from core.records import config_from_dict, nearest
+from core.errors import AttackPlaneError, nearest
 from core.registry import Registry
 from core.rows import Row
+from core.typed import from_values
 from training.adapter import Adapted
 from training.config import SMALL, TrainConfig
 from training.data import Texts
@@ -171,7 +171,7 @@ class Arm:
             defaults = {f.name: f.default for f in dataclasses.fields(self.config)}
             own = {**defaults, **merged}
             merged["checkpoints"] = tuple(c for c in own["checkpoints"] if c <= own["num_steps"])
-        return config_from_dict(self.config, merged, where)
+        return from_values(self.config, merged, where)
 
 
 ARMS: Registry[Arm] = Registry("training arm", "training")

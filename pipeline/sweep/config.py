@@ -35,8 +35,8 @@ from typing import Any
 
 from attacks.registry import ATTACKS
 from attacks.workbench import Workbench
-from core.errors import AttackPlaneError
-from core.records import Behaviour, nearest
+from core.errors import AttackPlaneError, nearest
+from core.records import Behaviour
 from core.rows import Row
 from core.specs import parse_spec
 from evaluation.behaviours import (

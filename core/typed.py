@@ -1,0 +1,87 @@
+"""Values from files against the types of a dataclass: the one reader of settings and rows.
+
+Types are taken strictly: ``true`` is no number, ``1.5`` no whole number, ``"8"`` neither, and a
+number must be finite. Lists stand for tuples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from functools import cache
+from typing import Any, TypeVar
+
+from core.errors import AttackPlaneError, nearest
+from core.rows import Row
+
+T = TypeVar("T")
+MISSING = dataclasses.MISSING
+
+
+def from_values(cls: type[T], values: Row, where: str, *, of: str = "setting") -> T:
+    """Build a dataclass from a table of a file, or a row.
+
+    Args:
+        of: what a field is called in messages.
+
+    Raises:
+        AttackPlaneError: an unknown field (the nearest known one is named), a missing one, a value
+            of a wrong type, or one that the class itself refuses.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise AttackPlaneError(
+                f"unknown {of} {name!r}", where=where, remedy=nearest(str(name), list(fields))
+            )
+    needed = [f.name for f in fields.values() if f.default is f.default_factory is MISSING]
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise AttackPlaneError(
+            f"lacks {', '.join(missing)}", where=where, got=sorted(values) or "{}"
+        )
+    checked = {name: _checked(cls, name, value, where) for name, value in values.items()}
+    try:
+        return cls(**checked)
+    except AttackPlaneError as error:
+        raise error.at(where) from error
+
+
+def _checked(cls: Any, name: str, value: Any, where: str) -> Any:
+    from pydantic import ValidationError
+
+    if isinstance(value, list) and _is_tuple(cls, name):
+        value = tuple(value)
+    try:
+        return _adapters(cls)[name].validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join([name, *(str(part) for part in first["loc"])])
+        raise AttackPlaneError(
+            f"{place}: {first['msg'].lower()}", where=where, got=repr(first["input"])[:200]
+        ) from None
+
+
+@cache
+def _adapters(cls: Any) -> dict[str, Any]:
+    from pydantic import ConfigDict, InstanceOf, TypeAdapter
+
+    config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
+    adapters = {}
+    for name, hint in _hints(cls).items():
+        if dataclasses.is_dataclass(hint):  # a table of its own, which is read already
+            adapters[name] = TypeAdapter(InstanceOf.__class_getitem__(hint))
+        else:
+            adapters[name] = TypeAdapter(hint, config=config)
+    return adapters
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    known = typing.get_type_hints(cls)
+    return {f.name: known[f.name] for f in dataclasses.fields(cls)}
+
+
+def _is_tuple(cls: Any, name: str) -> bool:
+    hint = _hints(cls)[name]
+    return any(typing.get_origin(part) is tuple for part in (hint, *typing.get_args(hint)))
