@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -21,6 +20,7 @@ from commands.options import (
     quiet_libraries,
 )
 from commands.setting_options import flag_of, given_settings, setting_options
+from commands.types import SEED_RANGE, FilePath, count
 from core.rows import Row
 
 COMMON = (
@@ -68,7 +68,7 @@ def _options(attack: Attack) -> list[Decorator]:
     options.append(
         click.option(
             "--run",
-            type=click.Path(path_type=Path),
+            type=FilePath(),
             help="Run folder [default: runs/ATTACK-MODEL-HASH]",
         )
     )
@@ -83,12 +83,12 @@ def _options(attack: Attack) -> list[Decorator]:
                 help=". ".join([*parts, "auto: quick on a CPU."]),
             )
         )
-    options.append(click.option("--seed", type=int, default=0))
+    options.append(click.option("--seed", type=SEED_RANGE, default=0))
     if attack.save_every:
         options.append(
             click.option(
                 "--save-every",
-                type=click.IntRange(1),
+                type=count(),
                 default=attack.save_every,
                 help="Steps between saves within a behaviour.",
             )

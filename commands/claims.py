@@ -9,6 +9,7 @@ import click
 
 from commands.options import echo_notes, numbers_of, open_model, quiet_libraries
 from commands.study_options import study_config, study_options, study_run
+from commands.types import count
 
 
 def _listed(context: click.Context) -> None:
@@ -22,7 +23,7 @@ def _listed(context: click.Context) -> None:
 @study_options
 @click.option(
     "--controls",
-    type=click.IntRange(2),
+    type=count(2),
     default=199,
     help="Directions that mean nothing, of each kind: p is at least 1 / (1 + so many).",
 )

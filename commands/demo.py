@@ -9,15 +9,14 @@ from typing import Any
 import click
 
 from commands.options import echo_notes, open_model, program, quiet_libraries
+from commands.types import FilePath
 
 BEST_LAYERS = 2
 """Layers of each model that are printed."""
 
 
 @click.command()
-@click.option(
-    "--run", type=click.Path(path_type=Path), default=Path("runs/demo"), help="Run folder."
-)
+@click.option("--run", type=FilePath(), default=Path("runs/demo"), help="Run folder.")
 @quiet_libraries
 def demo(run: Path) -> None:
     """Run every stage on the embedded model.

@@ -16,6 +16,7 @@ from commands.options import (
     open_model,
     quiet_libraries,
 )
+from commands.types import count
 
 
 @click.command()
@@ -33,7 +34,7 @@ from commands.options import (
 )
 @click.option(
     "--resamples",
-    type=click.IntRange(20),
+    type=count(20),
     default=200,
     help="Bootstrap samples and null draws.",
 )

@@ -9,6 +9,7 @@ import click
 
 from commands.options import RUN, echo_notes, open_model, quiet_libraries
 from commands.setting_options import given_settings, setting_options
+from commands.types import FilePath, count
 from evaluation.budget import EvaluateConfig
 from evaluation.judges.registry import DEFAULT_JUDGE
 
@@ -26,7 +27,7 @@ def budget_options(command: Any) -> Any:
 @click.option(
     "--attacks",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Run whose attacked prompts are replayed; repeatable.",
 )
 @click.option("--base", help="Base for KL and change [default: the first, without its adapter]")
@@ -49,7 +50,7 @@ def budget_options(command: Any) -> Any:
     multiple=True,
     help="Task of lm-evaluation-harness, such as mmlu; repeatable.",
 )
-@click.option("--task-limit", type=click.IntRange(1), help="Examples of each task.")
+@click.option("--task-limit", type=count(), help="Examples of each task.")
 @budget_options
 @quiet_libraries
 def evaluate(

@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from commands.options import RUN
+from commands.types import FilePath
 
 
 @click.command()
 @RUN
 @click.option("--format", "kind", type=click.Choice(["harmbench", "jailbreakbench"]), required=True)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="File to write.")
+@click.option("--out", type=FilePath(), required=True, help="File to write.")
 @click.option("--attack", help="Only this attack [default: all but the baselines]")
 @click.option("--source", help="Only artifacts of this source model.")
 @click.option("--variant", help="Only this variant.")

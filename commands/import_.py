@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from commands.options import RUN, quiet_libraries
+from commands.types import FilePath
 
 
 @click.command("import")
 @RUN
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=FilePath())
 @click.option(
     "--format",
     "kind",

@@ -10,6 +10,7 @@ import click
 
 from commands.options import echo_notes, numbers_of, open_model, quiet_libraries
 from commands.study_options import study_config, study_options, study_run
+from commands.types import Finite, count
 
 
 @click.command()
@@ -27,7 +28,7 @@ from commands.study_options import study_config, study_options, study_run
     "--strength",
     "strengths",
     multiple=True,
-    type=float,
+    type=Finite(),
     help="Lambda; steering in units of the refusal carrier's class difference. Repeatable "
     "[default: 1]",
 )
@@ -52,13 +53,11 @@ from commands.study_options import study_config, study_options, study_run
     default=("harmful", "harmless", "pseudo_harmful"),
     help="Only held-out prompts with this label; repeatable.",
 )
-@click.option(
-    "--limit", type=click.IntRange(1), help="So many prompts of each label, in place of --prompts."
-)
-@click.option("--max-new-tokens", type=click.IntRange(1), default=20)
+@click.option("--limit", type=count(), help="So many prompts of each label, in place of --prompts.")
+@click.option("--max-new-tokens", type=count(), default=20)
 @click.option(
     "--controls",
-    type=click.IntRange(2),
+    type=count(2),
     default=5,
     help="Random directions of each kind of control.",
 )

@@ -7,13 +7,14 @@ from pathlib import Path
 import click
 
 from commands.options import SEED, CleanGroup, echo_notes, quiet_libraries
+from commands.types import FilePath, count
 
 RUNS = click.option(
     "--run",
     "runs",
     multiple=True,
     required=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Run folder with the replies; repeatable.",
 )
 
@@ -25,7 +26,7 @@ def judge() -> None:
 
 @judge.command()
 @RUNS
-@click.option("--limit", type=click.IntRange(1), default=400, help="Replies to label.")
+@click.option("--limit", type=count(), default=400, help="Replies to label.")
 @SEED
 @quiet_libraries
 def sheet(runs: tuple[Path, ...], limit: int, seed: int) -> None:
@@ -50,7 +51,7 @@ def sheet(runs: tuple[Path, ...], limit: int, seed: int) -> None:
 @click.option(
     "--labels",
     required=True,
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=FilePath(exists=True, dir_okay=False),
     help="The filled sheet.",
 )
 @click.option(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from commands.types import SEED_RANGE, FilePath, count
 from core.errors import AttackPlaneError
 from evaluation.judges.registry import QUICK_JUDGE
 
@@ -91,10 +92,10 @@ def echo_notes(notes: Sequence[str]) -> None:
 RUN = click.option(
     "--run",
     required=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Run folder, for example runs/first.",
 )
-SEED = click.option("--seed", type=int, default=0, help="Random seed.")
+SEED = click.option("--seed", type=SEED_RANGE, default=0, help="Random seed.")
 SYSTEM = click.option("--system", help="System prompt.")
 JUDGE = click.option(
     "--judge", default=QUICK_JUDGE, help="Says refused or complied (see transfer --judge)."
@@ -114,7 +115,7 @@ def behaviour_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
         click.option(
             "--limit",
-            type=click.IntRange(1),
+            type=count(),
             help="So many, spread over categories [default: 4 of a built-in set, else all]",
         ),
         click.option(

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from commands.options import RUN, echo_notes, open_model, quiet_libraries
+from commands.types import count
 
 
 @click.command()
@@ -21,7 +22,7 @@ from commands.options import RUN, echo_notes, open_model, quiet_libraries
 @click.option("--estimator", type=click.Choice(["harc", "zhao"]), default="harc")
 @click.option(
     "--layer",
-    type=click.IntRange(0),
+    type=count(0),
     help="Layer [default: the base model's best layer score]",
 )
 @click.option(

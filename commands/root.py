@@ -18,6 +18,7 @@ import click
 import commands
 from commands.attack_index import declared_commands
 from commands.options import CONTEXT, EXIT_ERROR, CleanGroup
+from commands.types import FilePath
 from core.errors import AttackPlaneError
 
 LIBRARIES = ("httpx", "httpcore", "urllib3", "filelock", "matplotlib")
@@ -92,7 +93,7 @@ def load_plugins(ctx: click.Context, option: click.Parameter, paths: tuple[Path,
 @click.option(
     "--plugin",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     is_eager=True,
     expose_value=False,
     callback=load_plugins,

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from commands.types import Finite, count
 from core.rows import Row
 from core.settings import BELOW, CHOICES, FLAG, HELP, HIGH, LOW, default_of
 
@@ -48,7 +49,7 @@ def _setting_option(field: dataclasses.Field[Any], hint: Any, by_preset: bool) -
         return click.option(flag, field.name, multiple=True, metavar="NAME=JSON", **options)
     if kind is tuple:
         numbers = int in typing.get_args(hint)
-        choices = click.IntRange(1) if numbers else click.Choice(field.metadata.get(CHOICES, ()))
+        choices = count() if numbers else click.Choice(field.metadata.get(CHOICES, ()))
         options["metavar"] = "NUMBER" if numbers else "NAME"
         return click.option(flag, field.name, type=choices, multiple=True, **options)
     return click.option(flag, field.name, type=_type_of(kind, field.metadata), **options)
@@ -64,14 +65,12 @@ def _plain(hint: Any) -> type[Any]:
 def _type_of(kind: type[Any], metadata: Any) -> Any:
     if metadata.get(CHOICES):
         return click.Choice(metadata[CHOICES])
-    if all(metadata.get(bound) is None for bound in (LOW, HIGH, BELOW)):
-        return kind
     if kind is int:
         return click.IntRange(metadata.get(LOW), metadata.get(HIGH))
     if kind is float:
         below = metadata.get(BELOW)
         high = metadata.get(HIGH) if below is None else below
-        return click.FloatRange(metadata.get(LOW), high, max_open=below is not None)
+        return Finite(metadata.get(LOW), high, max_open=below is not None)
     return str
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from commands.options import echo_notes, open_model, quiet_libraries
+from commands.types import FilePath
 
 if TYPE_CHECKING:
     from study.experiment import Experiment, ExperimentResult
@@ -17,7 +18,7 @@ REPORT = "REPORT.md"
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=FilePath())
 @click.option("--dry-run", is_flag=True, help="Print the plan and its time here only.")
 @quiet_libraries
 def study(config: Path, dry_run: bool) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from commands.options import JUDGE, SEED, SYSTEM, TEMPLATE, default_run
+from commands.types import FilePath, count
 from core.rows import Row
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def study_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--resamples",
-            type=click.IntRange(20),
+            type=count(20),
             default=200,
             help="Bootstrap samples and null draws of directions.",
         ),
@@ -47,7 +48,7 @@ def study_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--prompts",
-            type=click.IntRange(4),
+            type=count(4),
             default=24,
             help="Held-out prompts of each label, spread over categories.",
         ),
@@ -61,7 +62,7 @@ def study_options(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--run",
-            type=click.Path(path_type=Path),
+            type=FilePath(),
             help="Run folder [default: runs/study-MODEL-HASH, the same for claims, intervene and "
             "layers]",
         ),

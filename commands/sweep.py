@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from commands.options import echo_notes, open_model, quiet_libraries
+from commands.types import FilePath
 
 if TYPE_CHECKING:
     from pipeline.sweep.config import SweepConfig
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=FilePath())
 @click.option("--dry-run", is_flag=True, help="Print the plan and the estimated time only.")
 @quiet_libraries
 def sweep(config: Path, dry_run: bool) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
 from commands.options import CleanGroup, quiet_libraries
 from commands.setting_options import flag_of, given_settings, setting_options
+from commands.types import FilePath
 from core.rows import Row
 
 Decorator = Callable[..., Any]
@@ -74,7 +74,7 @@ def _options() -> list[Decorator]:
         click.option(
             "--out",
             required=True,
-            type=click.Path(path_type=Path),
+            type=FilePath(),
             help="Folder of the checkpoints, for example runs/sft.",
         ),
         click.option(

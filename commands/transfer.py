@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from commands.options import RUN, echo_notes, open_model, quiet_libraries
+from commands.types import SEED_RANGE, Finite, count
 from evaluation.judges.registry import DEFAULT_JUDGES
 
 
@@ -38,12 +39,12 @@ from evaluation.judges.registry import DEFAULT_JUDGES
 @click.option("--system", help="System prompt of those requests.")
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(1),
+    type=count(),
     help="New tokens of a reply [default: 64, more for classes that ask for copying]",
 )
-@click.option("--temperature", type=click.FloatRange(0), default=0.0, help="0: greedy.")
-@click.option("--seed", type=int, default=0, help="Random seed of the sampling.")
-@click.option("--batch-size", type=click.IntRange(1), default=16)
+@click.option("--temperature", type=Finite(0), default=0.0, help="0: greedy.")
+@click.option("--seed", type=SEED_RANGE, default=0, help="Random seed of the sampling.")
+@click.option("--batch-size", type=count(), default=16)
 @quiet_libraries
 def transfer(
     run: Path,

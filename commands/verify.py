@@ -8,13 +8,14 @@ from pathlib import Path
 import click
 
 from commands.options import EXIT_VERIFY, RUN, open_model, quiet_libraries
+from commands.types import Finite
 
 
 @click.command()
 @RUN
 @click.option(
     "--tolerance",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=1e-3,
     help="Largest difference of losses (nats per target token).",
 )

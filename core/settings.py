@@ -18,6 +18,8 @@ from typing import Any
 from core.errors import AttackPlaneError, nearest
 from core.rows import Row
 
+MOST, LARGEST = 10**9, 2**63 - 1
+"""No count is larger, where no bound is stated; no whole number is (seeds)."""
 HELP, FLAG, LOW, HIGH, BELOW, CHOICES = "help", "flag", "low", "high", "below", "choices"
 
 
@@ -100,6 +102,8 @@ def _out_of_bounds(value: float, metadata: Mapping[str, Any]) -> str | None:
     low, high, below = (metadata[bound] for bound in (LOW, HIGH, BELOW))
     if low is not None and value < low:
         return f"must be {low:g} or more"
+    if high is None and isinstance(value, int):
+        high = MOST if low is not None else LARGEST
     if high is not None and value > high:
-        return f"must be {high:g} or less"
+        return f"must be {high:,} or less" if isinstance(high, int) else f"must be {high:g} or less"
     return f"must be below {below:g}" if below is not None and value >= below else None

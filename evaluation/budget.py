@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from core.settings import check_settings, setting
+from core.settings import LARGEST, check_settings, setting
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class EvaluateConfig:
     )
     instructions: int = setting(120, "Verifiable instructions; 0: none.", low=0)
     kl_prompts: int = setting(24, "Harmless requests for the KL to the base; 0: none.", low=0)
-    seed: int = setting(0, "Random seed.")
+    seed: int = setting(0, "Random seed.", low=0, high=LARGEST)
 
     def __post_init__(self) -> None:
         check_settings(self, "evaluate")

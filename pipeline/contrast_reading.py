@@ -17,6 +17,7 @@ from core.prompt import Conversation, Prompt, Renderer
 from core.readings import Activations
 from core.records import HARMFUL, Behaviour, content_hash
 from core.rows import Row
+from core.settings import LARGEST, check_settings, setting
 from core.store import RunFolder
 from evaluation.behaviours import (
     BUILT_IN,
@@ -43,12 +44,15 @@ class DirectionsConfig:
 
     contrast: str = DEMONSTRATION
     splits: tuple[str, ...] = CONTRAST_SPLITS
-    reply_tokens: int = 32
-    resamples: int = 200
-    seed: int = 0
+    reply_tokens: int = setting(32, "New tokens of the model's own replies.", low=1)
+    resamples: int = setting(200, "Bootstrap samples, permutations, random directions.", low=20)
+    seed: int = setting(0, "Random seed.", low=0, high=LARGEST)
     system_prompt: str | None = None
     judge: str = QUICK_JUDGE
-    template: str = TEMPLATES[0]
+    template: str = setting(TEMPLATES[0], "Chat template or raw.", choices=TEMPLATES)
+
+    def __post_init__(self) -> None:
+        check_settings(self, "directions")
 
     def to_settings(self) -> Row:
         """For a run's manifest. The judge may change: replies are judged when they are read."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from core.rows import Row
+from core.settings import LARGEST, check_settings, setting
 from evaluation.behaviours import (
     CONTRAST_SPLITS,
     DEMONSTRATION,
@@ -12,6 +13,7 @@ from evaluation.behaviours import (
     recorded_name,
 )
 from evaluation.judges import QUICK_JUDGE
+from geometry.directions import ESTIMATORS
 from pipeline.contrast_reading import TEMPLATES, DirectionsConfig
 
 
@@ -32,18 +34,21 @@ class StudyConfig:
     splits: tuple[str, ...] = CONTRAST_SPLITS
     held_out: str = DEMONSTRATION
     held_out_splits: tuple[str, ...] = HELD_OUT_SPLITS
-    held_out_prompts: int | None = 24
-    estimator: str = "auto"
-    reply_tokens: int = 32
-    resamples: int = 200
-    carrier_prompts: int = 8
-    carrier_every: int = 3
-    refusals: int = 2
-    seed: int = 0
+    held_out_prompts: int = setting(24, "Held-out prompts of each label.", low=1)
+    estimator: str = setting("auto", "Of the refusal contrast.", choices=("auto", *ESTIMATORS))
+    reply_tokens: int = setting(32, "New tokens of the model's own replies.", low=1)
+    resamples: int = setting(200, "Bootstrap samples and null draws.", low=20)
+    carrier_prompts: int = setting(8, "Prompts of each label that carriers are tried on.", low=1)
+    carrier_every: int = setting(3, "Every so many-th layer is tried.", low=1)
+    refusals: int = setting(2, "Refusals, and openings that comply, in outcome D.", low=1)
+    seed: int = setting(0, "Random seed.", low=0, high=LARGEST)
     system_prompt: str | None = None
     judge: str = QUICK_JUDGE
     outputs: bool = False
-    template: str = TEMPLATES[0]
+    template: str = setting(TEMPLATES[0], "Chat template or raw.", choices=TEMPLATES)
+
+    def __post_init__(self) -> None:
+        check_settings(self, "study")
 
     def to_settings(self) -> Row:
         """For a run's manifest."""

@@ -46,6 +46,7 @@ from core.errors import AttackPlaneError, nearest
 from core.models import ModelHandle, OpenModel
 from core.records import HARMFUL
 from core.rows import Row
+from core.settings import check_settings, setting
 from core.specs import parse_spec
 from evaluation.behaviours import DEMONSTRATION, load_held_out, spread
 from evaluation.budget import EvaluateConfig
@@ -86,12 +87,15 @@ class TrainingChoice:
 
 @dataclass(frozen=True)
 class Options:
-    """``sweeps``: steer every checkpoint too. ``controls``: of claims, of each kind."""
+    """Of the last two stages."""
 
-    sweeps: bool = False
-    controls: int = 199
-    prompts: int = 24
-    resamples: int = 200
+    sweeps: bool = setting(False, "Steer every checkpoint too.")
+    controls: int = setting(199, "Of claims, of each kind.", low=2)
+    prompts: int = setting(24, "Held-out prompts of each label.", low=4)
+    resamples: int = setting(200, "Bootstrap samples and null draws.", low=20)
+
+    def __post_init__(self) -> None:
+        check_settings(self, "options")
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,8 @@ class Experiment:
     trainings: tuple[TrainingChoice, ...]
     reference: str = "embedded"
     behaviours: str = DEMONSTRATION
-    fixed_behaviours: int = 8
-    source_behaviours: int = 6
+    fixed_behaviours: int = setting(8, "That fixed attacks are made for.", low=1)
+    source_behaviours: int = setting(6, "That each source is attacked on.", low=1)
     attacks: Mapping[str, AttackChoice] = field(default_factory=dict)
     transfer: Mapping[str, AttackChoice] = field(default_factory=dict)
     sources: Steps = field(default_factory=dict)
@@ -109,6 +113,11 @@ class Experiment:
     anchors: Steps = field(default_factory=dict)
     evaluate: EvaluateConfig = EvaluateConfig()
     options: Options = Options()
+
+    def __post_init__(self) -> None:
+        check_settings(self, "experiment")
+        if not self.run.strip():
+            raise AttackPlaneError("an experiment needs a run folder", where="run")
 
     @property
     def folder(self) -> Path:

@@ -31,7 +31,7 @@ from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Renderer
 from core.records import HARMFUL, HARMLESS, Behaviour
 from core.rows import Row
-from core.settings import check_settings, setting
+from core.settings import LARGEST, check_settings, setting
 from core.store import RunFolder, write_atomically
 from plots.condition_png import GRID, SCORES, draw
 from training.data import Texts
@@ -60,7 +60,7 @@ class CASTConfig:
     )
     max_tokens: int = setting(512, "Tokens of a sequence; longer ones are cut.", low=8)
     reply_tokens: int = setting(48, "New tokens of replies that are made for the estimate.", low=1)
-    seed: int = setting(0, "Recorded; nothing is drawn.")
+    seed: int = setting(0, "Recorded; nothing is drawn.", low=0, high=LARGEST)
 
     def __post_init__(self) -> None:
         check_settings(self, "train cast")

@@ -9,7 +9,7 @@ from typing import Any
 
 from core.errors import AttackPlaneError
 from core.rows import Row
-from core.settings import check_settings, setting
+from core.settings import LARGEST, check_settings, setting
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("float32", "bfloat16")
@@ -44,7 +44,7 @@ class TrainConfig:
     )
     max_tokens: int = setting(512, "Tokens of a sequence; longer ones are cut.", low=8)
     reply_tokens: int = setting(48, "New tokens of replies that are made for training.", low=1)
-    seed: int = setting(0, "Random seed.")
+    seed: int = setting(0, "Random seed.", low=0, high=LARGEST)
 
     def __post_init__(self) -> None:
         check_settings(self, "train")

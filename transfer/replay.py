@@ -21,7 +21,7 @@ from core.models import LoadedModel
 from core.prompt import Conversation, Renderer
 from core.records import AttackArtifact, Replay, content_hash
 from core.rows import Row
-from core.settings import check_settings, setting
+from core.settings import LARGEST, check_settings, setting
 from evaluation.judges import Exchange, Judge, Judgement, judge_all
 from evaluation.refusal_score import RefusalScore, refusal_scores
 from transfer.certificate import certificate
@@ -39,7 +39,7 @@ class ReplayConfig:
         None, "New tokens of a reply [default: 64, more for classes that ask for copying].", low=1
     )
     temperature: float = setting(0.0, "0: greedy.", low=0)
-    seed: int = setting(0, "Random seed of the sampling.")
+    seed: int = setting(0, "Random seed of the sampling.", low=0, high=LARGEST)
 
     def __post_init__(self) -> None:
         check_settings(self, "replay")

@@ -36,8 +36,9 @@ from typing import Any
 from attacks.registry import ATTACKS
 from attacks.workbench import Workbench
 from core.errors import AttackPlaneError, nearest
-from core.records import Behaviour
+from core.records import LABELS, Behaviour
 from core.rows import Row
+from core.settings import LARGEST, check_settings, setting
 from core.specs import parse_spec
 from evaluation.behaviours import (
     BUILT_IN,
@@ -65,16 +66,13 @@ class BehavioursChoice:
     """
 
     set: str = DEMONSTRATION
-    label: str = "harmful"
+    label: str = setting("harmful", "Label, or any.", choices=(*LABELS, "any"))
     splits: tuple[str, ...] | None = None
-    every: int = 1
-    limit: int | None = None
+    every: int = setting(1, "Only each so many-th.", low=1)
+    limit: int | None = setting(None, "So many, spread over categories.", low=1)
 
     def __post_init__(self) -> None:
-        if self.every < 1 or (self.limit is not None and self.limit < 1):
-            raise AttackPlaneError(
-                "every and limit must be 1 or more", got=(self.every, self.limit)
-            )
+        check_settings(self, "behaviours")
 
 
 @dataclass(frozen=True)
@@ -107,17 +105,11 @@ class ImportChoice:
 class PlaneChoice:
     anchors: str = DEMONSTRATION
     anchor_splits: tuple[str, ...] = HELD_OUT_SPLITS
-    estimator: str = ESTIMATORS[0]
-    layer: int | None = None
+    estimator: str = setting(ESTIMATORS[0], "Of the refusal direction.", choices=ESTIMATORS)
+    layer: int | None = setting(None, "Residual layer [default: the base's best].", low=0)
 
     def __post_init__(self) -> None:
-        if self.estimator not in ESTIMATORS:
-            known = ", ".join(ESTIMATORS)
-            raise AttackPlaneError(
-                "unknown estimator", got=self.estimator, remedy=f"one of {known}"
-            )
-        if self.layer is not None and (not isinstance(self.layer, int) or self.layer < 0):
-            raise AttackPlaneError("layer must be a number from 0 on", got=self.layer)
+        check_settings(self, "plane")
 
 
 @dataclass(frozen=True)
@@ -127,13 +119,18 @@ class SweepConfig:
     targets: tuple[str, ...]
     base: str | None = None
     judges: tuple[str, ...] = DEFAULT_JUDGES
-    seed: int = 0
+    seed: int = setting(0, "Random seed.", low=0, high=LARGEST)
     behaviours: BehavioursChoice = BehavioursChoice()
     attacks: Mapping[str, AttackChoice] = field(default_factory=dict)
     imports: tuple[ImportChoice, ...] = ()
     replay: ReplayConfig = ReplayConfig()
     directions: DirectionsConfig = DirectionsConfig()
     plane: PlaneChoice = PlaneChoice()
+
+    def __post_init__(self) -> None:
+        check_settings(self, "sweep")
+        if not self.run.strip() or not self.judges:
+            raise AttackPlaneError("a sweep needs a run folder and a judge", where="run, judges")
 
     @property
     def plane_config(self) -> PlaneConfig:

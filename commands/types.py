@@ -1,0 +1,40 @@
+"""Types of option values: numbers that are finite and of this world, paths that are not empty."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from core.settings import LARGEST, MOST
+
+SEED_RANGE = click.IntRange(0, LARGEST)
+
+
+def count(low: int = 1) -> click.IntRange:
+    """A whole number from ``low`` on; none is larger than ``MOST``."""
+    return click.IntRange(low, MOST)
+
+
+class Finite(click.FloatRange):
+    """A number that is neither nan nor infinite, within bounds if there are any."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+class FilePath(click.Path):
+    """A path; an empty text is none, though Python takes it for the working directory."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value).strip():
+            self.fail("an empty path.", param, ctx)
+        return super().convert(value, param, ctx)
