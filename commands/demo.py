@@ -48,7 +48,7 @@ def show(result: Any, run: Path) -> None:
     from commands.tables.attacks import agreements_table, attack_table, matrix_table
     from commands.tables.plane import classes_table
     from commands.tables.study import directions_table
-    from core.store import read_rows
+    from core.files import read_rows
     from geometry.directions import best_layers
     from pipeline.campaign import CampaignResult
     from pipeline.directions import DirectionsResult

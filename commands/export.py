@@ -14,6 +14,7 @@ from commands.types import FilePath
 @RUN
 @click.option("--format", "kind", type=click.Choice(["harmbench", "jailbreakbench"]), required=True)
 @click.option("--out", type=FilePath(), required=True, help="File to write.")
+@click.option("--force", is_flag=True, help="Replace the file if it is there.")
 @click.option("--attack", help="Only this attack [default: all but the baselines]")
 @click.option("--source", help="Only artifacts of this source model.")
 @click.option("--variant", help="Only this variant.")
@@ -24,6 +25,7 @@ def export(
     run: Path,
     kind: str,
     out: Path,
+    force: bool,
     attack: str | None,
     source: str | None,
     variant: str | None,
@@ -36,8 +38,9 @@ def export(
       python cli.py export --run runs/first --format harmbench --out test_cases.json
       python cli.py export --run runs/first --format jailbreakbench --attack gcg --out gcg.json
     """
+    from core.files import write_new
     from core.records import BASELINES
-    from core.store import RunFolder, write_atomically
+    from core.store import RunFolder
     from interchange import exporter
     from pipeline.runs import artifacts_of, replays_of
 
@@ -57,7 +60,7 @@ def export(
         attacked = {a.behaviour_id for a in artifacts_of(folder)}
         behaviours = {k: b for k, b in folder.behaviours().items() if k in attacked}
         text = exporter.jailbreakbench(chosen, behaviours, verdicts, target=target)
-    write_atomically(out, text)
+    write_new(out, text, apart_from=run, force=force)
     click.echo(f"{len(chosen)} prompts -> {out}")
 
 

@@ -8,6 +8,7 @@ import click
 
 from commands.options import RUN, quiet_libraries
 from commands.types import FilePath
+from core.errors import AttackPlaneError
 
 
 @click.command("import")
@@ -73,6 +74,12 @@ def import_(
         folder.begin_stage("import", {}, {}, derived=True)
         result = import_file(folder, file, kind, hints, behaviours=known, only_these=only_these)
     click.echo("\n".join(result.lines()))
+    if not result.imported + result.known:
+        raise AttackPlaneError(
+            "nothing was imported",
+            where=file,
+            remedy="see the reasons above, and whether --format and --behaviours fit the file",
+        )
 
 
 command = import_

@@ -58,7 +58,7 @@ def plane(
       python cli.py plane --run runs/first
     """
     from commands.tables.plane import classes_table, success_table
-    from core.store import read_rows
+    from core.files import read_rows
     from evaluation.behaviours import HELD_OUT_SPLITS
     from pipeline.contrast_reading import splits_of
     from pipeline.plane import PlaneConfig

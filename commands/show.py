@@ -22,7 +22,8 @@ def show(run: Path) -> None:
     """
     from commands.tables.attacks import attack_table, matrix_table
     from commands.tables.plane import classes_table
-    from core.store import RunFolder, read_rows
+    from core.files import read_rows
+    from core.store import RunFolder
     from pipeline.plane_files import CLASSES
     from pipeline.runs import artifacts_of
     from pipeline.transfer import matrix_of

@@ -72,7 +72,7 @@ def write_report(config: Path, experiment: Experiment, result: ExperimentResult)
     from commands.tables.evaluate import evaluation_table
     from commands.tables.study import claims_table
     from commands.tables.trajectory import anchors_table, predictions_table, trajectory_table
-    from core.store import write_atomically
+    from core.files import write_atomically
 
     inside = result.trajectory
     parts = [f"# {experiment.folder.name}", f"Made by `study {config}`."]

@@ -72,7 +72,8 @@ def show_plan(grid: SweepConfig, parts: list[Part], count: int) -> None:
 def show_result(grid: SweepConfig, result: SweepResult) -> None:
     from commands.tables.attacks import agreements_table, pivot_table
     from commands.tables.plane import classes_table, separability_table
-    from core.store import FAILURES, read_rows
+    from core.files import read_rows
+    from core.store import FAILURES
     from pipeline.plane_files import CLASSES, SEPARABILITY
 
     run = Path(grid.run)

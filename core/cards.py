@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 from core.errors import AttackPlaneError
+from core.files import write_atomically
 from core.rows import Row
 from core.specs import parse_spec
-from core.store import write_atomically
 
 CARD = "attack_plane.json"
 

@@ -24,6 +24,15 @@ import jsonlines
 from filelock import FileLock, Timeout
 
 from core.errors import AttackPlaneError
+from core.files import (
+    clear_leftovers,
+    is_row,
+    mend_last_line,
+    read_rows,
+    refuse_link,
+    row_of_line,
+    write_atomically,
+)
 from core.records import SCHEMA_VERSION, Behaviour, content_hash
 from core.rows import Row
 
@@ -34,72 +43,6 @@ REPLAYS = "replays.jsonl"
 BEHAVIOURS = "behaviours.jsonl"
 PLANE = "plane.jsonl"
 FAILURES = "failures.jsonl"
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write ``path`` so that a reader finds the old content or the new, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_rows(path: Path, *, repair: bool = False) -> list[Row]:
-    """All rows of a JSON lines file; [] if it does not exist.
-
-    A last line without its newline is torn (the process died while writing it): it is left out with
-    a warning and, with ``repair``, cut from the file. A bad line anywhere else is an error.
-    """
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole, newline, torn = content.rpartition(b"\n")
-    if torn:
-        log.warning("%s: dropped a torn last line of %d bytes; its row is redone", path, len(torn))
-        if repair:
-            with open(path, "r+b") as file:
-                file.truncate(len(whole) + len(newline))
-                os.fsync(file.fileno())
-    rows: list[Row] = []
-    for number, line in enumerate(whole.split(b"\n") if newline else [], start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise AttackPlaneError(
-                "a line is not JSON",
-                where=f"{path}, line {number}",
-                got=f"{line[:80]!r} ({error})",
-                remedy="remove that line; its row is made anew by the same command",
-            ) from error
-        if not isinstance(row, dict):
-            raise AttackPlaneError(
-                "a line is not a JSON object", where=f"{path}, line {number}", got=line[:80]
-            )
-        rows.append(row)
-    return rows
-
-
-def cut_torn_line(path: Path) -> None:
-    """Cut a last line without its newline, reading only the file's end."""
-    with open(path, "r+b") as file:
-        size = start = file.seek(0, os.SEEK_END)
-        end = b""
-        while start and b"\n" not in end:
-            start = max(0, start - 65536)
-            file.seek(start)
-            end = file.read(size - start)
-        whole = start + end.rfind(b"\n") + 1
-        if whole < size:
-            log.warning(
-                "%s: dropped a torn last line of %d bytes; its row is redone", path, size - whole
-            )
-            file.truncate(whole)
-            os.fsync(file.fileno())
 
 
 class RunFolder:
@@ -130,6 +73,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
+            clear_leftovers(self.path)
         except Timeout as error:
             raise AttackPlaneError(
                 "another process is writing to this run",
@@ -151,7 +95,7 @@ class RunFolder:
         path = self.path / "manifest.json"
         if not path.exists():
             return {"schema_version": SCHEMA_VERSION, "stages": {}, "models": {}, "history": []}
-        return json.loads(path.read_text())
+        return _manifest(path)
 
     def begin_stage(
         self, stage: str, settings: Row, models: dict[str, str], *, derived: bool = False
@@ -206,17 +150,24 @@ class RunFolder:
 
     def each(self, name: str, key: str) -> Iterator[Any]:
         """One field of each row, without holding the rows."""
-        if (self.path / name).exists():
+        path = self.path / name
+        if path.exists():
             if self._lock.is_locked:
-                cut_torn_line(self.path / name)
-            with open(self.path / name, "rb") as file:
-                for line in file:
-                    if line.endswith(b"\n") and line.strip():
-                        yield json.loads(line)[key]
+                mend_last_line(path)
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip() and (line.endswith(b"\n") or is_row(line)):
+                        row = row_of_line(line, f"{path}, line {number}")
+                        if key not in row:
+                            raise AttackPlaneError(
+                                f"a row lacks {key}", where=f"{path}, line {number}", got=[*row]
+                            )
+                        yield row[key]
 
     @contextmanager
     def appending(self, name: str) -> Iterator[Callable[[Row], None]]:
         """Append many rows at once: synced to disk every thousand rows and at the end."""
+        refuse_link(self.path / name)
         with open(self.path / name, "a", encoding="utf-8") as file:
             count = 0
 
@@ -238,6 +189,7 @@ class RunFolder:
 
     def append(self, name: str, row: Row) -> None:
         """Append one row and sync it to disk."""
+        refuse_link(self.path / name)
         with open(self.path / name, "a", encoding="utf-8") as file:
             with jsonlines.Writer(file, compact=True) as writer:
                 writer.write(row)
@@ -282,10 +234,50 @@ class RunFolder:
 
     def load_state(self, name: str) -> Row | None:
         path = self._state_path(name)
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            assert isinstance(state, dict)
+        except (OSError, ValueError, AssertionError, RecursionError) as error:
+            raise AttackPlaneError(
+                "the state of work in progress cannot be read",
+                where=path,
+                got=error or "no JSON object",
+                remedy="remove the file; that piece of work begins anew",
+            ) from error
+        return state
 
     def drop_state(self, name: str) -> None:
         self._state_path(name).unlink(missing_ok=True)
+
+
+def _manifest(path: Path) -> Row:
+    """The manifest of a run.
+
+    Raises:
+        AttackPlaneError: it is broken, or of another version of the suite.
+    """
+    remedy = "restore the file, or choose another run folder"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        tables = {key: dict(manifest[key]) for key in ("stages", "models")}
+        whole = {**manifest, **tables, "history": list(manifest["history"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AttackPlaneError(
+            "not the manifest of a run",
+            where=path,
+            got=f"{type(error).__name__}: {error}",
+            remedy=remedy,
+        ) from error
+    if whole.get("schema_version") != SCHEMA_VERSION:
+        raise AttackPlaneError(
+            "the run was written by another version of the suite",
+            where=path,
+            got=f"schema_version {whole.get('schema_version')!r}",
+            remedy=f"this version reads schema_version {SCHEMA_VERSION}; {remedy}",
+        )
+    return whole
 
 
 def _short(value: Any) -> str:

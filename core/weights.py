@@ -8,6 +8,7 @@ or the adapter by name, since transformers would fill the gap with random number
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,13 @@ HARMLESS_KEYS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attent
 """Ends of the names of buffers that some checkpoints hold and newer models compute anew."""
 UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
+SETTINGS_BYTES = 1 << 18
+"""A larger JSON file is a tokenizer, and is hashed as weights are."""
+HASHED = (".safetensors", ".bin", ".json", ".jinja", ".model")
+ORIGIN = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
+SETS = ("target_modules", "modules_to_save", "exclude_modules")
+CARD = "attack_plane.json"
+"""What a training of ours says of a checkpoint (``core/cards.py``)."""
 
 
 def default_device() -> torch.device:
@@ -255,29 +263,48 @@ def at_cached_commit(spec: ModelSpec) -> ModelSpec:
 
 
 def fingerprint(spec: ModelSpec, folder: Path | None, commit: str | None = None) -> str:
-    """The hub's commit, or a hash over names, sizes and samples of the files.
+    """The hub's commit, or a hash of what weights and settings are; then that of the adapter.
 
     Of each weight file 64 blocks of 64 KiB, evenly spaced, are read: any retraining changes them,
-    and an 8B model takes well under a second. The adapter's files are hashed the same way.
+    and an 8B model takes well under a second. Settings are hashed as canonical JSON, whatever the
+    order of their keys or of layers that are a set. Of an adapter's settings, what says where it
+    came from is left out, and so is what this suite writes beside it.
     """
     digest = hashlib.sha256()
+    if folder is None:
+        digest.update(f"{spec.base} {commit or spec.revision}".encode())
     for path in (folder, Path(spec.adapter) if spec.adapter else None):
         for file in _hashed_files(path) if path else ():
             size = file.stat().st_size
+            if file.suffix == ".json" and size <= SETTINGS_BYTES:
+                digest.update(f"{file.name} {_canonical(file)}".encode())
+                continue
             digest.update(f"{file.name} {size}".encode())
             with open(file, "rb") as handle:
                 for index in range(SAMPLES):
                     handle.seek(index * size // SAMPLES)
                     digest.update(handle.read(SAMPLE_BYTES))
-    if folder is None:
-        digest.update(f"{spec.base} {commit or spec.revision}".encode())
     return digest.hexdigest()[:16]
 
 
 def _hashed_files(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.glob("*")):
-        if file.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"):
+        if file.suffix in HASHED and file.name != CARD and file.is_file():
             yield file
+
+
+def _canonical(file: Path) -> str:
+    """The settings of a JSON file as one text; the file itself where it is no JSON."""
+    content = file.read_bytes()
+    try:
+        values = json.loads(content)
+    except ValueError:
+        return hashlib.sha256(content).hexdigest()
+    if file.name == "adapter_config.json" and isinstance(values, dict):
+        values = {k: v for k, v in values.items() if k not in ORIGIN}
+        sets = {k: sorted(v) for k, v in values.items() if k in SETS and isinstance(v, list)}
+        values |= sets
+    return json.dumps(values, sort_keys=True)
 
 
 def fingerprint_of_parameters(model: Any) -> str:

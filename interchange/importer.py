@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import AttackPlaneError
+from core.files import write_atomically
 from core.records import NO_SOURCE, AttackArtifact, Behaviour, content_hash
 from core.rows import Row
-from core.store import ATTACKS, BEHAVIOURS, RunFolder, write_atomically
+from core.store import ATTACKS, BEHAVIOURS, RunFolder
 from interchange.chat_templates import unwrap
 from interchange.foreign import Foreign, Hints, Reject
 from interchange.readers import read_foreign
@@ -83,7 +84,16 @@ def import_file(
         behaviours: where requests and targets are looked up by id or by request, besides the run's
         own.
         only_these: leave out prompts of other behaviours.
+
+    Raises:
+        AttackPlaneError: it is a file of the run itself.
     """
+    if path.resolve().is_relative_to(run.path.resolve()):
+        raise AttackPlaneError(
+            "a run's own file cannot be imported into it",
+            where=path,
+            remedy="its prompts are in the run already; name a file from elsewhere",
+        )
     hints = hints or Hints()
     given = {b.behaviour_id for b in behaviours or []}
     noted = run.behaviours()

@@ -19,10 +19,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from core.errors import AttackPlaneError, nearest
+from core.files import read_rows, write_atomically
 from core.records import HARMFUL, AttackArtifact, Replay, content_hash
 from core.rows import Row
 from core.statistics import Interval, wilson
-from core.store import RunFolder, read_rows, write_atomically
+from core.store import RunFolder
 from core.typed import from_values
 from evaluation.calibration import POOLED, Errors, count, kappa, kappa_interval
 from evaluation.judges import OUTCOMES, REFUSED, Exchange, make_judge, outcomes

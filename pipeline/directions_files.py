@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from core.errors import AttackPlaneError
+from core.files import write_atomically
 from core.readings import Directions
 from core.specs import canonical_name
-from core.store import write_atomically
 
 
 def directions_path(folder: Path, model: str, estimator: str) -> Path:

@@ -13,13 +13,14 @@ from functools import cached_property
 from pathlib import Path
 
 from core.errors import AttackPlaneError
+from core.files import write_atomically
 from core.models import ModelHandle, OpenModel
 from core.prompt import Conversation, Prompt, Renderer
 from core.readings import Activations, Directions, PlanePoint
 from core.records import HARMFUL, PLAIN, AttackArtifact, Behaviour, content_hash
 from core.rows import Row
 from core.specs import short_spec
-from core.store import RunFolder, write_atomically
+from core.store import RunFolder
 from evaluation.behaviours import DEMONSTRATION, HELD_OUT_SPLITS, counterparts, load_behaviours
 from geometry.activations import collect
 from geometry.directions import best_layers

@@ -7,9 +7,10 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from core.files import write_atomically
 from core.readings import PlanePoint
 from core.rows import Row
-from core.store import PLANE, write_atomically
+from core.store import PLANE
 from geometry.classes import describe_classes
 from geometry.plane import Nulls
 from geometry.prediction import centroid_distances, success_prediction

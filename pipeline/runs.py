@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from core.files import write_atomically
 from core.records import AttackArtifact, Replay
 from core.rows import Row
 from core.specs import parse_spec
-from core.store import ATTACKS, REPLAYS, RunFolder, write_atomically
+from core.store import ATTACKS, REPLAYS, RunFolder
 
 
 def artifacts_of(run: RunFolder) -> list[AttackArtifact]:

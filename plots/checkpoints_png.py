@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
+from core.files import read_rows
 from core.rows import Row
 from core.specs import short_spec
-from core.store import read_rows
 from plots.style import COLOURS, MARKERS
 
 ROWS, NAME = "trajectory.jsonl", "trajectory_{}.png"

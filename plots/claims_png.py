@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
+from core.files import read_rows
 from core.rows import Row
 from core.specs import short_spec
-from core.store import read_rows
 
 COLOURS = {"yes": "#1b7837", "no": "#b2182b", "unclear": "#777777"}
 

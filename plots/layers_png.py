@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
+from core.files import read_rows
 from core.rows import Row
 from core.specs import short_spec
-from core.store import read_rows
 from plots.style import COLOURS
 
 SHOWN = {"harmful - harmless": ("t_inst", "-1"), "refused - accepted": ("-1",)}

@@ -7,9 +7,10 @@ import math
 from pathlib import Path
 from typing import Any
 
+from core.files import read_rows
 from core.rows import Row
 from core.specs import short_spec
-from core.store import ATTACKS, BEHAVIOURS, read_rows
+from core.store import ATTACKS, BEHAVIOURS
 from plots.plane_png import FRAMES, ellipse_axes
 from plots.style import (
     ANCHORS,

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from core.errors import AttackPlaneError
+from core.files import read_rows
 from core.records import BASELINES
 from core.rows import Row
-from core.store import read_rows
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = ("#d55e00", "#0072b2", "#cc79a7", "#e69f00", "#56b4e9", "#009e73", "#7f3c8d", "#333333")

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
+from core.files import read_rows
 from core.records import HARMFUL
 from core.rows import Row
 from core.specs import short_spec
 from core.statistics import wilson
-from core.store import read_rows
 from plots.style import COLOURS, MARKERS
 
 NAME, ROWS = "tradeoff.png", "evaluation.jsonl"

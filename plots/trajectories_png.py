@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from core.errors import AttackPlaneError
+from core.files import read_rows
 from core.rows import Row
 from core.specs import short_spec
-from core.store import read_rows
 from plots.style import MARKERS, attack_names, class_styles, read_exports
 
 PARTS = 5

@@ -19,9 +19,10 @@ from tempfile import TemporaryDirectory
 from attacks.templates import ATTACK as TEMPLATES
 from attacks.templates import TemplatesConfig
 from core.errors import AttackPlaneError
+from core.files import read_rows
 from core.models import ModelHandle, OpenModel
 from core.records import HARMFUL, AttackArtifact
-from core.store import ATTACKS, REPLAYS, RunFolder, read_rows
+from core.store import ATTACKS, REPLAYS, RunFolder
 from evaluation.behaviours import load_behaviours, spread
 from evaluation.judges import DEFAULT_JUDGES, QUICK_JUDGE
 from pipeline.campaign import Plan, baseline_plans, campaign

@@ -37,11 +37,12 @@ from torch import Tensor
 
 from core.cards import card_of
 from core.errors import AttackPlaneError
+from core.files import write_atomically
 from core.models import ModelHandle, OpenModel
 from core.records import HARMFUL, HARMLESS
 from core.rows import Row
 from core.statistics import Numbers, bootstrap_mean
-from core.store import RunFolder, write_atomically
+from core.store import RunFolder
 from geometry.beliefs import beliefs, told_rightly
 from geometry.change import inside_and_whole, null_outside
 from geometry.contrasts import unit

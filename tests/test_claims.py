@@ -9,9 +9,10 @@ import torch
 from click.testing import CliRunner
 
 import cli
+from core.files import read_rows
 from core.models import ModelHandle, load
 from core.prompt import Conversation, Renderer
-from core.store import RunFolder, read_rows
+from core.store import RunFolder
 from evaluation.behaviours import load_behaviours
 from evaluation.judges import Exchange, make_judge, outcomes
 from evaluation.judges.reply_rules import is_degenerate

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from cli import cli
 from core.cards import base_of, card_of
 from core.errors import AttackPlaneError
+from core.files import read_rows
 from core.models import load
 from core.prompt import Conversation, Renderer
-from core.store import read_rows
 from evaluation.instructions import CHECKS, Instruction, instructions, paragraphs
 from evaluation.likeness import kl_to, perplexity, reference
 from evaluation.usability import refusal_degree, refuse_overlap, request_hash

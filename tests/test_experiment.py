@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import cli
 from attacks.registry import Speed
 from core.errors import AttackPlaneError
-from core.store import read_rows
+from core.files import read_rows
 from study.experiment import read_experiment
 from study.experiment_plan import Costs, measured, stages
 

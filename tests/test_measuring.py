@@ -16,11 +16,12 @@ from commands.tables.attacks import matrix_table, pivot_table
 from commands.tables.plane import classes_table
 from commands.tables.study import claims_table
 from core.errors import AttackPlaneError
+from core.files import read_rows
 from core.generate import first_turn
 from core.models import ModelHandle
 from core.readings import Directions
 from core.records import Behaviour, Replay
-from core.store import ATTACKS, REPLAYS, RunFolder, read_rows
+from core.store import ATTACKS, REPLAYS, RunFolder
 from evaluation.behaviours import load_behaviours, spread
 from evaluation.calibration import Errors
 from geometry.classes import describe_classes

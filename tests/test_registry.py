@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from attacks.registry import ATTACKS, find_attack
 from cli import cli
 from core.errors import AttackPlaneError
+from core.files import read_rows
 from core.registry import Registry, load_plugin
-from core.store import read_rows
 from evaluation.judges import JUDGES, make_judge
 from study.claims.registry import CLAIMS
 

@@ -3,13 +3,15 @@ refused by name."""
 
 import json
 import logging
+import os
 
 import pytest
 
 from core.errors import AttackPlaneError
+from core.files import read_rows, write_atomically, write_new
 from core.readings import PlanePoint
 from core.records import AttackArtifact, Behaviour, content_hash
-from core.store import RunFolder, read_rows, write_atomically
+from core.store import RunFolder
 from core.typed import from_values
 
 
@@ -140,3 +142,71 @@ def test_records_refuse_what_cannot_be():
             AttackArtifact(**{**good, **change})
     with pytest.raises(AttackPlaneError, match="frame"):
         PlanePoint(*["x"] * 8, "third", 1, 0, 0, 0, 0, None, 1, 1, None)
+
+
+def test_a_whole_last_row_without_its_newline_is_kept_and_completed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a":1}\n{"a":2}')
+    assert read_rows(path) == [{"a": 1}, {"a": 2}]
+    assert list(RunFolder(tmp_path).each("rows.jsonl", "a")) == [1, 2]
+    assert path.read_bytes() == b'{"a":1}\n{"a":2}'  # reading alone changes nothing
+    with RunFolder(tmp_path) as run:
+        assert run.rows("rows.jsonl") == [{"a": 1}, {"a": 2}]
+        run.append("rows.jsonl", {"a": 3})
+    assert path.read_bytes() == b'{"a":1}\n{"a":2}\n{"a":3}\n'
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    theirs = tmp_path / "theirs.jsonl"
+    theirs.write_text('{"a":1}')
+    (tmp_path / "run").mkdir()
+    link = tmp_path / "run" / "rows.jsonl"
+    link.symlink_to(theirs)
+    with RunFolder(tmp_path / "run") as run:
+        for write in (
+            lambda: run.append("rows.jsonl", {"a": 2}),
+            lambda: run.rows("rows.jsonl"),
+            lambda: write_atomically(link, "x"),
+        ):
+            with pytest.raises(AttackPlaneError, match="symbolic link"):
+                write()
+    assert theirs.read_text() == '{"a":1}' and link.is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ('{"stages": {}, "models": [1], "history": []}', "TypeError"),
+        ('{"schema_version": 7, "stages": {}, "models": {}, "history": []}', "schema_version 7"),
+    ],
+)
+def test_a_broken_manifest_is_one_error_that_names_it(content, says, tmp_path):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(AttackPlaneError) as error:
+        _ = RunFolder.existing(tmp_path).manifest
+    assert "manifest.json" in str(error.value) and says in str(error.value)
+
+
+def test_leftovers_of_killed_writes_are_cleared_and_those_of_living_ones_stay(tmp_path):
+    dead, living = tmp_path / f".x.json.{2**22 + 1}.tmp", tmp_path / f".x.json.{os.getpid()}.tmp"
+    theirs = tmp_path / ".notes.tmp"
+    for path in (dead, living, theirs):
+        path.write_text("x")
+    with RunFolder(tmp_path):
+        assert not dead.exists() and living.exists() and theirs.exists()
+
+
+def test_a_file_that_the_user_names_replaces_nothing_and_stays_out_of_the_run(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(AttackPlaneError, match="in the run"):
+        write_new(run / "attacks.jsonl", "x", apart_from=run, force=True)
+    there = tmp_path / "there.json"
+    there.write_text("mine")
+    with pytest.raises(AttackPlaneError, match="--force"):
+        write_new(there, "x", apart_from=run, force=False)
+    assert there.read_text() == "mine" and not list(run.iterdir())
+    write_new(there, "x", apart_from=run, force=True)
+    assert there.read_text() == "x"

@@ -246,6 +246,23 @@ def test_a_loss_that_is_not_finite_saves_nothing(
     )
 
 
+def test_weights_that_are_not_finite_save_nothing(
+    tmp_path, tiny_folders, requests_file, monkeypatch
+):
+    step = torch.optim.AdamW.step
+
+    def broken(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        with torch.no_grad():
+            self.param_groups[0]["params"][-1].fill_(math.inf)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    with pytest.raises(AttackPlaneError, match="weights are not finite"):
+        trained("refusal", tiny_folders["qwen2"], tmp_path / "out", requests_file)
+    assert not list((tmp_path / "out").glob("step-*"))
+    assert not (tmp_path / "out" / "state.pt").exists()
+
+
 def test_a_checkpoint_that_is_gone_is_trained_anew(tmp_path, tiny_folders, requests_file):
     first = trained("sft", tiny_folders["qwen2"], tmp_path / "out", requests_file).checkpoints[0]
     content = (first / WEIGHTS).read_bytes()

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 
 import cli
 from core.cards import write_card
+from core.files import read_rows
 from core.models import load
-from core.store import read_rows
 from evaluation.behaviours import load_behaviours
 from geometry.beliefs import beliefs, told_rightly
 from geometry.contrasts import between

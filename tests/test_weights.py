@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, load
 from core.specs import parse_spec
-from core.weights import load_classifier
+from core.weights import fingerprint, load_classifier
 from tests.conftest import make_model
 
 CODE = """
@@ -128,3 +128,18 @@ def test_a_folder_without_weights_is_a_clear_error(tmp_path, tiny_folders):
     with pytest.raises(AttackPlaneError, match="cannot load the model"):
         load(str(tmp_path / "m"), "cpu")
     assert parse_spec(str(tmp_path / "m")).kind == "folder"
+
+
+def test_a_fingerprint_is_of_what_weights_and_settings_are(adapter, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(adapter, folder)
+    spec, file = parse_spec(f"embedded+{folder}"), folder / "adapter_config.json"
+    before, config = fingerprint(spec, None, "c"), json.loads(file.read_text())
+    assert len(config["target_modules"]) > 1
+    same = {k: config[k] for k in reversed(config)} | {"base_model_name_or_path": "/elsewhere"}
+    same["target_modules"] = config["target_modules"][::-1]
+    file.write_text(json.dumps(same))
+    (folder / "attack_plane.json").write_text("{}")
+    assert fingerprint(spec, None, "c") == before
+    file.write_text(json.dumps(same | {"lora_alpha": 999}))
+    assert fingerprint(spec, None, "c") != before

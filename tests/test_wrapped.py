@@ -7,9 +7,10 @@ from click.testing import CliRunner
 from attacks.templates import ATTACK, TemplatesConfig
 from cli import cli
 from core.errors import AttackPlaneError
+from core.files import read_rows
 from core.models import ModelHandle
 from core.prompt import Conversation, Renderer
-from core.store import RunFolder, read_rows
+from core.store import RunFolder
 from evaluation.behaviours import counterparts, load_behaviours
 from geometry.activations import collect
 from pipeline.campaign import Plan, baseline_plans, campaign

@@ -27,12 +27,13 @@ from torch import Tensor
 from core.cards import write_card
 from core.cast import HOOK, Cast, similarity
 from core.errors import AttackPlaneError
+from core.files import write_atomically
 from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Renderer
 from core.records import HARMFUL, HARMLESS, Behaviour
 from core.rows import Row
 from core.settings import LARGEST, check_settings, setting
-from core.store import RunFolder, write_atomically
+from core.store import RunFolder
 from plots.condition_png import GRID, SCORES, draw
 from training.data import Texts
 from training.examples import Example

@@ -236,6 +236,8 @@ class Run:
                 self.optimiser.step()
                 self.optimiser.zero_grad()
                 self.adapted.loaded.weights_changed()
+                if not all(bool(p.isfinite().all()) for p in parameters):
+                    raise self._not_finite(step, "the weights are not finite", parts, norm)
             extra = self.method.after_update(step + 1)
         loss = sum(parts.values())
         row = {"step": step + 1, **parts, "loss": loss, **extra}
@@ -263,14 +265,19 @@ class Run:
         most = self.config.max_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.adapted.parameters, most))
         if not math.isfinite(norm) or not all(map(math.isfinite, parts.values())):
-            told = ", ".join(f"{k} {v:.3g}" for k, v in parts.items())
-            raise AttackPlaneError(
-                "the training loss is not finite",
-                where=f"{self.out}, step {step + 1}",
-                got=f"{told}, gradient norm {norm:.3g}",
-                remedy="lower the learning rate, clip the gradient, or use float32",
-            )
+            raise self._not_finite(step, "the training loss is not finite", parts, norm)
         return norm
+
+    def _not_finite(
+        self, step: int, what: str, parts: dict[str, float], norm: float
+    ) -> AttackPlaneError:
+        told = ", ".join(f"{k} {v:.3g}" for k, v in parts.items())
+        return AttackPlaneError(
+            f"{what}; no checkpoint of this update is saved",
+            where=f"{self.out}, step {step + 1}",
+            got=f"{told}, gradient norm {norm:.3g}",
+            remedy="lower the learning rate, clip the gradient, or use float32",
+        )
 
     # --- saving -----------------------------------------------------------------------------------
     def card(self, step: int) -> Row:

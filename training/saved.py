@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from core.errors import AttackPlaneError
+from core.files import write_atomically
 from core.rows import Row
-from core.store import write_atomically
 from plots.training_png import LOSSES
 from training.data import REPLIES
 

@@ -23,11 +23,11 @@ from attacks.objective import TargetLoss
 from attacks.registry import ATTACKS, Attack, Speed
 from attacks.slot import default_slot
 from attacks.workbench import Workbench
+from core.files import write_atomically
 from core.generate import complete
 from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Renderer
 from core.records import NO_SOURCE, PLAIN
-from core.store import write_atomically
 from core.weights import default_device
 from evaluation.behaviours import load_behaviours
 from pipeline.contrast_reading import contrast_set

@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from core.errors import AttackPlaneError
+from core.files import write_atomically
 from core.models import ModelHandle, OpenModel
 from core.progress import bar as progress_bar
 from core.records import NO_SOURCE, AttackArtifact, Behaviour
 from core.rows import Row
-from core.store import ATTACKS, FAILURES, RunFolder, write_atomically
+from core.store import ATTACKS, FAILURES, RunFolder
 from interchange.foreign import Hints
 from interchange.importer import ImportResult, import_file
 from pipeline.campaign import Cells, Plan, make_bench

@@ -1,0 +1,155 @@
+"""Files: written whole or not at all, never through a link; JSON lines read row by row."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+from core.errors import AttackPlaneError
+from core.rows import Row
+
+log = logging.getLogger(__name__)
+
+
+def refuse_link(path: Path) -> None:
+    """What is written must be the file that is named, not another one that it points to.
+
+    Raises:
+        AttackPlaneError: it is a symbolic link.
+    """
+    if path.is_symlink():
+        raise AttackPlaneError(
+            "a symbolic link stands where a file would be written",
+            where=path,
+            got=f"it points to {path.readlink()}",
+            remedy="remove the link, or choose another folder; nothing was written",
+        )
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write ``path`` so that a reader finds the old content or the new, never a part of it.
+
+    Raises:
+        AttackPlaneError: it is a symbolic link, or cannot be written.
+    """
+    refuse_link(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise AttackPlaneError("cannot write the file", where=path, got=error) from error
+
+
+def write_new(path: Path, content: str | bytes, *, apart_from: Path, force: bool) -> None:
+    """Write a file that the user named.
+
+    Args:
+        apart_from: a run folder, which it must not lie in.
+        force: whether a file that is there may be replaced.
+
+    Raises:
+        AttackPlaneError: it lies in the run, it is there already, or it is a symbolic link.
+    """
+    if path.resolve().is_relative_to(apart_from.resolve()):
+        raise AttackPlaneError(
+            "that file would lie in the run that is read",
+            where=path,
+            remedy="name a file outside of the run folder; nothing was written",
+        )
+    if path.is_dir() or (path.exists() and not force):
+        raise AttackPlaneError(
+            "there is something of that name already",
+            where=path,
+            remedy="choose another name" + ("" if path.is_dir() else ", or give --force"),
+        )
+    write_atomically(path, content)
+
+
+def read_rows(path: Path, *, repair: bool = False) -> list[Row]:
+    """All rows of a JSON lines file; [] if it does not exist.
+
+    A last line without its newline that is no JSON is torn (the process died while writing it): it
+    is left out with a warning and, with ``repair``, cut from the file. A bad line anywhere else is
+    an error.
+    """
+    if not path.exists():
+        return []
+    if repair:
+        mend_last_line(path)
+    lines = path.read_bytes().split(b"\n")
+    if lines[-1] and not is_row(lines[-1]):
+        _warn_of_torn(path, lines.pop())
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            rows.append(row_of_line(line, f"{path}, line {number}"))
+    return rows
+
+
+def row_of_line(line: bytes, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise AttackPlaneError(
+            "a line is not JSON",
+            where=where,
+            got=f"{line[:80]!r} ({error})",
+            remedy="remove that line; its row is made anew by the same command",
+        ) from error
+    if not isinstance(row, dict):
+        raise AttackPlaneError(
+            "a line is not a JSON object",
+            where=where,
+            got=repr(line[:80]),
+            remedy="remove that line; its row is made anew by the same command",
+        )
+    return row
+
+
+def is_row(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _warn_of_torn(path: Path, line: bytes) -> None:
+    log.warning("%s: dropped a torn last line of %d bytes; its row is redone", path, len(line))
+
+
+def mend_last_line(path: Path) -> None:
+    """Cut a torn last line, or give a whole one its newline; reads only the file's end."""
+    refuse_link(path)
+    with open(path, "r+b") as file:
+        size = start = file.seek(0, os.SEEK_END)
+        end = b""
+        while start and b"\n" not in end:
+            start = max(0, start - 65536)
+            file.seek(start)
+            end = file.read(size - start)
+        whole = start + end.rfind(b"\n") + 1
+        last = end[whole - start :]
+        if not last:
+            return
+        if is_row(last):
+            file.write(b"\n")
+        else:
+            _warn_of_torn(path, last)
+            file.truncate(whole)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what writes that were killed have left in a folder and in its states."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob("state/.*.tmp")]:
+        process = path.suffixes[-2].removeprefix(".") if len(path.suffixes) > 1 else ""
+        if process.isdigit() and not Path("/proc", process).exists() and not path.is_symlink():
+            path.unlink(missing_ok=True)
