@@ -10,6 +10,7 @@ import click
 from commands.options import echo_notes, numbers_of, open_model, quiet_libraries
 from commands.study_options import study_config, study_options, study_run
 from commands.types import count
+from core.errors import AttackPlaneError
 
 
 def _listed(context: click.Context) -> None:
@@ -89,6 +90,13 @@ def claims(
             click.echo(f"{c.number} {c.model}: {c.note}")
     for file in result.files:
         click.echo(file)
+    lacking = [c for c in result.claims if wanted and not c.checks]
+    if lacking:
+        raise AttackPlaneError(
+            "not measured: " + ", ".join(f"{c.number} on {c.model}" for c in lacking),
+            where=path,
+            got="; ".join(dict.fromkeys(reason for c in lacking for reason in c.held_back)),
+        )
 
 
 command = claims

@@ -13,6 +13,7 @@ from commands.options import (
     SYSTEM,
     TEMPLATE,
     echo_notes,
+    file_options,
     open_model,
     quiet_libraries,
 )
@@ -42,6 +43,7 @@ from commands.types import count
 @SYSTEM
 @TEMPLATE
 @SEED
+@file_options
 @quiet_libraries
 def directions(
     run: Path,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from commands.options import RUN, echo_notes, open_model, quiet_libraries
+from commands.options import RUN, echo_notes, file_options, open_model, quiet_libraries
 from commands.setting_options import given_settings, setting_options
 from commands.types import FilePath, count
 from evaluation.budget import EvaluateConfig
@@ -52,6 +52,7 @@ def budget_options(command: Any) -> Any:
 )
 @click.option("--task-limit", type=count(), help="Examples of each task.")
 @budget_options
+@file_options
 @quiet_libraries
 def evaluate(
     run: Path,

@@ -8,6 +8,7 @@ import click
 
 from commands.options import RUN
 from commands.types import FilePath
+from core.errors import AttackPlaneError
 
 
 @click.command()
@@ -52,6 +53,13 @@ def export(
         and source in (None, a.source_model)
         and variant in (None, a.variant)
     ]
+    if not chosen:
+        raise AttackPlaneError(
+            "no artifact matches",
+            where=run,
+            got=f"attack {attack or 'any'}, source {source or 'any'}, variant {variant or 'any'}",
+            remedy="see what the run holds with show",
+        )
     if kind == "harmbench":
         text = exporter.harmbench(chosen)
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from commands.options import RUN, quiet_libraries
+from commands.options import RUN, file_options, quiet_libraries
 from commands.types import FilePath
 from core.errors import AttackPlaneError
 
@@ -35,6 +35,7 @@ from core.errors import AttackPlaneError
 @click.option("--model", help="The source model, where the file does not say it (any name).")
 @click.option("--attack", help="Name of the attack class instead of the file's own.")
 @click.option("--target-string", help="Target string, where the file has none.")
+@file_options
 @quiet_libraries
 def import_(
     run: Path,

@@ -23,14 +23,15 @@ def models(spec: str | None, fetch: bool) -> None:
       python cli.py models 'embedded?dtype=float32'
     """
     from core.embedded import SHA256, cache_folder, embedded_folder, is_whole
-    from core.models import load
+    from core.hub import hub_cache
     from core.specs import FORMS
-    from core.weights import hub_cache
 
     if fetch:
         click.echo(embedded_folder())
         return
     if spec:
+        from core.models import load
+
         loaded = load(spec)
         click.echo(f"{loaded.describe()}, fingerprint {loaded.fingerprint}")
         return

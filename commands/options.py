@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,8 @@ if TYPE_CHECKING:
     from core.models import LoadedModel, ModelHandle
     from core.records import Behaviour
 
-EXIT_ERROR, EXIT_VERIFY, EXIT_INTERRUPTED = 1, 3, 130
+EXIT_ERROR, EXIT_VERIFY, EXIT_PARTLY, EXIT_INTERRUPTED = 1, 3, 4, 130
+ISSUES = "the address is in CONTRIBUTING.md"
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 100,
@@ -44,7 +48,11 @@ class CleanGroup(click.Group):
             if ctx.find_root().params.get("debug"):
                 raise
             click.echo(f"unexpected error: {type(error).__name__}: {error}", err=True)
-            click.echo("repeat with --debug before the command for the traceback", err=True)
+            click.echo(
+                "this is a fault of the suite: please report it with the traceback that --debug "
+                f"before the command shows ({ISSUES})",
+                err=True,
+            )
             ctx.exit(EXIT_ERROR)
         except KeyboardInterrupt:
             click.echo("\nstopped; the same command goes on from here", err=True)
@@ -58,10 +66,11 @@ def quiet_libraries(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         import warnings
 
-        from transformers.utils import logging as transformers_logging
-
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        transformers_logging.set_verbosity_error()
+        if "transformers" in sys.modules:
+            sys.modules["transformers"].utils.logging.set_verbosity_error()
+        else:  # it reads this when it is imported, which a quick command never does
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         command(*args, **kwargs)
 
     return wrapped
@@ -110,8 +119,40 @@ TEMPLATE = click.option(
 )
 
 
+def _read_files_so(ctx: click.Context, option: click.Parameter, value: Any) -> None:
+    """Keep how files of behaviours are read, for this command alone."""
+    from evaluation.behaviours import READING
+
+    if value:
+        before = READING.get()
+        READING.set(replace(before, **{str(option.name): value}))
+        ctx.call_on_close(lambda: READING.set(before))
+
+
+def file_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How files of behaviours are read: ``--label-of-file --merge-duplicates``."""
+    shared: dict[str, Any] = {"expose_value": False, "callback": _read_files_so}
+    for option in (
+        click.option(
+            "--merge-duplicates",
+            is_flag=True,
+            help="Of two rows with one request in a file take the first, and print the lines.",
+            **shared,
+        ),
+        click.option(
+            "--label-of-file",
+            type=click.Choice(["harmful", "harmless", "pseudo_harmful"]),
+            help="Label of the rows of a file that says none.",
+            **shared,
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def behaviour_options(command: Callable[..., None]) -> Callable[..., None]:
     """Which behaviours: ``--behaviours --label --split --limit``; ``chosen`` reads them."""
+    command = file_options(command)
     for option in (
         click.option(
             "--limit",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from commands.options import RUN, echo_notes, open_model, quiet_libraries
+from commands.options import RUN, echo_notes, file_options, open_model, quiet_libraries
 from commands.types import count
 
 
@@ -38,6 +38,7 @@ from commands.types import count
     multiple=True,
     help="Only these splits [default: test of the demonstration set, else all]",
 )
+@file_options
 @quiet_libraries
 def plane(
     run: Path,

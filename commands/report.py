@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from commands.options import RUN
+from core.errors import AttackPlaneError
 from core.rows import Row
 
 
@@ -36,6 +37,13 @@ def report(run: Path, attack: str | None, target: str | None, prompts: bool) -> 
         for r in replays_of(RunFolder.existing(run))
         if attack in (None, r.attack) and target in (None, r.target_model)
     ]
+    if not replays:
+        raise AttackPlaneError(
+            "no replays to report on",
+            where=run,
+            got=f"attack {attack or 'any'}, target {target or 'any'}",
+            remedy="see the run's attacks and targets with show, or replay its prompts first",
+        )
     click.echo(certificates_table(replays))
     for r in replays:
         if prompts and r.certificate and not r.certificate["sent_as_meant"]:

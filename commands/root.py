@@ -108,7 +108,8 @@ def cli(debug: bool) -> None:
     \b
     Model specs:  embedded | ORG/NAME[@REVISION] | FOLDER | FILE.gguf
                   each with +ADAPTER_FOLDER and ?dtype=bfloat16 or ?load=4bit
-    Exit codes:   0 done, 1 error, 2 wrong usage, 3 verification failed, 130 stopped (resumable)
+    Exit codes:   0 done, 1 error, 2 wrong usage, 3 verification failed,
+                  4 done but for cells that failed, 130 stopped (resumable)
 
     \b
     Example, the whole way:

@@ -23,10 +23,9 @@ def show(run: Path) -> None:
     from commands.tables.attacks import attack_table, matrix_table
     from commands.tables.plane import classes_table
     from core.files import read_rows
-    from core.store import RunFolder
-    from pipeline.plane_files import CLASSES
+    from core.store import CLASSES, RunFolder
+    from pipeline.matrices import matrix_of
     from pipeline.runs import artifacts_of
-    from pipeline.transfer import matrix_of
 
     folder = RunFolder.existing(run)
     for stage, settings in folder.manifest["stages"].items():

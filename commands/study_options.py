@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from commands.options import JUDGE, SEED, SYSTEM, TEMPLATE, default_run
+from commands.options import JUDGE, SEED, SYSTEM, TEMPLATE, default_run, file_options
 from commands.types import FilePath, count
 from core.rows import Row
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def study_options(command: Callable[..., None]) -> Callable[..., None]:
     """What a study of a model is made from; ``study_config`` and ``study_run`` read them."""
+    command = file_options(command)
     for option in (
         SEED,
         SYSTEM,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from commands.options import echo_notes, open_model, quiet_libraries
+from commands.options import EXIT_PARTLY, echo_notes, open_model, quiet_libraries
 from commands.types import FilePath
 
 if TYPE_CHECKING:
@@ -44,10 +45,13 @@ def sweep(config: Path, dry_run: bool) -> None:
     show_plan(grid, parts, count)
     if not dry_run:
         start = time.monotonic()
-        show_result(grid, whole(grid, parts, open_model=open_model))
+        result = whole(grid, parts, open_model=open_model)
+        show_result(grid, result)
         minutes = (time.monotonic() - start) / 60
         estimated = sum(part.seconds for part in parts) / 60
         click.echo(f"{minutes:.1f} minutes, estimated {estimated:.1f} from nothing")
+        if result.failures:
+            sys.exit(EXIT_PARTLY)
 
 
 def show_plan(grid: SweepConfig, parts: list[Part], count: int) -> None:

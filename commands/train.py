@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from commands.options import CleanGroup, quiet_libraries
+from commands.options import CleanGroup, file_options, quiet_libraries
 from commands.setting_options import flag_of, given_settings, setting_options
 from commands.types import FilePath
 from core.rows import Row
@@ -56,7 +56,7 @@ def arm_command(name: str) -> click.Command:
         run_arm(name, common, given_settings(arm.config, options))
 
     changed = {key for values in arm.presets.values() for key in values}
-    command: Any = quiet_libraries(callback)
+    command: Any = file_options(quiet_libraries(callback))
     for option in reversed([*_options(), *setting_options(arm.config, changed)]):
         command = option(command)
     examples = "".join(f"  python cli.py {example}\n" for example in arm.examples)

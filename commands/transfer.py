@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from commands.options import RUN, echo_notes, open_model, quiet_libraries
+from commands.options import RUN, echo_notes, file_options, open_model, quiet_libraries
 from commands.types import SEED_RANGE, Finite, count
 from evaluation.judges.registry import DEFAULT_JUDGES
 
@@ -45,6 +45,7 @@ from evaluation.judges.registry import DEFAULT_JUDGES
 @click.option("--temperature", type=Finite(0), default=0.0, help="0: greedy.")
 @click.option("--seed", type=SEED_RANGE, default=0, help="Random seed of the sampling.")
 @click.option("--batch-size", type=count(), default=16)
+@file_options
 @quiet_libraries
 def transfer(
     run: Path,

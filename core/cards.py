@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from core.errors import AttackPlaneError
-from core.files import write_atomically
+from core.files import read_object, write_atomically
 from core.rows import Row
 from core.specs import parse_spec
 
@@ -23,16 +23,13 @@ def card_of(spec: str) -> Row:
     path = Path(adapter or "") / CARD
     if not adapter or not path.is_file():
         return {}
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-        assert isinstance(card["trained_on"], list) and isinstance(card["arm"], str)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    remedy = "train the checkpoint anew, or remove the file"
+    card = read_object(path, "the card of a checkpoint", remedy=remedy)
+    trained_on, arm = card.get("trained_on"), card.get("arm")
+    if not isinstance(trained_on, list) or not isinstance(arm, str):
         raise AttackPlaneError(
-            "not the card of a checkpoint",
-            where=path,
-            got=f"{type(error).__name__}: {error}",
-            remedy="train the checkpoint anew, or remove the file",
-        ) from error
+            "not the card of a checkpoint", where=path, got=sorted(card), remedy=remedy
+        )
     return card
 
 

@@ -13,6 +13,19 @@ from core.rows import Row
 log = logging.getLogger(__name__)
 
 
+def require_regular(path: Path) -> None:
+    """Only files are read: a pipe may never end, and a device never does.
+
+    Raises:
+        AttackPlaneError: it is something else, or is not there.
+    """
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "no file" if not path.exists() else "no plain file"
+        raise AttackPlaneError(
+            "cannot read the file", where=path, got=kind, remedy="name a file on disk"
+        )
+
+
 def refuse_link(path: Path) -> None:
     """What is written must be the file that is named, not another one that it points to.
 
@@ -70,6 +83,26 @@ def write_new(path: Path, content: str | bytes, *, apart_from: Path, force: bool
             remedy="choose another name" + ("" if path.is_dir() else ", or give --force"),
         )
     write_atomically(path, content)
+
+
+def read_object(path: Path, what: str, *, remedy: str | None = None) -> Row:
+    """The JSON object of a file.
+
+    Args:
+        what: it should be, for the message.
+
+    Raises:
+        AttackPlaneError: no such file, or no JSON object.
+    """
+    require_regular(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AttackPlaneError(f"not {what}", where=path, got=error, remedy=remedy) from error
+    if not isinstance(values, dict):
+        kind = type(values).__name__
+        raise AttackPlaneError(f"not {what}", where=path, got=f"a {kind}, no object", remedy=remedy)
+    return values
 
 
 def read_rows(path: Path, *, repair: bool = False) -> list[Row]:

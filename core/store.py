@@ -28,6 +28,7 @@ from core.files import (
     clear_leftovers,
     is_row,
     mend_last_line,
+    read_object,
     read_rows,
     refuse_link,
     row_of_line,
@@ -43,6 +44,7 @@ REPLAYS = "replays.jsonl"
 BEHAVIOURS = "behaviours.jsonl"
 PLANE = "plane.jsonl"
 FAILURES = "failures.jsonl"
+CLASSES = "plane_classes.jsonl"
 
 
 class RunFolder:
@@ -236,17 +238,8 @@ class RunFolder:
         path = self._state_path(name)
         if not path.exists():
             return None
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            assert isinstance(state, dict)
-        except (OSError, ValueError, AssertionError, RecursionError) as error:
-            raise AttackPlaneError(
-                "the state of work in progress cannot be read",
-                where=path,
-                got=error or "no JSON object",
-                remedy="remove the file; that piece of work begins anew",
-            ) from error
-        return state
+        remedy = "remove the file; that piece of work begins anew"
+        return read_object(path, "the state of work in progress", remedy=remedy)
 
     def drop_state(self, name: str) -> None:
         self._state_path(name).unlink(missing_ok=True)
@@ -259,11 +252,11 @@ def _manifest(path: Path) -> Row:
         AttackPlaneError: it is broken, or of another version of the suite.
     """
     remedy = "restore the file, or choose another run folder"
+    manifest = read_object(path, "the manifest of a run", remedy=remedy)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
         tables = {key: dict(manifest[key]) for key in ("stages", "models")}
         whole = {**manifest, **tables, "history": list(manifest["history"])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise AttackPlaneError(
             "not the manifest of a run",
             where=path,

@@ -317,17 +317,3 @@ def fingerprint_of_parameters(model: Any) -> str:
             places = torch.arange(256, device=flat.device) * (len(flat) - 1) // 255
             digest.update(flat[places].float().cpu().numpy().tobytes())
     return f"{digest.hexdigest()[:16]}-{str(model.dtype).removeprefix('torch.')}"
-
-
-def hub_cache() -> list[tuple[str, float]]:
-    """Models of the hub that are in its local cache: (name, MiB)."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        repositories = scan_cache_dir().repos
-    except CacheNotFound:
-        return []
-    return sorted(
-        (r.repo_id, r.size_on_disk / 2**20) for r in repositories if r.repo_type == "model"
-    )

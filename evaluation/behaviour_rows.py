@@ -8,12 +8,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import AttackPlaneError
-from core.records import LABELS, SPLITS, Behaviour, content_hash
+from core.records import (
+    HARMFUL,
+    HARMLESS,
+    LABELS,
+    PSEUDO_HARMFUL,
+    SPLITS,
+    Behaviour,
+    content_hash,
+)
 from core.rows import Row
 
 REQUEST_COLUMNS = (
@@ -24,6 +33,15 @@ TARGET_COLUMNS = ("target", "target_string", "target_str")
 ID_COLUMNS = ("behaviour_id", "behaviorid", "behavior_id", "id")
 CATEGORY_COLUMNS = ("category", "semanticcategory", "type")
 PAIR_COLUMNS = ("pair_id", "pair")
+
+XSTEST = {"type", "label", "focus", "note"}
+HEADERS = (
+    (frozenset({"goal", "target", "behavior", "category", "source"}), HARMFUL),
+    (frozenset({"goal", "behavior", "category", "source"}), HARMLESS),
+    (frozenset({"behavior", "functionalcategory", "semanticcategory", "behaviorid"}), HARMFUL),
+)
+"""Headers of JailbreakBench's two files and of HarmBench's, with the label of their rows."""
+log = logging.getLogger(__name__)
 
 Numbered = list[tuple[int, Row]]
 
@@ -54,7 +72,7 @@ def read_csv(text: str, path: Path) -> Numbered:
 def read_json(text: str, path: Path) -> Numbered:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AttackPlaneError("not a JSON file", where=path, got=error) from error
     if isinstance(content, dict) and len(content) == 1:
         content = next(iter(content.values()))
@@ -74,7 +92,7 @@ def read_jsonl(text: str, path: Path) -> Numbered:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise AttackPlaneError(
                     "a line is not JSON", where=f"{path}, line {number}", got=error
                 ) from error
@@ -100,11 +118,15 @@ def to_behaviours(
     *,
     where: object,
     benchmark: str,
-    label: str,
+    label: str | None,
     merge_duplicates: bool = False,
     unit: str = "line",
 ) -> list[Behaviour]:
-    """Turn numbered rows into behaviours; every fault is collected and named with its line."""
+    """Turn numbered rows into behaviours; every fault is collected and named with its line.
+
+    Args:
+        label: of rows that have none; None: the set must say it.
+    """
     if not rows:
         raise AttackPlaneError("no rows", where=where, remedy="the file is empty")
     request_column = _column(rows[0][1], REQUEST_COLUMNS)
@@ -115,17 +137,36 @@ def to_behaviours(
             got=f"columns {', '.join(map(str, rows[0][1]))}",
             remedy=f"name it one of {', '.join(REQUEST_COLUMNS)}",
         )
-    reader = _Rows(request_column, benchmark, label, merge_duplicates, unit)
+    columns = {str(key).strip().lower() for key in rows[0][1]}
+    label = label or _label_by_header(columns)
+    if label is None and "label" not in columns:
+        raise AttackPlaneError(
+            "nothing says whether these requests are harmful",
+            where=where,
+            got=f"columns {', '.join(map(str, rows[0][1]))}",
+            remedy=f"say it with --label-of-file ({', '.join(LABELS)}), or add a column label",
+        )
+    safe = PSEUDO_HARMFUL if columns >= XSTEST else HARMLESS
+    reader = _Rows(request_column, benchmark, label, safe, merge_duplicates, unit)
     behaviours = [b for line, row in rows if (b := reader.read(line, row)) is not None]
+    if reader.merged:
+        told = "; ".join(reader.merged[:10]) + ("; ..." if len(reader.merged) > 10 else "")
+        log.warning("%s: %d duplicates are merged: %s", where, len(reader.merged), told)
     if faults := reader.faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise AttackPlaneError(
             f"{len(faults)} of {len(rows)} rows have faults",
             where=where,
             got="; ".join(faults[:10]) + more,
-            remedy="mend or remove them; nothing was loaded",
+            remedy="mend or remove them (--merge-duplicates takes of two rows the first); nothing "
+            "was loaded",
         )
     return behaviours
+
+
+def _label_by_header(columns: Collection[str]) -> str | None:
+    """The label of a public set's rows, which its header tells."""
+    return next((label for known, label in HEADERS if columns >= known), None)
 
 
 def _value(row: Row, names: Sequence[str]) -> str | None:
@@ -141,9 +182,12 @@ class _Rows:
 
     request_column: str
     benchmark: str
-    label: str
+    label: str | None
+    safe: str
     merge_duplicates: bool
     unit: str
+    merged: list[str] = field(default_factory=list)
+    """Rows that were left out, and what they repeat."""
     faults: list[str] = field(default_factory=list)
     lines: dict[str, int] = field(default_factory=dict)
     """Where each request stood."""
@@ -160,12 +204,15 @@ class _Rows:
             return None
         request = request.strip()
         if request in self.lines:
-            if not self.merge_duplicates:
-                self.fault(line, f"the same request as {self.unit} {self.lines[request]}")
+            same = f"the same request as {self.unit} {self.lines[request]}"
+            if self.merge_duplicates:
+                self.merged.append(f"{self.unit} {line}: {same}")
+            else:
+                self.fault(line, same)
             return None
         self.lines[request] = line
         label, split = _value(row, ("label",)) or self.label, _value(row, ("split",))
-        label = {"safe": "harmless", "unsafe": "harmful"}.get(label, label)
+        label = {"safe": self.safe, "unsafe": HARMFUL}.get(label or "", label)
         if label not in LABELS:
             self.fault(line, f"label {label!r} is none of {', '.join(LABELS)}")
             return None

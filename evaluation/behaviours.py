@@ -12,12 +12,15 @@ Nothing is dropped in silence: a file with faults is refused with every fault's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError, nearest
+from core.files import require_regular
 from core.records import HARMFUL, HARMLESS, LABELS, SPLITS, Behaviour
 from core.rows import Row
 from evaluation.behaviour_rows import (
@@ -36,6 +39,29 @@ CONTRAST_SPLITS = ("train", "validation")
 """Splits of the demonstration set that directions are estimated on,"""
 HELD_OUT_SPLITS = ("test",)
 """and those that everything else is measured on."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files of behaviours are read: the label of rows without one, and duplicates."""
+
+    label_of_file: str | None = None
+    merge_duplicates: bool = False
+
+
+AS_IT_IS = Reading()
+READING: ContextVar[Reading] = ContextVar("READING", default=AS_IT_IS)
+"""Set by ``reading_files`` and by the options of the command line."""
+
+
+@contextmanager
+def reading_files(label: str | None = None, *, merge_duplicates: bool = False) -> Iterator[None]:
+    """While open, files of behaviours are read so."""
+    token = READING.set(Reading(label, merge_duplicates))
+    try:
+        yield
+    finally:
+        READING.reset(token)
 
 
 @dataclass(frozen=True)
@@ -74,19 +100,22 @@ def load_behaviours(
     *,
     label: str | None = None,
     splits: Sequence[str] = (),
-    default_label: str = "harmful",
+    label_of_file: str | None = None,
 ) -> list[Behaviour]:
     """Behaviours of a built-in set, a file, or a hub set by name.
 
-    ``label`` and ``splits`` keep only rows with that label or one of those splits; rows of a file
-    without a label column get ``default_label``.
+    ``label`` and ``splits`` keep only rows with that label or one of those splits.
+    ``label_of_file`` is the label of rows of a file that says none; None: that of
+    ``reading_files``, and without any the file must say it.
 
     Raises:
         AttackPlaneError: unknown source; duplicate or empty rows, wrong columns, broken encoding
         (all lines named);
             a choice that leaves no row.
     """
-    for name in filter(None, (label, default_label)):
+    reading = READING.get()
+    label_of_file = label_of_file or reading.label_of_file
+    for name in filter(None, (label, label_of_file)):
         if name not in LABELS:
             raise AttackPlaneError("unknown label", got=name, remedy=nearest(name, list(LABELS)))
     for name in splits:
@@ -94,11 +123,11 @@ def load_behaviours(
             raise AttackPlaneError("unknown split", got=name, remedy=nearest(name, list(SPLITS)))
     if source in BUILT_IN:
         path = Path(__file__).parent / "data" / f"{source}.csv"
-        rows = read_file(path, default_label, benchmark=source)
+        rows = read_file(path, None, benchmark=source)
     elif source.lower() in HUB_SETS:
         rows = read_hub(source.lower())
-    elif Path(source).is_file():
-        rows = read_file(Path(source), default_label)
+    elif Path(source).exists():
+        rows = read_file(Path(source), label_of_file, merge_duplicates=reading.merge_duplicates)
     else:
         raise AttackPlaneError(
             "no such behaviour set",
@@ -166,8 +195,10 @@ def spread(behaviours: Sequence[Behaviour], limit: int | None) -> list[Behaviour
     return [behaviours[index] for index in sorted(index for _, index in sorted(ranked)[:limit])]
 
 
-def read_file(path: Path, default_label: str, *, benchmark: str | None = None) -> list[Behaviour]:
-    """Behaviours of one file, by its ending."""
+def read_file(
+    path: Path, label: str | None, *, benchmark: str | None = None, merge_duplicates: bool = False
+) -> list[Behaviour]:
+    """Behaviours of one file, by its ending; ``label``: of rows without one."""
     readers = {".csv": read_csv, ".json": read_json, ".jsonl": read_jsonl, ".txt": read_txt}
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -181,7 +212,8 @@ def read_file(path: Path, default_label: str, *, benchmark: str | None = None) -
         reader(decoded(path), path),
         where=path,
         benchmark=benchmark or path.stem,
-        label=default_label,
+        label=label,
+        merge_duplicates=merge_duplicates,
         unit="row" if reader is read_json else "line",
     )
 
@@ -192,6 +224,7 @@ def decoded(path: Path) -> str:
     Raises:
         AttackPlaneError: it is not UTF-8; the line is named.
     """
+    require_regular(path)
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

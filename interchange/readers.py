@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError, nearest
+from core.files import require_regular
 from interchange.foreign import (
     Foreign,
     Found,
@@ -260,7 +261,6 @@ def read_foreign(path: Path, kind: str, hints: Hints) -> Found:
     """
     if kind not in READERS:
         raise AttackPlaneError("unknown format", got=kind, remedy=nearest(kind, [*READERS]))
-    if not path.is_file():
-        raise AttackPlaneError("no such file", where=path)
+    require_regular(path)
     check_encoding(path)
     return READERS[kind](path, hints)

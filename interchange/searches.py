@@ -71,7 +71,7 @@ def objects(path: Path) -> Iterator[tuple[str, Row | Reject]]:
         return
     try:
         whole = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         yield from json_lines(path)  # lines, or one broken object: each line says what is wrong
         return
     yield "item 1", whole if isinstance(whole, dict) else Reject("item 1", "not an object")
@@ -89,7 +89,7 @@ def gcg_log(path: Path, hints: Hints) -> Found:
         log = json.loads(path.read_text(encoding="utf-8-sig"))
         params, controls, losses = log["params"], log["controls"], log["losses"]
         goals, targets = list(params["goals"]), list(params.get("targets") or [])
-    except (ValueError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         yield Reject("the file", f"not a log of llm-attacks: {type(error).__name__}: {error}")
         return
     if not isinstance(controls, list) or not isinstance(losses, list):

@@ -27,9 +27,10 @@ from geometry.directions import ESTIMATORS
 from pipeline.campaign import CampaignResult, Plan, baseline_plans, campaign
 from pipeline.contrast_reading import DirectionsConfig
 from pipeline.directions import directions
+from pipeline.matrices import MATRIX
 from pipeline.plane import PlaneConfig, plane
 from pipeline.train import train_arm
-from pipeline.transfer import MATRIX, transfer
+from pipeline.transfer import transfer
 from training.refusal import ARM as REFUSAL
 from training.refusal import RefusalConfig
 from training.registry import SMALL_PRESET, TrainResult

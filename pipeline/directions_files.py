@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from core.errors import AttackPlaneError
-from core.files import write_atomically
+from core.files import read_object, write_atomically
 from core.readings import Directions
+from core.records import SCHEMA_VERSION
 from core.specs import canonical_name
 
 
@@ -47,21 +49,39 @@ def load_directions(folder: Path, model: str, estimator: str) -> Directions:
             remedy="estimate its directions in this run first"
             + (" (a model that never refuses has none: use harc)" if estimator == "zhao" else ""),
         )
-    description = json.loads(path.with_suffix(".json").read_text())
-    if description["model"] != model:
+    remedy = "estimate this model's directions anew"
+    description = read_object(path.with_suffix(".json"), "the description", remedy=remedy)
+    if description.get("schema_version") != SCHEMA_VERSION:
+        raise AttackPlaneError(
+            "directions of another version of the suite",
+            where=path.with_suffix(".json"),
+            got=f"schema_version {description.get('schema_version')!r}",
+            remedy=remedy,
+        )
+    if description.get("model") != model:
         raise AttackPlaneError(
             "these directions are of another model",
             where=path,
-            got=description["model"],
+            got=description.get("model"),
             remedy=f"expected {model}",
         )
-    tensors = load_file(path)
     prefix = "statistics."
-    return Directions(
-        model=description["model"],
-        estimator=description["estimator"],
-        sample_counts=description["sample_counts"],
-        settings=description["settings"],
-        statistics={n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
-        **{n: tensors[n] for n in Directions.TENSORS},  # type: ignore[arg-type]
-    )
+    try:
+        tensors = load_file(path)
+        return Directions(
+            model=description["model"],
+            estimator=description["estimator"],
+            sample_counts=description["sample_counts"],
+            settings=description["settings"],
+            statistics={
+                n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)
+            },
+            **{n: tensors[n] for n in Directions.TENSORS},  # type: ignore[arg-type]
+        )
+    except (OSError, KeyError, SafetensorError) as error:
+        raise AttackPlaneError(
+            "the directions cannot be read",
+            where=path,
+            got=f"{type(error).__name__}: {error}",
+            remedy=remedy,
+        ) from error

@@ -10,14 +10,13 @@ from pathlib import Path
 from core.files import write_atomically
 from core.readings import PlanePoint
 from core.rows import Row
-from core.store import PLANE
+from core.store import CLASSES, PLANE
 from geometry.classes import describe_classes
 from geometry.plane import Nulls
 from geometry.prediction import centroid_distances, success_prediction
 from geometry.separability import separabilities
 from pipeline.runs import write_rows
 
-CLASSES = "plane_classes.jsonl"
 SEPARABILITY = "plane_separability.jsonl"
 SUCCESS = "plane_success.jsonl"
 DISTANCES = "plane_distances.jsonl"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -11,18 +10,15 @@ from core.errors import AttackPlaneError
 from core.generate import BATCH
 from core.models import ModelHandle, OpenModel
 from core.progress import bar as progress_bar
-from core.records import HARMFUL, AttackArtifact, Behaviour
-from core.store import FAILURES, REPLAYS, RunFolder
-from evaluation.calibration import Errors, known_errors, package_errors
+from core.records import AttackArtifact, Behaviour
+from core.store import REPLAYS, RunFolder
 from evaluation.judges import Judge, judge_kind, make_judge
-from pipeline.calibrate import errors_of_run
+from pipeline.matrices import TRANSFER, error_notes, labels_of, write_matrix
 from pipeline.plain import add_plain_requests
-from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows
+from pipeline.runs import artifacts_of, check_specs, replays_of
 from transfer.agreement import Agreement, agreements
-from transfer.matrix import Cell, matrix
+from transfer.matrix import Cell
 from transfer.replay import NotSent, ReplayConfig, replay, replay_id
-
-STAGE, MATRIX = "transfer", "matrix.jsonl"
 
 
 @dataclass
@@ -55,13 +51,13 @@ class Transfer:
         self.run, self.config, self.batch_size = run, config, batch_size
         self.settings = {**asdict(config), "judges": list(judges)}
         self._specs, self._judges = judges, list[Judge]()
-        run.begin_stage(STAGE, self.settings, {})
+        run.begin_stage(TRANSFER, self.settings, {})
         self.added = add_plain_requests(run, behaviours, system_prompt)
         self.artifacts = artifacts_of(run)
 
     def replay_on(self, target: ModelHandle, not_sent: NotSent | None = None) -> int:
         """Make the replies that the run lacks on one target; returns how many those are."""
-        self.run.begin_stage(STAGE, self.settings, {target.spec: target.fingerprint})
+        self.run.begin_stage(TRANSFER, self.settings, {target.spec: target.fingerprint})
         done = set(self.run.each(REPLAYS, "replay_id"))
         missing = [
             a
@@ -140,24 +136,6 @@ def transfer(
     return result
 
 
-def _known_errors(run: RunFolder) -> Callable[[str], Errors | None]:
-    """What is known of the first judge's errors, by attack class.
-
-    Errors that were counted in this run stand before those of the package's labels.
-    """
-    judges = run.manifest["stages"].get(STAGE, {}).get("judges", [])
-    table = {**package_errors(), **(errors_of_run(run.path) or {})}
-    return lambda attack: known_errors(judges[0], attack, table) if judges else None
-
-
-def error_notes(run: RunFolder) -> list[str]:
-    """Says where no rate can be corrected, since the judge's errors are not known."""
-    judges = run.manifest["stages"].get(STAGE, {}).get("judges", [])
-    if judges and _known_errors(run)("") is None:
-        return [f"the errors of the judge {judges[0]} are not known: rates are raw only"]
-    return []
-
-
 def length_notes(artifacts: Sequence[AttackArtifact], config: ReplayConfig) -> list[str]:
     """How long the replies to each class are, where that is not the same for all."""
     lengths: dict[int, list[str]] = {}
@@ -167,46 +145,3 @@ def length_notes(artifacts: Sequence[AttackArtifact], config: ReplayConfig) -> l
         return []
     text = "; ".join(f"{n} for {', '.join(names)}" for n, names in lengths.items())
     return [f"new tokens of a reply: {text}"]
-
-
-def labels_of(run: RunFolder) -> dict[str, str]:
-    """Behaviour id -> label, of the behaviours that the run knows."""
-    return {name: b.label for name, b in run.behaviours().items()}
-
-
-def expected_prompts(run: RunFolder) -> dict[tuple[str, str, str], int]:
-    """How many prompts each (attack, source, label) has or, after failures, should have."""
-    artifacts = artifacts_of(run)
-    labels = labels_of(run)
-    there = {(a.attack, a.source_model, a.behaviour_id, a.variant) for a in artifacts}
-    failed = {
-        (r["attack"], r["source"], r["behaviour"], r.get("variant"))
-        for r in run.rows(FAILURES)
-        if r["stage"] == "attack"
-    }
-    expected = Counter(
-        (a.attack, a.source_model, labels.get(a.behaviour_id, HARMFUL)) for a in artifacts
-    )
-    expected.update(
-        (attack, source, labels.get(behaviour, HARMFUL))
-        for attack, source, behaviour, _ in failed - there
-    )
-    return dict(expected)
-
-
-def matrix_of(run: RunFolder, targets: Sequence[str] = ()) -> list[Cell]:
-    """The matrix of a run. Prompts that could not be made are missing in it."""
-    return matrix(
-        replays_of(run),
-        expected_prompts(run),
-        labels=labels_of(run),
-        errors=_known_errors(run),
-        targets=targets,
-    )
-
-
-def write_matrix(run: RunFolder, targets: Sequence[str] = ()) -> list[Cell]:
-    """The matrix of a run, also into ``matrix.jsonl``."""
-    cells = matrix_of(run, targets)
-    write_rows(run.path / MATRIX, (cell.to_row() for cell in cells))
-    return cells

@@ -28,10 +28,10 @@ from evaluation.judges import DEFAULT_JUDGES, QUICK_JUDGE
 from pipeline.campaign import Plan, baseline_plans, campaign
 from pipeline.contrast_reading import contrast_set
 from pipeline.directions import begin_directions
+from pipeline.matrices import TRANSFER, labels_of, write_matrix
 from pipeline.plane import PlaneConfig, PlaneStage
 from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows
-from pipeline.transfer import STAGE as TRANSFER
-from pipeline.transfer import Transfer, labels_of, write_matrix
+from pipeline.transfer import Transfer
 from plots import claims_png
 from study.claims.evidence import CONTROLS, Evidence
 from study.claims.registry import CLAIMS, ClaimTest

@@ -16,8 +16,8 @@ from core.records import BASELINES, HARMFUL
 from core.rows import Row
 from core.statistics import Interval, bootstrap_mean, wilson
 from core.store import ATTACKS, REPLAYS, RunFolder
+from pipeline.matrices import labels_of
 from pipeline.runs import replays_of
-from pipeline.transfer import labels_of
 from transfer.predictors import Array, Predictor, Transfers, gap, predictions, transfers_of
 
 RAW, GIVEN, LEANING = "raw", "given source success", "D"

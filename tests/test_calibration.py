@@ -29,7 +29,7 @@ from pipeline.calibrate import (
     read_labels,
     sheet,
 )
-from pipeline.transfer import error_notes
+from pipeline.matrices import error_notes
 
 
 def test_counts_sensitivity_and_specificity_by_hand():

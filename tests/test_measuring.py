@@ -31,9 +31,10 @@ from geometry.prediction import POOLED, success_prediction
 from interchange.importer import import_file
 from pipeline.contrast_reading import DirectionsConfig
 from pipeline.directions import contrast_notes
+from pipeline.matrices import matrix_of
 from pipeline.plain import add_plain_requests
 from pipeline.runs import artifacts_of
-from pipeline.transfer import Transfer, length_notes, matrix_of
+from pipeline.transfer import Transfer, length_notes
 from study.claims.claim_02_orthogonality import measure as measure_2
 from study.claims.claim_12_separable import measure as measure_12
 from study.claims.claim_13_suppression import measure as measure_13

@@ -25,18 +25,12 @@ from interchange.foreign import Hints
 from interchange.importer import ImportResult, import_file
 from pipeline.campaign import Cells, Plan, make_bench
 from pipeline.directions import begin_directions, directions
+from pipeline.matrices import MATRIX, error_notes, labels_of, write_matrix
 from pipeline.plane import plane
 from pipeline.runs import replays_of
 from pipeline.sweep.config import SweepConfig, behaviours_of
 from pipeline.sweep.plan import Part, Step, attack_steps, total_seconds
-from pipeline.transfer import (
-    MATRIX,
-    Transfer,
-    error_notes,
-    labels_of,
-    length_notes,
-    write_matrix,
-)
+from pipeline.transfer import Transfer, length_notes
 from transfer.agreement import Agreement, agreements
 from transfer.matrix import Cell
 

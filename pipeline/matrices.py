@@ -1,0 +1,76 @@
+"""The matrix of a run: success rates by attack, source and target, from its replays."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from core.records import HARMFUL
+from core.store import FAILURES, RunFolder
+from evaluation.calibration import Errors, known_errors, package_errors
+from pipeline.calibrate import errors_of_run
+from pipeline.runs import artifacts_of, replays_of, write_rows
+from transfer.matrix import Cell, matrix
+
+TRANSFER, MATRIX = "transfer", "matrix.jsonl"
+
+
+def _known_errors(run: RunFolder) -> Callable[[str], Errors | None]:
+    """What is known of the first judge's errors, by attack class.
+
+    Errors that were counted in this run stand before those of the package's labels.
+    """
+    judges = run.manifest["stages"].get(TRANSFER, {}).get("judges", [])
+    table = {**package_errors(), **(errors_of_run(run.path) or {})}
+    return lambda attack: known_errors(judges[0], attack, table) if judges else None
+
+
+def error_notes(run: RunFolder) -> list[str]:
+    """Says where no rate can be corrected, since the judge's errors are not known."""
+    judges = run.manifest["stages"].get(TRANSFER, {}).get("judges", [])
+    if judges and _known_errors(run)("") is None:
+        return [f"the errors of the judge {judges[0]} are not known: rates are raw only"]
+    return []
+
+
+def labels_of(run: RunFolder) -> dict[str, str]:
+    """Behaviour id -> label, of the behaviours that the run knows."""
+    return {name: b.label for name, b in run.behaviours().items()}
+
+
+def expected_prompts(run: RunFolder) -> dict[tuple[str, str, str], int]:
+    """How many prompts each (attack, source, label) has or, after failures, should have."""
+    artifacts = artifacts_of(run)
+    labels = labels_of(run)
+    there = {(a.attack, a.source_model, a.behaviour_id, a.variant) for a in artifacts}
+    failed = {
+        (r["attack"], r["source"], r["behaviour"], r.get("variant"))
+        for r in run.rows(FAILURES)
+        if r["stage"] == "attack"
+    }
+    expected = Counter(
+        (a.attack, a.source_model, labels.get(a.behaviour_id, HARMFUL)) for a in artifacts
+    )
+    expected.update(
+        (attack, source, labels.get(behaviour, HARMFUL))
+        for attack, source, behaviour, _ in failed - there
+    )
+    return dict(expected)
+
+
+def matrix_of(run: RunFolder, targets: Sequence[str] = ()) -> list[Cell]:
+    """The matrix of a run. Prompts that could not be made are missing in it."""
+    return matrix(
+        replays_of(run),
+        expected_prompts(run),
+        labels=labels_of(run),
+        errors=_known_errors(run),
+        targets=targets,
+    )
+
+
+def write_matrix(run: RunFolder, targets: Sequence[str] = ()) -> list[Cell]:
+    """The matrix of a run, also into ``matrix.jsonl``."""
+    cells = matrix_of(run, targets)
+    write_rows(run.path / MATRIX, (cell.to_row() for cell in cells))
+    return cells
