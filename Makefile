@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test slow docs format clean
+.PHONY: setup demo test slow hostile docs format clean
 
 setup: $(VENV)/.ready
 	@$(BIN)/python cli.py models --fetch
@@ -29,6 +29,9 @@ test: setup
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
+
+hostile: setup
+	HOSTILE_EXAMPLES=1000 $(BIN)/python -m pytest tests/test_hostile.py
 
 docs: setup
 	$(BIN)/python docs/generate.py --check

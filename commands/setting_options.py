@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from commands.types import Finite, count
+from commands.types import Count, Finite, count
 from core.rows import Row
 from core.settings import BELOW, CHOICES, FLAG, HELP, HIGH, LOW, default_of
 
@@ -66,7 +66,7 @@ def _type_of(kind: type[Any], metadata: Any) -> Any:
     if metadata.get(CHOICES):
         return click.Choice(metadata[CHOICES])
     if kind is int:
-        return click.IntRange(metadata.get(LOW), metadata.get(HIGH))
+        return Count(metadata.get(LOW), metadata.get(HIGH))
     if kind is float:
         below = metadata.get(BELOW)
         high = metadata.get(HIGH) if below is None else below

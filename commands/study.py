@@ -32,7 +32,8 @@ def study(config: Path, dry_run: bool) -> None:
       python cli.py study examples/safety_geometry.toml --dry-run
       python cli.py study examples/safety_geometry.toml
     """
-    from study.experiment import experiment_run, read_experiment
+    from study.experiment import experiment_run
+    from study.experiment_file import read_experiment
     from study.experiment_plan import measured, stages
 
     experiment = read_experiment(config)

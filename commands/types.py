@@ -13,9 +13,19 @@ from core.settings import LARGEST, MOST
 SEED_RANGE = click.IntRange(0, LARGEST)
 
 
-def count(low: int = 1) -> click.IntRange:
-    """A whole number from ``low`` on; none is larger than ``MOST``."""
-    return click.IntRange(low, MOST)
+class Count(click.IntRange):
+    """A whole number within bounds; where none is stated above, it is at most ``MOST``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if self.max is None and number > MOST:
+            self.fail(f"{value} is more than {MOST:,}.", param, ctx)
+        return number
+
+
+def count(low: int = 1) -> Count:
+    """A whole number from ``low`` on."""
+    return Count(low)
 
 
 class Finite(click.FloatRange):

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -164,7 +164,7 @@ def to_behaviours(
     return behaviours
 
 
-def _label_by_header(columns: Collection[str]) -> str | None:
+def _label_by_header(columns: set[str]) -> str | None:
     """The label of a public set's rows, which its header tells."""
     return next((label for known, label in HEADERS if columns >= known), None)
 

@@ -27,3 +27,8 @@ def beliefs(contrast: Contrast, resid: Tensor) -> Tensor:
 def told_rightly(positive: Tensor, negative: Tensor) -> Tensor:
     """(pair,) beliefs of both sides -> (pair,) share of the two that are told rightly, less 1/2."""
     return ((positive > 0).double() + (negative <= 0).double()) / 2 - 0.5
+
+
+def in_order(positive: Tensor, negative: Tensor) -> Tensor:
+    """(pair,) beliefs of both sides -> (pair,) 1/2 where the first is higher, -1/2 where lower."""
+    return (positive - negative).sign() / 2

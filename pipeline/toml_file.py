@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from attacks.registry import Attack, find_attack
 from core.errors import AttackPlaneError
+from core.files import require_regular
 from core.rows import Row
 from core.typed import from_values
 
@@ -22,12 +25,24 @@ def read_toml(path: Path, what: str) -> Row:
     Raises:
         AttackPlaneError: it cannot be read, or is no TOML.
     """
+    require_regular(path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise AttackPlaneError(f"cannot read the {what}", where=path, got=error) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise AttackPlaneError("not a TOML file", where=path, got=error) from error
+
+
+@contextmanager
+def faults_of(path: Path) -> Iterator[None]:
+    """While open, every fault that is found names the file."""
+    try:
+        yield
+    except AttackPlaneError as error:
+        if str(path) in str(error):
+            raise
+        raise error.at(path) from error
 
 
 def table_of(cls: type[T], values: Any, where: str) -> T:

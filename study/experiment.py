@@ -42,10 +42,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from core.errors import AttackPlaneError, nearest
+from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
 from core.records import HARMFUL
-from core.rows import Row
 from core.settings import check_settings, setting
 from core.specs import parse_spec
 from evaluation.behaviours import DEMONSTRATION, load_held_out, spread
@@ -53,16 +52,14 @@ from evaluation.budget import EvaluateConfig
 from evaluation.judges import DEFAULT_JUDGE
 from pipeline.campaign import Plan, baseline_plans, campaign
 from pipeline.evaluate import EvaluateResult, Evaluation, evaluate
-from pipeline.toml_file import AttackChoice, attack_of, read_toml, table_of
+from pipeline.toml_file import AttackChoice
 from pipeline.train import train_arm
 from study.config import StudyConfig
 from study.measure import ClaimsResult
 from study.measure import claims as measure_claims
 from study.trajectory import TrajectoryResult, trajectory
-from training.registry import ARMS, SMALL_PRESET
+from training.registry import ARMS
 
-CHOSEN = ("sources", "claims", "anchors")
-"""Tables that name checkpoints."""
 Steps = Mapping[str, tuple[int, ...]]
 """Arm -> steps of its checkpoints."""
 
@@ -158,87 +155,6 @@ class Experiment:
                     folders = [training.arm]
                 specs += [f"{base}+{out}/{folder}{mark}{query}" for folder in folders]
         return specs
-
-
-def read_experiment(path: Path) -> Experiment:
-    """Read and check an experiment's file.
-
-    Raises:
-        AttackPlaneError: not TOML, an unknown key (the nearest known one is named), a bad value, or
-            a checkpoint that no training saves.
-    """
-    values = read_toml(path, "experiment")
-    where = str(path)
-    trainings = values.get("trainings")
-    if not isinstance(trainings, list) or not trainings:
-        raise AttackPlaneError("no trainings", where=where, remedy="write [[trainings]] tables")
-    values["trainings"] = tuple(
-        _training(row, f"{where}, [[trainings]] {n}") for n, row in enumerate(trainings, start=1)
-    )
-    for name in ("attacks", "transfer"):
-        values[name] = {
-            key: attack_of(key, table, f"{where}, [{name}.{key}]")
-            for key, table in _table(values, name, where).items()
-        }
-    for name in CHOSEN:
-        values[name] = {
-            key: tuple(steps) if isinstance(steps, list) else (steps,)
-            for key, steps in _table(values, name, where).items()
-        }
-    for name, cls in (("evaluate", EvaluateConfig), ("options", Options)):
-        values[name] = table_of(cls, _table(values, name, where), f"{where}, [{name}]")
-    experiment: Experiment = table_of(Experiment, values, where)
-    _check(experiment, where)
-    return experiment
-
-
-def _table(values: Row, name: str, where: str) -> Row:
-    table = values.get(name, {})
-    if not isinstance(table, dict):
-        raise AttackPlaneError("expected a table", where=f"{where}, [{name}]", got=repr(table))
-    return table
-
-
-def _training(row: Any, where: str) -> TrainingChoice:
-    if not isinstance(row, dict) or not isinstance(row.get("arm"), str):
-        raise AttackPlaneError("a training needs its arm", where=where, got=repr(row))
-    settings = dict(row)
-    arm_name = settings.pop("arm")
-    if arm_name not in ARMS.all():
-        remedy = nearest(arm_name, sorted(ARMS.all()))
-        raise AttackPlaneError("unknown training arm", where=where, got=arm_name, remedy=remedy)
-    arm = ARMS.get(arm_name)
-    seeds = tuple(settings.pop("seeds", (0,)))
-    name, preset = settings.pop("name", ""), settings.pop("preset", SMALL_PRESET)
-    if not seeds or not all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
-        raise AttackPlaneError("seeds are whole numbers", where=where, got=seeds)
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    config = arm.make_config(settings, preset=preset, where=where)
-    return TrainingChoice(arm.name, config, seeds, name)
-
-
-def _check(experiment: Experiment, where: str) -> None:
-    """What concerns several tables."""
-    parse_spec(experiment.reference)
-    names = [t.name or t.arm for t in experiment.trainings]
-    twice = sorted({n for n in names if names.count(n) > 1})
-    if twice:
-        raise AttackPlaneError(
-            "two trainings of one name", where=where, got=twice, remedy='give one a name = "..."'
-        )
-    saved = {n: t.steps for n, t in zip(names, experiment.trainings, strict=True)}
-    for table in CHOSEN:
-        for name, steps in getattr(experiment, table).items():
-            missing = [s for s in steps if s not in saved.get(name, ())]
-            if missing:
-                raise AttackPlaneError(
-                    "no such checkpoint",
-                    where=f"{where}, [{table}] {name}",
-                    got=missing,
-                    remedy=f"trainings save {saved}",
-                )
-    if experiment.sources and not experiment.transfer:
-        raise AttackPlaneError("sources without attacks", where=where, remedy="add [transfer.gcg]")
 
 
 # --- the work -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import cli
 from attacks.registry import Speed
 from core.errors import AttackPlaneError
 from core.files import read_rows
-from study.experiment import read_experiment
+from study.experiment_file import read_experiment
 from study.experiment_plan import Costs, measured, stages
 
 ROOT = Path(__file__).parent.parent

@@ -9,9 +9,12 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+
+from tests.test_imports import FLOORS
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = """
@@ -82,3 +85,16 @@ def test_it_runs_in_an_environment_of_its_own(wheel, embedded, tmp_path):
     assert "gcg" in table and (tmp_path / "runs" / "first" / "attacks.jsonl").exists()
     call(python, "-c", QUICKSTART.format(prefix=str(site)))
     assert (tmp_path / "plane.png").stat().st_size > 10_000
+
+
+def test_every_package_of_the_house_is_in_the_wheel():
+    listed = ConfigParser()
+    listed.read(ROOT / "setup.cfg")
+    packages = set(listed["options"]["packages"].split())
+    rooms = {*FLOORS} - {"cli", "attack_plane"}
+    there = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for room in rooms
+        for path in (ROOT / room).rglob("__init__.py")
+    }
+    assert packages == there

@@ -53,7 +53,7 @@ from geometry.directions import ESTIMATORS
 from interchange.readers import READERS
 from pipeline.contrast_reading import DirectionsConfig, contrast_set
 from pipeline.plane import PlaneConfig
-from pipeline.toml_file import AttackChoice, attack_of, read_toml, table_of
+from pipeline.toml_file import AttackChoice, attack_of, faults_of, read_toml, table_of
 from transfer.replay import ReplayConfig
 
 
@@ -157,6 +157,11 @@ def read_config(path: Path) -> SweepConfig:
         AttackPlaneError: not TOML, an unknown key (the nearest known one is named), a bad value,
             spec, judge or file.
     """
+    with faults_of(path):
+        return _read(path)
+
+
+def _read(path: Path) -> SweepConfig:
     values = read_toml(path, "sweep")
     where = str(path)
     for name, key, source in (
@@ -169,15 +174,21 @@ def read_config(path: Path) -> SweepConfig:
     for name, cls in TABLES.items():
         if name in values:
             values[name] = table_of(cls, values[name], f"{where}, [{name}]")
-    judge = (values.get("judges") or DEFAULT_JUDGES)[0]
+    judges = values.get("judges", DEFAULT_JUDGES)
+    judge = judges[0] if judges and isinstance(judges, (list, tuple)) else None
     tables = values.get("attacks", {})
+    if not isinstance(tables, dict):
+        raise AttackPlaneError("expected a table", where=f"{where}, [attacks]", got=repr(tables))
     values["attacks"] = {
         name: attack_of(name, table, f"{where}, [attacks.{name}]", judge)
         for name, table in tables.items()
     }
+    imports = values.get("imports", [])
+    if not isinstance(imports, list):
+        raise AttackPlaneError("expected tables", where=f"{where}, [[imports]]", got=repr(imports))
     values["imports"] = [
         table_of(ImportChoice, row, f"{where}, [[imports]] {n}")
-        for n, row in enumerate(values.get("imports", []), start=1)
+        for n, row in enumerate(imports, start=1)
     ]
     config: SweepConfig = table_of(SweepConfig, values, where)
     _check(config, where)

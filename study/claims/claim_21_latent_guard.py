@@ -8,6 +8,10 @@ an attacked request, its refusal tells it apart as it should. The counterpart is
 with the matched harmless request in it. H at t_goal is told beside it: there an attack that follows
 the request cannot be seen.
 
+A belief's threshold is 0, and a wrapper may move both prompts of a pair beyond it: then it tells
+nothing, though their order might. So the order is told too: how often the attacked prompt has the
+higher belief of the two.
+
     1. H tells plain prompts better than chance, and attacked ones.
     2. On attacked prompts H tells more than R.
     3. R is within 0.1 of chance there.
@@ -20,7 +24,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from core.records import Behaviour
-from geometry.beliefs import beliefs, told_rightly
+from geometry.beliefs import beliefs, in_order, told_rightly
 from pipeline.contrast_reading import rendered
 from study.claims.evidence import Evidence
 from study.claims.registry import CLAIMS, ClaimTest
@@ -50,16 +54,13 @@ def measure(evidence: Evidence) -> Claim:
         "R": (study.apart(), "t_post_inst"),
         "H at t_goal": (study.harmfulness, "t_goal"),
     }
-    right = {
-        name: by_behaviour(
-            names,
-            told_rightly(
-                beliefs(contrast, pairs.attacked[position][kept]),
-                beliefs(contrast, pairs.counterpart[position][kept]),
-            ),
-        )
-        for name, (contrast, position) in sides.items()
-    }
+    right, ordered = {}, {}
+    for name, (contrast, position) in sides.items():
+        believed = [
+            beliefs(contrast, side[position][kept]) for side in (pairs.attacked, pairs.counterpart)
+        ]
+        right[name] = by_behaviour(names, told_rightly(*believed))
+        ordered[name] = by_behaviour(names, in_order(*believed))
     h, r = right["H"], right["R"]
     checks = (
         mean_check("H tells plain prompts", told_rightly(*plain).tolist(), unit=UNIT),
@@ -67,6 +68,8 @@ def measure(evidence: Evidence) -> Claim:
         mean_check("attacked, H - R", [a - b for a, b in zip(h, r, strict=True)], unit=UNIT),
         mean_check("R tells attacked prompts", r, unit=UNIT, claimed=WITHIN, threshold=CHANCE),
         mean_check("H at t_goal tells attacked prompts", right["H at t_goal"], unit=UNIT).told(),
+        mean_check("H orders attacked pairs", ordered["H"], unit=UNIT).told(),
+        mean_check("R orders attacked pairs", ordered["R"], unit=UNIT).told(),
     )
     note = f"{len(names)} of {len(pairs.artifacts)} attacked prompts got past refusal"
     return TEST.claim(evidence, checks, note, evidence.confounded())
