@@ -35,8 +35,6 @@ DRAWN, RESAMPLED = 9999, 1999
 FEWEST = 12
 """Units below which no bootstrap decides."""
 LEAST = 0.1
-MISSED = 0.1
-"""Share of units of another value that equal ones may hide."""
 
 
 def sign_flip_p(values: Numbers, *, threshold: float = 0.0, seed: int = 0) -> float:
@@ -55,17 +53,16 @@ def sign_flip_p(values: Numbers, *, threshold: float = 0.0, seed: int = 0) -> fl
 
 
 def studentised_p(values: Numbers, *, threshold: float = 0.0, seed: int = 0) -> float:
-    """The same from (m - mean) / se of resampled units.
+    """The same from (m - mean) / se of resampled units; equal values give 1 or the smallest p.
 
-    Equal values have no spread, but a tenth of other ones may have been missed: with p (9/10)^n. Of
-    mostly equal values many resamples have no spread, and an error of any size would seem
+    Of mostly equal values many resamples have no spread, and an error of any size would seem
     infinite. So a resample has at least ``LEAST`` of the sample's spread.
     """
     shifted = np.asarray(values, dtype=np.float64) - threshold
     n = len(shifted)
     spread = shifted.std(ddof=1) if n > 1 else 0.0
     if spread == 0:
-        return (1 - MISSED) ** n if n > 1 and shifted[0] > 0 else 1.0
+        return 1 / (1 + RESAMPLED) if n > 1 and shifted[0] > 0 else 1.0
     drawn = shifted[np.random.default_rng(seed).integers(0, n, size=(RESAMPLED, n))]
     errors, spreads = drawn.mean(1) - shifted.mean(), drawn.std(axis=1, ddof=1)
     spreads = np.maximum(spreads, LEAST * spread)
