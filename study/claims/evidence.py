@@ -289,8 +289,9 @@ class Evidence:
         accepted, also = self.discordant
         tried = " and ".join(str(len(study.candidates(kind))) for kind in "HR")
         return (
-            f"refuses {refused} of {n} held-out harmful prompts; accepts {accepted} harmful contrast "
-            f"prompts and refuses {also} harmless ones; refusal estimator {study.estimator}; "
+            f"refuses {refused} of {n} held-out harmful prompts; of the contrast prompts accepts "
+            f"{accepted} harmful and refuses {also} harmless ones; refusal estimator "
+            f"{study.estimator}; "
             f"carriers H {_place(h)}, R {_place(r)}, best of {tried}"
         )
 
