@@ -65,10 +65,11 @@ def import_(
     from core.store import RunFolder
     from evaluation.behaviours import load_behaviours
     from interchange.foreign import Hints
-    from interchange.importer import import_file
+    from interchange.importer import check_file, import_file
 
     if only_these and not behaviours:
         raise click.UsageError("--only-these needs --behaviours")
+    check_file(run, file, kind)
     known = load_behaviours(behaviours) if behaviours else []
     hints = Hints(prompt, model, attack, target_string)
     with RunFolder(run) as folder:

@@ -114,6 +114,7 @@ def read_rows(path: Path, *, repair: bool = False) -> list[Row]:
     """
     if not path.exists():
         return []
+    require_regular(path)
     if repair:
         mend_last_line(path)
     lines = path.read_bytes().split(b"\n")

@@ -200,8 +200,18 @@ class RunFolder:
 
     def behaviours(self) -> dict[str, Behaviour]:
         """Behaviours that the run knows, by id."""
-        rows = [Behaviour.from_row(row) for row in self.rows(BEHAVIOURS)]
-        return {b.behaviour_id: b for b in rows}
+        path, known = self.path / BEHAVIOURS, dict[str, Behaviour]()
+        for line, row in enumerate(self.rows(BEHAVIOURS), start=1):
+            behaviour = Behaviour.from_row(row, f"{path}, line {line}")
+            if behaviour.behaviour_id in known:
+                raise AttackPlaneError(
+                    "two behaviours have one id",
+                    where=f"{path}, line {line}",
+                    got=behaviour.behaviour_id,
+                    remedy="remove one of the two lines",
+                )
+            known[behaviour.behaviour_id] = behaviour
+        return known
 
     def note_behaviours(self, behaviours: Sequence[Behaviour]) -> None:
         """Keep behaviours with the run, each once.

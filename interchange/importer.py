@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.errors import AttackPlaneError
-from core.files import write_atomically
+from core.errors import AttackPlaneError, nearest
+from core.files import require_regular, write_atomically
 from core.records import NO_SOURCE, AttackArtifact, Behaviour, content_hash
 from core.rows import Row
 from core.store import ATTACKS, BEHAVIOURS, RunFolder
 from interchange.chat_templates import unwrap
 from interchange.foreign import Foreign, Hints, Reject
-from interchange.readers import read_foreign
+from interchange.readers import READERS, read_foreign
 
 REJECTS = "import_rejects.jsonl"
 SHOWN = 10
@@ -69,6 +69,23 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "imported"
 
 
+def check_file(run: Path, path: Path, kind: str) -> None:
+    """Whether a file can be imported at all.
+
+    Raises:
+        AttackPlaneError: no such format or file, or it is a file of the run itself.
+    """
+    if kind not in READERS:
+        raise AttackPlaneError("unknown format", got=kind, remedy=nearest(kind, READERS))
+    require_regular(path)
+    if path.resolve().is_relative_to(run.resolve()):
+        raise AttackPlaneError(
+            "a run's own file cannot be imported into it",
+            where=path,
+            remedy="its prompts are in the run already; name a file from elsewhere",
+        )
+
+
 def import_file(
     run: RunFolder,
     path: Path,
@@ -86,14 +103,9 @@ def import_file(
         only_these: leave out prompts of other behaviours.
 
     Raises:
-        AttackPlaneError: it is a file of the run itself.
+        AttackPlaneError: see ``check_file``.
     """
-    if path.resolve().is_relative_to(run.path.resolve()):
-        raise AttackPlaneError(
-            "a run's own file cannot be imported into it",
-            where=path,
-            remedy="its prompts are in the run already; name a file from elsewhere",
-        )
+    check_file(run.path, path, kind)
     hints = hints or Hints()
     given = {b.behaviour_id for b in behaviours or []}
     noted = run.behaviours()

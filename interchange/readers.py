@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.errors import AttackPlaneError, nearest
-from core.files import require_regular
+from core.errors import AttackPlaneError
 from interchange.foreign import (
     Foreign,
     Found,
@@ -256,11 +255,7 @@ def read_foreign(path: Path, kind: str, hints: Hints) -> Found:
     """Prompts and rejects of one file.
 
     Raises:
-        AttackPlaneError: no such format or file, a file that is not UTF-8 at all, hints that a
-        format needs.
+        AttackPlaneError: a file that is not UTF-8 at all, hints that a format needs.
     """
-    if kind not in READERS:
-        raise AttackPlaneError("unknown format", got=kind, remedy=nearest(kind, [*READERS]))
-    require_regular(path)
     check_encoding(path)
     return READERS[kind](path, hints)

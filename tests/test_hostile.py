@@ -210,7 +210,7 @@ def of_another_type(value):
     if isinstance(value, float):
         return [v for v in others if isinstance(v, (str, bool, list, dict)) or v != v]
     if isinstance(value, list) and all(isinstance(v, int) for v in value):
-        return [5, 1.5, True, math.nan, "x", {"a": 1}, ["x"], [True], [-1], [1.5]]
+        return [7, 1.5, True, math.nan, "x", {"a": 1}, ["x"], [True], [-1], [1.5]]
     if isinstance(value, list):
         return [5, 1.5, True, math.nan, {"a": 1}, [1], [True], ["nothing like it"]]
     return [5, 1.5, True, math.nan, [], {"a": 1}, [1]]

@@ -169,7 +169,8 @@ def _read(path: Path) -> SweepConfig:
         ("plane", "anchor_splits", "anchors"),
     ):
         table = values.get(name, {})
-        if isinstance(table, dict) and table.get(source, DEMONSTRATION) not in BUILT_IN:
+        chosen = table.get(source, DEMONSTRATION) if isinstance(table, dict) else None
+        if isinstance(chosen, str) and chosen not in BUILT_IN:
             table.setdefault(key, [])  # the default splits are those of the built-in sets
     for name, cls in TABLES.items():
         if name in values:
@@ -205,6 +206,7 @@ def _check(config: SweepConfig, where: str) -> None:
     _check_baselines(config, where)
     for spec in [*config.sources, *config.read_models]:
         parse_spec(spec)
+    behaviours_of(config)
     contrast_set(config.directions)
     load_behaviours(config.plane.anchors, splits=config.plane.anchor_splits)
     for judge in [*config.judges, config.directions.judge]:
