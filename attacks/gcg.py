@@ -141,7 +141,7 @@ ATTACK = ATTACKS.add(
         examples=(
             "gcg",
             "gcg --model embedded+runs/demo/checkpoints/step-12 --run runs/second --limit 16",
-            "gcg --model ORG/NAME --behaviours goals.csv --preset paper",
+            "gcg --model ORG/NAME --behaviours goals.csv --label-of-file harmful --preset paper",
         ),
     )
 )

@@ -82,6 +82,7 @@ def make_slot(
     """
     conversation = Conversation.build(request, suffix, placement=placement, system=system)
     prompt = renderer.render(conversation, target)
+    renderer.require_room(len(prompt.ids), len(prompt.target_ids), f"request {request[:60]!r}")
     span = prompt.suffix
     if span is None:
         raise AttackPlaneError("the initial suffix is empty", where=placement)

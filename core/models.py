@@ -57,6 +57,12 @@ class LoadedModel:
         return self.config.hidden_size
 
     @property
+    def positions(self) -> int | None:
+        """The most tokens that the model was made for; None where its config says no number."""
+        known = getattr(self.config, "max_position_embeddings", None)
+        return known if isinstance(known, int) and known > 0 else None
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 

@@ -19,10 +19,14 @@ _told: ContextVar[OnProgress | None] = ContextVar("told", default=None)
 
 
 def bar(total: int, what: str, unit: str, **options: Any) -> tqdm:
-    """A progress bar to ``update``, with tqdm's further options. Use as a context manager."""
+    """A progress bar to ``update``, with tqdm's further options. Use as a context manager.
+
+    Where standard error is no terminal nothing is drawn.
+    """
     tell = _told.get()
     if tell is None:
-        return tqdm(total=total, desc=what, unit=unit, **{"leave": False, **options})
+        quiet: dict[str, Any] = {"leave": False, "disable": None}
+        return tqdm(total=total, desc=what, unit=unit, **{**quiet, **options})
     return _Told(tell, total, what, options.get("initial", 0))
 
 

@@ -245,6 +245,21 @@ class Renderer:
             return []
         return self.tokenizer(list(texts), add_special_tokens=False).input_ids
 
+    def require_room(self, tokens: int, new: int, what: str) -> None:
+        """Whether a prompt and what follows fit into the model's positions.
+
+        Raises:
+            AttackPlaneError: they do not.
+        """
+        room = self.loaded.positions
+        if room is not None and tokens + new > room:
+            raise AttackPlaneError(
+                "too long for the model",
+                where=f"{self.loaded.spec}, {what}",
+                got=f"{tokens} tokens and {new} to follow, the model has {room} positions",
+                remedy="leave the prompt out, or ask for fewer new tokens",
+            )
+
     def decode(self, ids: Sequence[Sequence[int]], context: Sequence[int] = ()) -> list[str]:
         """Text of token lists as it reads after ``context``.
 

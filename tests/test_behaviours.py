@@ -7,7 +7,13 @@ from collections import Counter
 import pytest
 
 from core.errors import AttackPlaneError
-from evaluation.behaviours import HUB_SETS, load_behaviours
+from evaluation.behaviours import HUB_SETS, load_behaviours, reading_files
+
+
+@pytest.fixture(autouse=True)
+def harmful_where_nothing_is_said():
+    with reading_files("harmful"):
+        yield
 
 
 def test_the_demonstration_set_has_the_promised_numbers_and_splits():

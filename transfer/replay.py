@@ -75,12 +75,15 @@ def _outgoing(
 ) -> list[_Outgoing]:
     """Render every prompt, those with short replies and short prompts first.
 
-    What the template refuses is told to ``not_sent``.
+    What the template refuses, and what is too long for the model, is told to ``not_sent``.
     """
     ready = []
     for artifact in artifacts:
         try:
             text = renderer.text(Conversation(artifact.prompt, system=artifact.system_prompt))
+            new = config.of(artifact.attack).max_new_tokens or REPLY_TOKENS
+            what = f"{artifact.attack} {artifact.behaviour_id} {artifact.artifact_id}"
+            renderer.require_room(len(renderer.tokenise([text])[0]), new, what)
         except AttackPlaneError as error:
             if not_sent is None:
                 raise
@@ -105,8 +108,8 @@ def replay(
 ) -> Iterator[list[Replay]]:
     """Replies to all prompts, batch by batch as they are made.
 
-    With ``not_sent`` a prompt that the target's template refuses is told to it and the others go
-    on; without it the refusal is raised.
+    With ``not_sent`` a prompt that the target's template refuses, or that does not fit into the
+    model, is told to it and the others go on; without it the refusal is raised.
     """
     renderer = Renderer(loaded)
     ready = _outgoing(renderer, artifacts, config, not_sent)
