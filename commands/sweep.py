@@ -36,9 +36,11 @@ def sweep(config: Path, dry_run: bool) -> None:
     from pipeline.sweep.config import behaviours_of, read_config
     from pipeline.sweep.plan import plan, speed_of
     from pipeline.sweep.run import sweep as whole
+    from pipeline.toml_file import faults_of
 
     grid = read_config(config)
-    count = len(behaviours_of(grid))
+    with faults_of(config):
+        count = len(behaviours_of(grid))
     first = open_model((grid.sources or grid.targets)[0])
     speed = speed_of(first, Path(grid.run), keep=not dry_run)
     parts = plan(grid, count, speed)

@@ -19,8 +19,10 @@ def require_regular(path: Path) -> None:
     Raises:
         AttackPlaneError: it is something else, or is not there.
     """
+    if not path.exists():
+        raise AttackPlaneError("no such file", where=path)
     if not path.is_file():
-        kind = "a folder" if path.is_dir() else "no file" if not path.exists() else "no plain file"
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise AttackPlaneError(
             "cannot read the file", where=path, got=kind, remedy="name a file on disk"
         )

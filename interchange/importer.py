@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.errors import AttackPlaneError, nearest
-from core.files import require_regular, write_atomically
+from core.errors import AttackPlaneError
+from core.files import write_atomically
 from core.records import NO_SOURCE, AttackArtifact, Behaviour, content_hash
 from core.rows import Row
 from core.store import ATTACKS, BEHAVIOURS, RunFolder
 from interchange.chat_templates import unwrap
 from interchange.foreign import Foreign, Hints, Reject
-from interchange.readers import READERS, read_foreign
+from interchange.readers import check_readable, read_foreign
 
 REJECTS = "import_rejects.jsonl"
 SHOWN = 10
@@ -75,9 +75,7 @@ def check_file(run: Path, path: Path, kind: str) -> None:
     Raises:
         AttackPlaneError: no such format or file, or it is a file of the run itself.
     """
-    if kind not in READERS:
-        raise AttackPlaneError("unknown format", got=kind, remedy=nearest(kind, READERS))
-    require_regular(path)
+    check_readable(path, kind)
     if path.resolve().is_relative_to(run.resolve()):
         raise AttackPlaneError(
             "a run's own file cannot be imported into it",

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core.errors import AttackPlaneError
+from core.errors import AttackPlaneError, nearest
+from core.files import require_regular
 from interchange.foreign import (
     Foreign,
     Found,
@@ -255,7 +256,19 @@ def read_foreign(path: Path, kind: str, hints: Hints) -> Found:
     """Prompts and rejects of one file.
 
     Raises:
-        AttackPlaneError: a file that is not UTF-8 at all, hints that a format needs.
+        AttackPlaneError: see ``check_readable``; hints that a format needs.
     """
-    check_encoding(path)
+    check_readable(path, kind)
     return READERS[kind](path, hints)
+
+
+def check_readable(path: Path, kind: str) -> None:
+    """Whether there is such a format, and a file in UTF-8.
+
+    Raises:
+        AttackPlaneError: there is not.
+    """
+    if kind not in READERS:
+        raise AttackPlaneError("unknown format", got=kind, remedy=nearest(kind, READERS))
+    require_regular(path)
+    check_encoding(path)

@@ -115,7 +115,7 @@ def test_what_is_trained_is_the_reference_as_it_is_stored(reference, tmp_path):
         ("batch_size = 2", "batch_sise = 2", "batch_size"),
         ('name = "other"', "", "two trainings of one name"),
         ("sft = [2]", "sft = [3]", "no such checkpoint"),
-        ("seeds = [0, 1]", 'seeds = ["a"]', "seeds are whole numbers"),
+        ("seeds = [0, 1]", 'seeds = ["a"]', "seeds.0: input should be a valid integer"),
         ("[transfer.gcg]\nnum_steps = 1\nsearch_width = 4", "", "sources without attacks"),
         ("prompts = 4", "promts = 4", "prompts"),
         ("fixed_behaviours = 2", "fixed_behaviors = 2", "fixed_behaviours"),

@@ -157,7 +157,7 @@ def test_a_failed_cell_is_written_down_shown_as_missing_and_tried_again(
         yield from gcg.run(bench, task, config)
 
     monkeypatch.setitem(REGISTRY._items, "gcg", dataclasses.replace(gcg, run=broken))
-    output = call("sweep", path)
+    output = call("sweep", path, code=4)
     (failure,) = RunFolder(tmp_path / "run").rows(FAILURES)
     assert failure["attack"] == "gcg" and "something broke" in failure["reason"]
     assert failure["behaviour"].startswith("cheating") and failure["source"] == str(model)
@@ -172,10 +172,10 @@ def test_a_failed_cell_is_written_down_shown_as_missing_and_tried_again(
 
 def test_behaviours_without_a_target_fail_where_one_is_needed_only(tmp_path, tiny_folders):
     (tmp_path / "b.csv").write_text("request,target\nDo a,Sure a\nDo b,\n")
-    behaviours = f'set = "{tmp_path}/b.csv"'
+    behaviours = f'set = "{tmp_path}/b.csv"\nlabel_of_file = "harmful"'
     path = tmp_path / "sweep.toml"
     path.write_text(config_text(tmp_path / "run", tiny_folders["qwen2"], behaviours=behaviours))
-    call("sweep", path)
+    call("sweep", path, code=4)
     failed = RunFolder(tmp_path / "run").rows(FAILURES)
     assert {f["attack"] for f in failed} == {
         "plain",

@@ -36,7 +36,7 @@ from typing import Any
 from attacks.registry import ATTACKS
 from attacks.workbench import Workbench
 from core.errors import AttackPlaneError, nearest
-from core.records import LABELS, Behaviour
+from core.records import LABELS, SPLITS, Behaviour
 from core.rows import Row
 from core.settings import LARGEST, check_settings, setting
 from core.specs import parse_spec
@@ -45,6 +45,7 @@ from evaluation.behaviours import (
     DEMONSTRATION,
     HELD_OUT_SPLITS,
     load_behaviours,
+    reading_files,
     spread,
     to_attack,
 )
@@ -70,9 +71,15 @@ class BehavioursChoice:
     splits: tuple[str, ...] | None = None
     every: int = setting(1, "Only each so many-th.", low=1)
     limit: int | None = setting(None, "So many, spread over categories.", low=1)
+    label_of_file: str | None = setting(None, "Label of rows without one.", choices=LABELS)
 
     def __post_init__(self) -> None:
         check_settings(self, "behaviours")
+        for name in self.splits or ():
+            if name not in SPLITS:
+                raise AttackPlaneError(
+                    "unknown split", where="splits", got=name, remedy=nearest(name, SPLITS)
+                )
 
 
 @dataclass(frozen=True)
@@ -206,7 +213,6 @@ def _check(config: SweepConfig, where: str) -> None:
     _check_baselines(config, where)
     for spec in [*config.sources, *config.read_models]:
         parse_spec(spec)
-    behaviours_of(config)
     contrast_set(config.directions)
     load_behaviours(config.plane.anchors, splits=config.plane.anchor_splits)
     for judge in [*config.judges, config.directions.judge]:
@@ -237,5 +243,6 @@ SAMPLE = Behaviour("sample", "a request", "a target", "none", "harmful", "none")
 def behaviours_of(config: SweepConfig) -> list[Behaviour]:
     """The behaviours that are attacked."""
     choice = config.behaviours
-    behaviours = to_attack(choice.set, choice.label, choice.splits)
+    with reading_files(choice.label_of_file):
+        behaviours = to_attack(choice.set, choice.label, choice.splits)
     return spread(behaviours[:: choice.every], choice.limit)
