@@ -6,16 +6,18 @@ import pytest
 import torch
 
 from commands.tables.attacks import matrix_table
+from core.errors import AttackPlaneError
 from core.generate import complete
 from core.models import handle_of
 from core.prompt import Conversation, Renderer
-from core.records import Replay
+from core.records import AttackArtifact, Replay
 from core.statistics import bootstrap_mean, wilson
 from core.store import REPLAYS, RunFolder
 from pipeline.transfer import Transfer
 from tests.test_gcg import run_attacker
 from transfer.matrix import matrix
 from transfer.replay import ReplayConfig
+from transfer.replay import replay as replay_prompts
 
 
 def replay_all(run, loaded, judges, config, *, artifacts=None, not_sent=None, **more):
@@ -199,3 +201,36 @@ def test_sampling_repeats_with_its_seed_and_leaves_the_global_stream_alone(qwen)
     assert first == complete(renderer, texts, max_new_tokens=8, temperature=1.0, seed=1)
     assert first != complete(renderer, texts, max_new_tokens=8, temperature=1.0, seed=2)
     assert len(set(first)) > 1
+
+
+def test_a_prompt_that_does_not_fit_is_named_before_any_reply(qwen):
+    prompts = [
+        AttackArtifact(
+            f"id-{n}",
+            "b",
+            "persona",
+            "none",
+            "Brew tea",
+            text,
+            None,
+            None,
+            None,
+            None,
+            [],
+            None,
+            seed=0,
+            config_hash="c",
+            token_fidelity=None,
+        )
+        for n, text in enumerate(("Brew tea", "tea " * 600))
+    ]
+    assert qwen.positions == 512
+    told = []
+    replies = replay_prompts(
+        qwen, prompts, [], ReplayConfig(4), not_sent=lambda a, error: told.append((a, str(error)))
+    )
+    assert [r.artifact_id for part in replies for r in part] == ["id-0"]
+    (artifact, why) = told[0]
+    assert artifact.artifact_id == "id-1" and "512 positions" in why and "persona b id-1" in why
+    with pytest.raises(AttackPlaneError, match="too long for the model"):
+        list(replay_prompts(qwen, prompts, [], ReplayConfig(4)))
