@@ -246,11 +246,7 @@ class Renderer:
         return self.tokenizer(list(texts), add_special_tokens=False).input_ids
 
     def require_room(self, tokens: int, new: int, what: str) -> None:
-        """Whether a prompt and what follows fit into the model's positions.
-
-        Raises:
-            AttackPlaneError: they do not.
-        """
+        """Raises AttackPlaneError if a prompt and what follows exceed the model's positions."""
         room = self.loaded.positions
         if room is not None and tokens + new > room:
             raise AttackPlaneError(

@@ -50,7 +50,7 @@ def draw(folder: Path) -> Path:
         title = _title(first)
         buttons.append(
             {
-                "label": f"{short_spec(view[0])}, {view[1]} frame",
+                "label": html.escape(f"{short_spec(view[0])}, {view[1]} frame"),
                 "method": "update",
                 "args": [
                     {"visible": [owner == view for owner in owners]},
@@ -58,13 +58,14 @@ def draw(folder: Path) -> Path:
                 ],
             }
         )
+    position = html.escape(rows[0]["position"])
     figure.update_layout(
         title={"text": buttons[0]["args"][1]["title.text"], "font": {"size": 15}},
         template="plotly_white",
         updatemenus=[
             {"buttons": buttons, "x": 1.0, "y": 1.02, "xanchor": "right", "yanchor": "bottom"}
         ],
-        xaxis_title=f"harmfulness projection at {rows[0]['position']} (residual units)",
+        xaxis_title=f"harmfulness projection at {position} (residual units)",
         yaxis_title="refusal projection at t_post_inst (residual units)",
         legend={"itemsizing": "constant"},
         margin={"t": 130},
@@ -99,6 +100,7 @@ def _traces(
         members = [r for r in rows if r["class_name"] == name]
         if not members:
             continue
+        shown = html.escape(name)
         attacked = members[0]["kind"] == "attack"
         fill = {True: colour, False: "white", None: NOT_JUDGED if attacked else colour}
         traces.append(
@@ -106,8 +108,8 @@ def _traces(
                 x=[r["x"] for r in members],
                 y=[r["y"] for r in members],
                 mode="markers",
-                name=name,
-                legendgroup=name,
+                name=shown,
+                legendgroup=shown,
                 marker={
                     "symbol": symbol,
                     "size": 11 if attacked else 8,
@@ -122,7 +124,7 @@ def _traces(
         centre = centres.get(name)
         if centre and centre["covariance"] is not None and centre["n"] > 2:
             outline = _outline(centre["centroid"], centre["covariance"])
-            traces.append(_line(*outline, colour, name, 1, fill="toself"))
+            traces.append(_line(*outline, colour, shown, 1, fill="toself"))
         if any(r["plain_x"] is not None for r in members):
             x: list[Any] = []
             y: list[Any] = []
@@ -130,13 +132,13 @@ def _traces(
                 if r["plain_x"] is not None:
                     x += [r["plain_x"], r["x"], None]
                     y += [r["plain_y"], r["y"], None]
-            traces.append(_line(x, y, colour, name, 1, dash="dot", arrows=True))
+            traces.append(_line(x, y, colour, shown, 1, dash="dot", arrows=True))
             if centre and (start := centre_start(centre)):
                 (x0, y0), (x1, y1) = start, centre["centroid"]
-                traces.append(_line([x0, x1], [y0, y1], colour, name, 3, arrows=True))
+                traces.append(_line([x0, x1], [y0, y1], colour, shown, 3, arrows=True))
                 if centre["wrapper"]:
                     x1, y1 = x0 + centre["wrapper"][0], y0 + centre["wrapper"][1]
-                    traces.append(_line([x0, x1], [y0, y1], colour, name, 2, dash="dash"))
+                    traces.append(_line([x0, x1], [y0, y1], colour, shown, 2, dash="dash"))
     return traces
 
 
@@ -191,6 +193,5 @@ def _hover(row: Row, prompts: dict[str, str]) -> str:
         f"harmfulness {row['x']:.2f} (cos {row['x_cosine']:.2f}), refusal {row['y']:.2f} (cos "
         f"{row['y_cosine']:.2f})"
     )
-    return "<br>".join(
-        [f"<b>{html.escape(row['class_name'])}</b> {row['behaviour_id']}: {verdict}", place, *lines]
-    )
+    name, behaviour = (html.escape(str(row[key])) for key in ("class_name", "behaviour_id"))
+    return "<br>".join([f"<b>{name}</b> {behaviour}: {verdict}", place, *lines])

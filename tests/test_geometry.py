@@ -2,7 +2,10 @@
 what they say."""
 
 import csv
+import dataclasses
 import json
+import shutil
+import subprocess
 
 import pyarrow.parquet as pq
 import pytest
@@ -463,6 +466,43 @@ def test_exports_agree_with_each_other_and_pictures_are_drawn(tmp_path):
     assert plane_png.draw(tmp_path).read_bytes().startswith(b"\x89PNG")
     page = plane_html.draw(tmp_path).read_text()
     assert "plotly" in page and 'src="http' not in page
+
+
+HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
+
+
+def hostile_page(folder):
+    """A page of a plane whose texts are all hostile."""
+    found, *_ = plane_of()
+    texts = {"class_name": HOSTILE, "target": HOSTILE, "behaviour_id": HOSTILE, "attack": HOSTILE}
+    export([dataclasses.replace(p, **texts) for p in found], folder)
+    with RunFolder(folder) as run:
+        run.append("behaviours.jsonl", {"behaviour_id": found[0].prompt_id, "request": HOSTILE})
+        run.append("attacks.jsonl", {"artifact_id": found[1].prompt_id, "prompt": HOSTILE})
+    return plane_html.draw(folder)
+
+
+def test_a_page_holds_hostile_texts_as_texts(tmp_path):
+    page = hostile_page(tmp_path).read_text()
+    for told in (page, page.replace("\\u003c", "<").replace("\\u003e", ">")):
+        assert "<img src=x onerror" not in told and "<script>alert(2)" not in told
+    assert "onerror=alert(1)" in page  # it stands there, escaped
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not there")
+def test_a_browser_runs_nothing_of_a_hostile_page_and_loads_nothing(tmp_path):
+    page = hostile_page(tmp_path)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    options.append("--host-resolver-rules=MAP * ~NOTFOUND")
+    done = subprocess.run(
+        ["chromium", *options, "--virtual-time-budget=8000", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "main-svg" in done.stdout and '<img src="x"' not in done.stdout
+    assert "CONSOLE" not in done.stderr  # no error, and nothing was asked for in vain
 
 
 def test_frames_of_other_sizes_and_layers_out_of_range_are_refused():
