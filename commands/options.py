@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +35,9 @@ DEFAULT_LIMIT = 4
 class CleanGroup(click.Group):
     """Turns the suite's errors into clean messages and exit codes; Ctrl-C says how to go on."""
 
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        super().add_command(hushable(cmd), name)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -42,8 +46,8 @@ class CleanGroup(click.Group):
                 raise
             click.echo(f"error: {error}", err=True)
             ctx.exit(EXIT_ERROR)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click tells these by itself; a reader that has seen enough is no error
         except Exception as error:  # a fault of ours: one line here, all of it under --debug
             if ctx.find_root().params.get("debug"):
                 raise
@@ -57,6 +61,32 @@ class CleanGroup(click.Group):
         except KeyboardInterrupt:
             click.echo("\nstopped; the same command goes on from here", err=True)
             ctx.exit(EXIT_INTERRUPTED)
+
+
+def _hush(ctx: click.Context, option: click.Parameter, value: bool) -> None:
+    """Draw no bars, and log nothing below an error, for this command."""
+    from core.progress import reporting
+
+    if value:
+        ctx.with_resource(reporting(None))
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        ctx.call_on_close(lambda: logging.disable(before))
+
+
+def hushable(command: click.Command) -> click.Command:
+    """The command with the option ``--quiet``, which every command has."""
+    if not isinstance(command, click.Group) and all(p.name != "quiet" for p in command.params):
+        command.params.append(
+            click.Option(
+                ["--quiet"],
+                is_flag=True,
+                expose_value=False,
+                callback=_hush,
+                help="Results only: no bars, no warnings.",
+            )
+        )
+    return command
 
 
 def quiet_libraries(command: Callable[..., None]) -> Callable[..., None]:

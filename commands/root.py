@@ -17,7 +17,7 @@ import click
 
 import commands
 from commands.attack_index import declared_commands
-from commands.options import CONTEXT, EXIT_ERROR, CleanGroup
+from commands.options import CONTEXT, EXIT_ERROR, CleanGroup, hushable
 from commands.types import FilePath
 from core.errors import AttackPlaneError
 
@@ -43,7 +43,7 @@ class AttackStub(click.Command):
         from commands.attack import attack_command
 
         assert self.name is not None
-        return attack_command(self.name.replace("-", "_"))
+        return hushable(attack_command(self.name.replace("-", "_")))
 
 
 @cache
@@ -73,7 +73,7 @@ class Root(CleanGroup):
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in command_files():
-            return importlib.import_module(command_files()[name]).command
+            return hushable(importlib.import_module(command_files()[name]).command)
         summary = attack_commands().get(name)
         return AttackStub(name, help=summary) if summary else None
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from commands.options import CleanGroup, file_options, quiet_libraries
+from commands.options import CleanGroup, file_options, hushable, quiet_libraries
 from commands.setting_options import flag_of, given_settings, setting_options
 from commands.types import FilePath
 from core.rows import Row
@@ -37,7 +37,7 @@ class Arms(CleanGroup):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         from training.registry import ARMS
 
-        return arm_command(name) if name in ARMS.all() else None
+        return hushable(arm_command(name)) if name in ARMS.all() else None
 
 
 @click.group(cls=Arms)

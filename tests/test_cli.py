@@ -308,3 +308,41 @@ def test_kill_9_ten_times_at_random_moments_gives_the_same_file(
             kills += any(state.glob("*.json"))  # counts where a behaviour was under way
     assert start(tmp_path / f"killed-{runs}").wait() == 0
     assert (tmp_path / f"killed-{runs}" / "attacks.jsonl").read_bytes() == expected
+
+
+def test_every_command_can_be_quiet_and_draws_no_bar_into_a_file(tmp_path):
+    from core.progress import bar
+    from tests.test_hostile import every_command
+
+    for name, command in every_command():
+        assert [p.name for p in command.params].count("quiet") == 1, name
+    with bar(3, "work", "step") as shown:  # standard error is no terminal here
+        assert shown.disable
+    listed = CliRunner().invoke(cli, ["attacks", "--quiet"])
+    assert listed.exit_code == 0 and "gcg-universal" in listed.output
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "cli.py", "attacks"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert "error" not in process.communicate()[1]
+
+
+@pytest.mark.parametrize("arguments", [["show", "--run"], ["report", "--run"], ["models"]])
+def test_what_only_reads_does_not_wait_for_torch(arguments, tmp_path):
+    made = CliRunner().invoke(
+        cli, ["templates", "--run", str(tmp_path), "--limit", "1", "--class", "persona"]
+    )
+    assert made.exit_code == 0
+    told = arguments + [str(tmp_path)] * (arguments[-1] == "--run")
+    code = (
+        "import sys, cli\ntry:\n    cli.cli(sys.argv[1:])\nfinally:\n"
+        "    print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *told], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr

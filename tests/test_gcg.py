@@ -335,7 +335,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_loss(qwen, monkeypatch):
     monkeypatch.setattr(PackedDecoder, "_run", scarce)
     objective.batch.value = 8
     assert torch.allclose(objective.losses(drawn), expected, atol=1e-5)
-    assert objective.batch.value == 2
+    assert objective.batch.value in (1, 2)  # with one thread no two halves run side by side
 
 
 def test_random_suffix_has_the_length_of_the_initial_one_and_keeps_its_tokens(tiny):
