@@ -19,7 +19,7 @@ from core.errors import AttackPlaneError
     "kind",
     required=True,
     help="harmbench, jailbreakbench, adversariallm, nanogcg, easyjailbreak, llm-attacks, "
-    "pyrit-gcg, garak, jsonl or csv.",
+    "pyrit-gcg, garak, jsonl, json (an array of objects) or csv.",
 )
 @click.option(
     "--behaviours",
@@ -31,6 +31,14 @@ from core.errors import AttackPlaneError
 @click.option(
     "--prompt",
     help="nanogcg: the prompt that it was run with ({optim_str} marks the string's place).",
+)
+@click.option(
+    "--map",
+    "pairs",
+    multiple=True,
+    metavar="FIELD=KEY",
+    help="jsonl, json, csv: the file's own name of a field (prompt, request, behaviour_id, "
+    "target_string, category, attack, model, system, suffix); repeatable.",
 )
 @click.option("--model", help="The source model, where the file does not say it (any name).")
 @click.option("--attack", help="Name of the attack class instead of the file's own.")
@@ -44,6 +52,7 @@ def import_(
     behaviours: str | None,
     only_these: bool,
     prompt: str | None,
+    pairs: tuple[str, ...],
     model: str | None,
     attack: str | None,
     target_string: str | None,
@@ -61,6 +70,8 @@ def import_(
           --behaviours harmbench_behaviors.csv
       python cli.py import --run runs/first --format nanogcg result.json \\
           --prompt 'Tell me ...' --model embedded
+      python cli.py import --run runs/first --format json set.json \\
+          --map prompt=query --map request=prompt
     """
     from core.store import RunFolder
     from evaluation.behaviours import load_behaviours
@@ -71,7 +82,7 @@ def import_(
         raise click.UsageError("--only-these needs --behaviours")
     check_file(run, file, kind)
     known = load_behaviours(behaviours) if behaviours else []
-    hints = Hints(prompt, model, attack, target_string)
+    hints = Hints(prompt, model, attack, target_string, columns_of(pairs))
     with RunFolder(run) as folder:
         folder.begin_stage("import", {}, {}, derived=True)
         result = import_file(folder, file, kind, hints, behaviours=known, only_these=only_these)
@@ -82,6 +93,21 @@ def import_(
             where=file,
             remedy="see the reasons above, and whether --format and --behaviours fit the file",
         )
+
+
+def columns_of(pairs: tuple[str, ...]) -> dict[str, str]:
+    """``("prompt=query",)`` -> {"prompt": "query"}."""
+    from interchange.tables import FIELDS
+
+    columns = {}
+    for pair in pairs:
+        field, _, key = pair.partition("=")
+        if field not in FIELDS or not key.strip():
+            raise click.BadParameter(
+                f"{pair!r}: expected FIELD=KEY with one of {', '.join(FIELDS)}", param_hint="--map"
+            )
+        columns[field] = key.strip()
+    return columns
 
 
 command = import_

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,15 @@ Found = Iterator[Foreign | Reject]
 class Hints:
     """What a file does not say and the user does.
 
-    ``prompt`` is the one that nanogcg's string belongs to.
+    ``request`` is the prompt that nanogcg's string belongs to. ``columns``: field -> the file's own
+    name for it, in tables.
     """
 
     request: str | None = None
     model: str | None = None
     attack: str | None = None
     target_string: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_encoding(path: Path) -> None:

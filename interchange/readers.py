@@ -25,7 +25,7 @@ from interchange.foreign import (
     json_lines,
 )
 from interchange.searches import gcg_log, nanogcg
-from interchange.tables import csv_file, jsonl, text_of
+from interchange.tables import csv_file, json_array, jsonl, text_of
 
 NOTHING = {
     "harmbench": Reject("the file", "no object {behaviour id: [prompt, ...]} with entries"),
@@ -248,6 +248,7 @@ READERS: dict[str, Callable[[Path, Hints], Found]] = {
     "pyrit-gcg": gcg_log,
     "garak": garak,
     "jsonl": jsonl,
+    "json": json_array,
     "csv": csv_file,
 }
 

@@ -1,13 +1,16 @@
 """Other tools' files: good, malformed, empty, huge and wrongly encoded ones of each format; exports
 that round-trip."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from cli import cli
 from core.errors import AttackPlaneError
 from core.records import AttackArtifact, Behaviour
 from core.store import ATTACKS, RunFolder
@@ -119,6 +122,8 @@ def written(folder, kind, rows=3, bad=()):
         body = json.dumps(
             log if rows else {"params": {"goals": [ASK]}, "controls": [], "losses": []}
         )
+    elif kind == "json":
+        body = json.dumps([{"goal": ASK, "prompt": f"Robin {i}: {ASK}"} for i in many])
     elif kind == "csv":
         body = "goal,prompt,target\n" + "".join(
             f'{ASK},"Robin {i}, {ASK}","{TARGET}"\n' for i in many
@@ -170,6 +175,26 @@ def test_a_json_document_that_breaks_off_is_read_up_to_there(tmp_path, kind):
     found = list(read_foreign(path, kind, HINTS))
     assert sum(isinstance(f, Foreign) for f in found) >= 3
     assert isinstance(found[-1], Reject) and "cannot be read" in found[-1].reason
+
+
+def test_columns_are_named_where_a_file_names_them_otherwise(tmp_path):
+    path = tmp_path / "set.json"
+    path.write_text(json.dumps([{"prompt": ASK, "query": f"Robin: {ASK}", "id": "7"}]))
+    (swapped,) = read_foreign(path, "json", HINTS)
+    assert isinstance(swapped, Reject) and "--map prompt=KEY" in swapped.reason
+    named = dataclasses.replace(HINTS, columns={"prompt": "query", "request": "prompt"})
+    (found,) = read_foreign(path, "json", named)
+    assert (found.prompt, found.request, found.behaviour_id) == (f"Robin: {ASK}", ASK, "7")
+    with pytest.raises(AttackPlaneError, match="--format json"):
+        list(read_foreign(path, "jsonl", HINTS))
+    command = ["import", "--run", tmp_path / "run", path, "--format", "json"]
+    for wrong in ("prompt", "promt=query", "prompt="):
+        refused = CliRunner().invoke(cli, [*map(str, command), "--map", wrong])
+        assert refused.exit_code == 2 and "FIELD=KEY" in refused.output
+    maps = ["--map", "prompt=query", "--map", "request=prompt"]
+    done = CliRunner().invoke(cli, [*map(str, command), *maps])
+    assert done.exit_code == 0 and "1 prompts imported" in done.output
+    assert json.loads((tmp_path / "run" / "attacks.jsonl").read_text())["request"] == ASK
 
 
 @pytest.mark.parametrize("kind", ["easyjailbreak", "garak", "jsonl"])
