@@ -323,7 +323,7 @@ def test_every_command_can_be_quiet_and_draws_no_bar_into_a_file(tmp_path):
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():
-    command = [sys.executable, "cli.py", "attacks"]
+    command = [sys.executable, "cli.py", "models"]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

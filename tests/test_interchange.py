@@ -281,10 +281,7 @@ print(result.imported, (peak - before) / 1024, "torch" in sys.modules)
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param(k, marks=() if k in ("jsonl", "jailbreakbench") else pytest.mark.slow)
-        for k in READERS
-    ],
+    [pytest.param(k, marks=() if k == "jsonl" else pytest.mark.slow) for k in READERS],
 )
 def test_a_hundred_thousand_rows_are_imported_in_bounded_memory(tmp_path, kind):
     path = written(tmp_path, kind, rows=100_000)
