@@ -3,16 +3,20 @@
 import io
 import json
 import shutil
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from core.cast import load_cast
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, load
 from core.specs import parse_spec
 from core.weights import fingerprint, load_classifier
 from tests.conftest import make_model
+from training.saved import saved_state
 
 CODE = """
 from pathlib import Path
@@ -143,3 +147,37 @@ def test_a_fingerprint_is_of_what_weights_and_settings_are(adapter, tmp_path):
     assert fingerprint(spec, None, "c") == before
     file.write_text(json.dumps(same | {"lora_alpha": 999}))
     assert fingerprint(spec, None, "c") != before
+
+
+def test_code_beside_an_adapter_a_hook_or_a_saved_training_never_runs(
+    adapter, tmp_path, monkeypatch
+):
+    marker = tmp_path / "marker"
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\n"))
+    folder = tmp_path / "copy"
+    shutil.copytree(adapter, folder)
+    (folder / "own.py").write_text(CODE.format(marker=str(marker)))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {
+        "auto_map": {"AutoModelForCausalLM": "own.Model"},
+        "auto_mapping": {"base_model_class": "Model", "parent_library": "own"},
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    base = config["base_model_name_or_path"]
+    with suppress(AttackPlaneError):  # it may be refused, or loaded as what it is
+        load(f"{base}+{folder}", "cpu")
+
+    class Hostile:
+        def __reduce__(self):
+            return Path.write_text, (marker, "the code ran")
+
+    state, hook = tmp_path / "state.pt", tmp_path / "hook"
+    torch.save({"adapter": Hostile()}, state)
+    with pytest.raises(AttackPlaneError, match="cannot be read"):
+        saved_state(state)
+    hook.mkdir()
+    (hook / "cast.json").write_text("{}")
+    (hook / "cast.safetensors").write_bytes(state.read_bytes())
+    with pytest.raises(AttackPlaneError, match="CAST"):
+        load_cast(hook)
+    assert not marker.exists()
