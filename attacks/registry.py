@@ -112,7 +112,6 @@ class Attack:
                 f"unknown preset {preset!r}", where=where, remedy=nearest(preset, [*self.presets])
             )
         values = {**self.presets[preset], **values}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return from_values(self.config, values, where)
 
 

@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,12 +150,10 @@ TEMPLATE = click.option(
 
 def _read_files_so(ctx: click.Context, option: click.Parameter, value: Any) -> None:
     """Keep how files of behaviours are read, for this command alone."""
-    from evaluation.behaviours import READING
+    from evaluation.behaviours import reading_files
 
     if value:
-        before = READING.get()
-        READING.set(replace(before, **{str(option.name): value}))
-        ctx.call_on_close(lambda: READING.set(before))
+        ctx.with_resource(reading_files(**{str(option.name): value}))
 
 
 def file_options(command: Callable[..., None]) -> Callable[..., None]:

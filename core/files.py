@@ -151,9 +151,10 @@ def row_of_line(line: bytes, where: str) -> Row:
 
 def is_row(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
+        row_of_line(line, "")
+    except AttackPlaneError:
         return False
+    return True
 
 
 def _warn_of_torn(path: Path, line: bytes) -> None:

@@ -45,6 +45,22 @@ def require(condition: bool, what: str, record: Any, got: object) -> None:
         raise AttackPlaneError(what, where=type(record).__name__, got=repr(got))
 
 
+def require_version(found: object, what: str, where: object, remedy: str | None = None) -> None:
+    """Whether a file or row is of this version of the suite; ``remedy``: what else may help.
+
+    Raises:
+        AttackPlaneError: it is not.
+    """
+    if found != SCHEMA_VERSION:
+        reads = f"this version of the suite reads schema_version {SCHEMA_VERSION}"
+        raise AttackPlaneError(
+            what,
+            where=where,
+            got=f"schema_version {found!r}",
+            remedy=f"{reads}; {remedy}" if remedy else reads,
+        )
+
+
 class Record:
     """Conversion to and from JSON rows, shared by the records that live in ``*.jsonl`` files."""
 
@@ -53,14 +69,8 @@ class Record:
 
     @classmethod
     def from_row(cls, row: Row, where: str = "a row") -> Self:
-        version = row.get("schema_version", SCHEMA_VERSION)
-        if version != SCHEMA_VERSION:
-            raise AttackPlaneError(
-                f"{cls.__name__} of another schema version",
-                where=where,
-                got=version,
-                remedy=f"this version of the suite reads schema_version {SCHEMA_VERSION}",
-            )
+        row_version = row.get("schema_version", SCHEMA_VERSION)
+        require_version(row_version, f"{cls.__name__} of another schema version", where)
         return from_values(cls, row, where, of="field")
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jsonlines
 from filelock import FileLock, Timeout
@@ -34,10 +34,11 @@ from core.files import (
     row_of_line,
     write_atomically,
 )
-from core.records import SCHEMA_VERSION, Behaviour, content_hash
+from core.records import SCHEMA_VERSION, Behaviour, Record, content_hash, require_version
 from core.rows import Row
 
 log = logging.getLogger(__name__)
+Kind = TypeVar("Kind", bound=Record)
 
 ATTACKS = "attacks.jsonl"
 REPLAYS = "replays.jsonl"
@@ -150,6 +151,27 @@ class RunFolder:
     def rows(self, name: str) -> list[Row]:
         return read_rows(self.path / name, repair=self._lock.is_locked)
 
+    def records(self, name: str, cls: type[Kind], id_of: Callable[[Kind], str]) -> list[Kind]:
+        """The rows of a file as records.
+
+        Raises:
+            AttackPlaneError: a row that is none (its line is named), or two rows of one id.
+        """
+        records, lines = [], dict[str, int]()
+        for line, row in enumerate(self.rows(name), start=1):
+            where = f"{self.path / name}, line {line}"
+            record = cls.from_row(row, where)
+            before = lines.setdefault(id_of(record), line)
+            if before != line:
+                raise AttackPlaneError(
+                    f"the same id as line {before}",
+                    where=where,
+                    got=id_of(record),
+                    remedy="remove one of the two lines",
+                )
+            records.append(record)
+        return records
+
     def each(self, name: str, key: str) -> Iterator[Any]:
         """One field of each row, without holding the rows."""
         path = self.path / name
@@ -200,18 +222,8 @@ class RunFolder:
 
     def behaviours(self) -> dict[str, Behaviour]:
         """Behaviours that the run knows, by id."""
-        path, known = self.path / BEHAVIOURS, dict[str, Behaviour]()
-        for line, row in enumerate(self.rows(BEHAVIOURS), start=1):
-            behaviour = Behaviour.from_row(row, f"{path}, line {line}")
-            if behaviour.behaviour_id in known:
-                raise AttackPlaneError(
-                    "two behaviours have one id",
-                    where=f"{path}, line {line}",
-                    got=behaviour.behaviour_id,
-                    remedy="remove one of the two lines",
-                )
-            known[behaviour.behaviour_id] = behaviour
-        return known
+        found = self.records(BEHAVIOURS, Behaviour, lambda b: b.behaviour_id)
+        return {b.behaviour_id: b for b in found}
 
     def note_behaviours(self, behaviours: Sequence[Behaviour]) -> None:
         """Keep behaviours with the run, each once.
@@ -273,13 +285,8 @@ def _manifest(path: Path) -> Row:
             got=f"{type(error).__name__}: {error}",
             remedy=remedy,
         ) from error
-    if whole.get("schema_version") != SCHEMA_VERSION:
-        raise AttackPlaneError(
-            "the run was written by another version of the suite",
-            where=path,
-            got=f"schema_version {whole.get('schema_version')!r}",
-            remedy=f"this version reads schema_version {SCHEMA_VERSION}; {remedy}",
-        )
+    what = "the run was written by another version of the suite"
+    require_version(whole.get("schema_version"), what, path, remedy)
     return whole
 
 

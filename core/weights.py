@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from core.cards import CARD
 from core.embedded import convert_gguf, embedded_folder
 from core.errors import AttackPlaneError
 from core.rows import Row
@@ -34,8 +35,6 @@ SETTINGS_BYTES = 1 << 18
 HASHED = (".safetensors", ".bin", ".json", ".jinja", ".model")
 ORIGIN = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 SETS = ("target_modules", "modules_to_save", "exclude_modules")
-CARD = "attack_plane.json"
-"""What a training of ours says of a checkpoint (``core/cards.py``)."""
 
 
 def default_device() -> torch.device:

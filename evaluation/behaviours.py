@@ -55,9 +55,13 @@ READING: ContextVar[Reading] = ContextVar("READING", default=AS_IT_IS)
 
 
 @contextmanager
-def reading_files(label: str | None = None, *, merge_duplicates: bool = False) -> Iterator[None]:
-    """While open, files of behaviours are read so."""
-    token = READING.set(Reading(label, merge_duplicates))
+def reading_files(
+    label_of_file: str | None = None, *, merge_duplicates: bool = False
+) -> Iterator[None]:
+    """While open, files of behaviours are read so too; what is not given stays as it is."""
+    known = READING.get()
+    label = label_of_file or known.label_of_file
+    token = READING.set(Reading(label, merge_duplicates or known.merge_duplicates))
     try:
         yield
     finally:

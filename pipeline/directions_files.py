@@ -12,7 +12,7 @@ from torch import Tensor
 from core.errors import AttackPlaneError
 from core.files import read_object, write_atomically
 from core.readings import Directions
-from core.records import SCHEMA_VERSION
+from core.records import require_version
 from core.specs import canonical_name
 
 
@@ -51,13 +51,12 @@ def load_directions(folder: Path, model: str, estimator: str) -> Directions:
         )
     remedy = "estimate this model's directions anew"
     description = read_object(path.with_suffix(".json"), "the description", remedy=remedy)
-    if description.get("schema_version") != SCHEMA_VERSION:
-        raise AttackPlaneError(
-            "directions of another version of the suite",
-            where=path.with_suffix(".json"),
-            got=f"schema_version {description.get('schema_version')!r}",
-            remedy=remedy,
-        )
+    require_version(
+        description.get("schema_version"),
+        "directions of another version of the suite",
+        path.with_suffix(".json"),
+        remedy,
+    )
     if description.get("model") != model:
         raise AttackPlaneError(
             "these directions are of another model",

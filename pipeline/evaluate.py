@@ -199,6 +199,13 @@ def _take_attacks(run: RunFolder, asked: Evaluation, notes: list[str]) -> set[st
     return taken
 
 
+def adaptive_config(config: EvaluateConfig) -> GCGConfig:
+    """GCG as it attacks every model anew."""
+    return GCGConfig(
+        num_steps=config.adaptive_steps, search_width=config.adaptive_width, topk=ADAPTIVE_TOPK
+    )
+
+
 def _attack_anew(
     path: Path,
     handle: ModelHandle,
@@ -216,10 +223,7 @@ def _attack_anew(
     behaviours = spread(harmful, config.adaptive)
     if not behaviours:
         return []
-    gcg = GCGConfig(
-        num_steps=config.adaptive_steps, search_width=config.adaptive_width, topk=ADAPTIVE_TOPK
-    )
-    plan = Plan(GCG, gcg, (handle,))
+    plan = Plan(GCG, adaptive_config(config), (handle,))
     campaign(folder, behaviours, [plan], seed=config.seed, open_model=lambda _: handle)
     transfer(folder, [handle.spec], asked.judges, replays, open_model=lambda _: handle)
     return [r for r in replays_of(RunFolder(folder)) if r.attack == GCG.name]

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
-from core.errors import AttackPlaneError
 from core.files import write_atomically
-from core.records import AttackArtifact, Record, Replay
+from core.records import AttackArtifact, Replay
 from core.rows import Row
 from core.specs import parse_spec
 from core.store import ATTACKS, REPLAYS, RunFolder
-
-Kind = TypeVar("Kind", bound=Record)
 
 
 def artifacts_of(run: RunFolder) -> list[AttackArtifact]:
@@ -23,7 +19,7 @@ def artifacts_of(run: RunFolder) -> list[AttackArtifact]:
     Raises:
         AttackPlaneError: a row that is none (its line is named), or two rows of one id.
     """
-    return _records(run, ATTACKS, AttackArtifact, lambda a: a.artifact_id)
+    return run.records(ATTACKS, AttackArtifact, lambda a: a.artifact_id)
 
 
 def replays_of(run: RunFolder) -> list[Replay]:
@@ -32,26 +28,7 @@ def replays_of(run: RunFolder) -> list[Replay]:
     Raises:
         AttackPlaneError: a row that is none (its line is named), or two rows of one id.
     """
-    return _records(run, REPLAYS, Replay, lambda r: r.replay_id)
-
-
-def _records(
-    run: RunFolder, name: str, cls: type[Kind], id_of: Callable[[Kind], str]
-) -> list[Kind]:
-    records, lines = [], dict[str, int]()
-    for line, row in enumerate(run.rows(name), start=1):
-        where = f"{run.path / name}, line {line}"
-        record = cls.from_row(row, where)
-        before = lines.setdefault(id_of(record), line)
-        if before != line:
-            raise AttackPlaneError(
-                f"the same id as line {before}",
-                where=where,
-                got=id_of(record),
-                remedy="remove one of the two lines",
-            )
-        records.append(record)
-    return records
+    return run.records(REPLAYS, Replay, lambda r: r.replay_id)
 
 
 def check_specs(specs: Sequence[str]) -> None:

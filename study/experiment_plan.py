@@ -13,14 +13,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from attacks.gcg import ATTACK as GCG
-from attacks.gcg import GCGConfig
 from attacks.registry import Speed
 from attacks.workbench import Workbench
 from core.models import ModelHandle, OpenModel
 from core.records import LABELS
 from core.store import RunFolder
 from pipeline.capability import INSTRUCTION_TOKENS, KL_TOKENS
-from pipeline.evaluate import ADAPTIVE_TOPK
+from pipeline.evaluate import adaptive_config
 from pipeline.sweep.config import SAMPLE
 from pipeline.sweep.plan import PROMPT_TOKENS, calibrate
 from study.experiment import Experiment
@@ -108,9 +107,6 @@ def evaluation(e: Experiment, speed: Speed, sources: int) -> float:
     """Seconds of ``evaluate`` on one model."""
     config = e.evaluate
     tokens = config.max_new_tokens or REPLY_TOKENS
-    gcg = GCGConfig(
-        num_steps=config.adaptive_steps, search_width=config.adaptive_width, topk=ADAPTIVE_TOPK
-    )
     bench = Workbench(behaviours=[SAMPLE])
     keys = [key for a, c in e.attacks.values() for key in a.keys_of(c, SAMPLE, bench)]
     prompts = len({name for name, _ in keys}) * min(config.per_class, e.fixed_behaviours)
@@ -124,4 +120,4 @@ def evaluation(e: Experiment, speed: Speed, sources: int) -> float:
         -(-n // speed.batch) * new * speed.decoding_step + n * PROMPT_TOKENS * speed.token
         for n, new in replies
     )
-    return answered + GCG.cost(gcg, config.adaptive, speed)
+    return answered + GCG.cost(adaptive_config(config), config.adaptive, speed)
