@@ -38,6 +38,8 @@ from geometry.activations import read_residuals
 
 LIKELIEST = 8
 """Next tokens that a KL is estimated from."""
+TOGETHER = 8
+"""Texts of one prompt that go through the model at once."""
 
 
 class Texts(NamedTuple):
@@ -98,15 +100,15 @@ def next_token_kl(
     """(n, d_model) unit directions -> (n,) estimated KL of the next token under ablation, nats."""
     total = torch.zeros(len(directions), dtype=torch.float64)
     for prompt in prompts:
-        with _read(loaded, prompt.ids) as (logits, states):
-            of = logits[-1].float().log_softmax(-1)
-            likeliest = of.detach().topk(LIKELIEST)
-            for token, weight in zip(
-                likeliest.indices.tolist(), likeliest.values.exp().tolist(), strict=True
-            ):
-                gradient = torch.autograd.grad(of[token], states, retain_graph=True)
-                written = _written(states)
-                total += weight / 2 * _products(directions, written, _stack(gradient), read) ** 2
+        with _read(loaded, [prompt.ids] * LIKELIEST, 1) as (logits, states):
+            of = logits[:, -1].log_softmax(-1)  # every row is the prompt, for one token each
+            likeliest = of.detach()[0].topk(LIKELIEST)
+            scores = of.gather(1, likeliest.indices[:, None]).sum()
+            gradients = torch.stack(torch.autograd.grad(scores, states), 1).float()
+            written = _written(states)
+        shares = likeliest.values.exp() / 2
+        for share, mine, gradient in zip(shares.tolist(), written, gradients, strict=True):
+            total += share * _products(directions, mine, gradient, read) ** 2
     return total / len(prompts)
 
 
@@ -115,34 +117,49 @@ def _of_texts(
 ) -> Iterator[tuple[float, Tensor, Tensor]]:
     """(weight, written, gradient) of every prompt with every text; (layer, token, d_model)."""
     for prompt in prompts:
-        for text, weight in texts.weighted:
-            with _read(loaded, [*prompt.ids, *text]) as (logits, states):
-                of = logits[len(prompt.ids) - 1 : -1].float().log_softmax(-1)
-                ids = torch.tensor(list(text), device=of.device)
-                score = of.gather(1, ids[:, None]).mean()
-                yield weight, _written(states), _stack(torch.autograd.grad(score, states))
+        for start in range(0, len(texts.weighted), TOGETHER):
+            yield from _of_some(loaded, prompt, texts.weighted[start : start + TOGETHER])
+
+
+def _of_some(
+    loaded: LoadedModel, prompt: Prompt, texts: Sequence[tuple[Sequence[int], float]]
+) -> Iterator[tuple[float, Tensor, Tensor]]:
+    """The same of one prompt with some texts, in one pass; what follows a text changes nothing."""
+    longest, before = max(len(ids) for ids, _ in texts), len(prompt.ids)
+    rows = [[*prompt.ids, *ids, *[ids[-1]] * (longest - len(ids))] for ids, _ in texts]
+    with _read(loaded, rows, longest + 1) as (logits, states):
+        of = logits[:, :-1].log_softmax(-1)
+        scores = [
+            row[torch.arange(len(ids)), torch.tensor(list(ids), device=row.device)].mean()
+            for row, (ids, _) in zip(of, texts, strict=True)
+        ]
+        gradients = torch.autograd.grad(torch.stack(scores).sum(), states)
+        gradient, written = torch.stack(gradients, 1).float(), _written(states)
+    for n, (ids, weight) in enumerate(texts):
+        end = before + len(ids)
+        yield weight, written[n, :, :end], gradient[n, :, :end]
 
 
 @contextmanager
-def _read(loaded: LoadedModel, ids: Sequence[int]) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """One pass with gradients: (token, vocabulary) logits and the residuals of all layers."""
+def _read(
+    loaded: LoadedModel, rows: Sequence[Sequence[int]], last: int
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """One pass with gradients, rows of one length: logits of the ``last`` tokens, (row, token,
+    vocabulary), and the residuals of all layers, (row, token, d_model) each."""
     states: dict[int, Tensor] = {}
     embed = loaded.model.get_input_embeddings()
     with torch.enable_grad():
         with read_residuals(loaded, states.__setitem__):
-            entered = embed(torch.tensor([list(ids)], device=loaded.device)).detach()
-            entered.requires_grad_(True)
-            logits = loaded.model(inputs_embeds=entered, use_cache=False).logits[0]
+            entered = embed(torch.tensor([list(ids) for ids in rows], device=loaded.device))
+            entered = entered.detach().requires_grad_(True)
+            logits = loaded.last_logits(last, inputs_embeds=entered, use_cache=False)
         yield logits, [states[layer] for layer in range(loaded.n_layers + 1)]
 
 
-def _stack(states: Sequence[Tensor]) -> Tensor:
-    return torch.stack([s.detach()[0].float() for s in states])
-
-
 def _written(states: Sequence[Tensor]) -> Tensor:
-    a = _stack(states)
-    return torch.cat([a[:1], a[1:] - a[:-1]])
+    """(row, layer, token, d_model): what each layer wrote into the residual."""
+    a = torch.stack([s.detach().float() for s in states], 1)
+    return torch.cat([a[:, :1], a[:, 1:] - a[:, :-1]], 1)
 
 
 def _products(directions: Tensor, written: Tensor, gradient: Tensor, read: Tensor | None) -> Tensor:

@@ -154,30 +154,43 @@ class EditedBatch:
         )
         self.delta_norm = moved / count.clamp_min(1)
 
-    def log_probabilities(self, texts: Sequence[Sequence[int]]) -> Tensor:
+    def log_probabilities(self, texts: Sequence[Sequence[int]], rows: int = 64) -> Tensor:
         """(row, text) mean log-probability of each text as the reply, nats per token.
 
-        The cache stays as it is.
+        Texts go through the model together, up to ``rows`` rows at once. The cache stays as it is.
         """
-        columns = []
-        for text in texts:
-            ids = torch.tensor(text, device=self.loaded.device)
-            scores = [self.next[:, None, ids[:1]]]
-            if len(ids) > 1:
-                rows = ids[None, :-1].expand(len(self.next), -1)
-                self.edits.mask = self._on_reply.expand(-1, rows.shape[1])
-                with edited(self.loaded, self.edits):
-                    logits = self.loaded.last_logits(
-                        rows.shape[1],
-                        input_ids=rows,
-                        past_key_values=forked(self.cache),
-                        use_cache=True,
-                    )
-                scores.append(
-                    logits.log_softmax(-1).gather(2, ids[None, 1:, None].expand(len(rows), -1, -1))
+        together = max(1, rows // len(self.next))
+        parts = [
+            self._of_some(texts[start : start + together])
+            for start in range(0, len(texts), together)
+        ]
+        return torch.cat(parts, 1) if parts else torch.zeros(len(self.next), 0)
+
+    def _of_some(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """As above, in one pass of text x row; what follows a text's end changes nothing."""
+        n, count, device = len(self.next), len(texts), self.loaded.device
+        lengths = torch.tensor([len(text) for text in texts], device=device)
+        longest = int(lengths.max())
+        ids = torch.zeros(count, longest, dtype=torch.long, device=device)
+        for text, row in zip(texts, ids, strict=True):
+            row[: len(text)] = torch.tensor(text, device=device)
+        scores = self.next[:, ids[:, 0]].T[..., None]
+        if longest > 1:
+            which = torch.arange(n, device=device).repeat(count) if count > 1 else None
+            edits = self.edits.repeated(count)
+            edits.mask = self._on_reply.repeat(count, 1).expand(-1, longest - 1)
+            with edited(self.loaded, edits):
+                logits = self.loaded.last_logits(
+                    longest - 1,
+                    input_ids=ids[:, :-1].repeat_interleave(n, 0),
+                    past_key_values=forked(self.cache, which),
+                    use_cache=True,
                 )
-            columns.append(torch.cat([s.flatten(1) for s in scores], 1).mean(1).cpu())
-        return torch.stack(columns, 1) if columns else torch.zeros(len(self.next), 0)
+            wanted = ids[:, 1:].repeat_interleave(n, 0)[..., None]
+            later = logits.log_softmax(-1).gather(2, wanted)
+            scores = torch.cat([scores, later.unflatten(0, (count, n))[..., 0]], 2)
+        real = torch.arange(longest, device=device) < lengths[:, None, None]
+        return ((scores * real).sum(-1) / lengths[:, None]).T.cpu()
 
     def replies(self, max_new_tokens: int) -> list[tuple[int, ...]]:
         """Greedy replies as token ids. Uses the cache up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -72,6 +73,15 @@ class Edits:
             if row.shift is not None:
                 shift[i, 0] = row.shift
         return [t.to(self._device) for t in (read, write, shift, edited)]
+
+    def repeated(self, times: int) -> Edits:
+        """The same edits for a batch that holds these rows so many times, one after another."""
+        fresh = copy.copy(self)
+        fresh.mask, n = None, len(self.leader)
+        fresh.moved, fresh.count = torch.zeros(times * n), torch.zeros(times * n)
+        fresh._stacked = {k: [torch.cat([t] * times) for t in v] for k, v in self._stacked.items()}
+        fresh.leader = torch.cat([self.leader + n * i for i in range(times)])
+        return fresh
 
     def select(self, keep: Tensor) -> None:
         """Go on with some rows only."""

@@ -164,9 +164,11 @@ def rollout(
             place = torch.stack([masks[edit.where if edit else ""][0][:shared] for edit in edits])
             of = SharedEdits(loaded, edits, prefix, place, share)
 
+            inner = BatchSize(batches.value)
+
             def read(some: Sequence[int]) -> None:
                 batch = EditedBatch(of, [prompts[p] for p in some], shared)
-                scores = batch.log_probabilities([*refusals, *compliances])
+                scores = batch.log_probabilities([*refusals, *compliances], inner.value)
                 refusal = scores[:, : len(refusals)].mean(1)  # NaN without texts
                 d = refusal - scores[:, len(refusals) :].mean(1)
                 odds = log_odds(batch.next, refusal_tokens).cpu()
@@ -184,9 +186,7 @@ def rollout(
                 bar.update(len(delta))
 
             for _, same in groupby(order, key=lambda i: len(prompts[i].ids)):
-                for _ in BatchSize(batches.value).over(
-                    list(same), read, cost=lambda _: len(chosen)
-                ):
+                for _ in inner.over(list(same), read, cost=lambda _: len(chosen)):
                     pass
 
         for _, level in groupby(

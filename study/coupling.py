@@ -33,9 +33,8 @@ from geometry.coupling import (
     subspace_overlap,
 )
 from geometry.resampling import permuted_differences, permuted_sides, resampled_differences
-from study.study import Study
+from study.study import KINDS, Study
 
-KINDS = ("H", "R")
 RANDOM = 500
 """Random pairs of directions and subspaces."""
 V1, V2 = "HRCI v1", "HRCI v2"

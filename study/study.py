@@ -49,6 +49,8 @@ MEASURED = "measured.jsonl"
 TAIL = ("-5", "-4", "-3", "-2", "-1")
 POSITIONS = ("t_first", *DIRECTION_POSITIONS, *TAIL)
 ESTIMATORS = ("auto", "harc", "zhao")
+KINDS = ("H", "R")
+"""The two fields."""
 Request = Behaviour | AttackArtifact
 
 
@@ -60,6 +62,7 @@ class Study:
         self.reading = ContrastReading(run, model, config.directions, positions=POSITIONS)
         self.behaviours, self.harmful = self.reading.behaviours, self.reading.harmful
         self._carriers: dict[str, Carrier] = {}
+        self._searched: dict[str, Row] = {}
         self._kept = Kept(run, MEASURED)
 
     @property
@@ -306,23 +309,20 @@ class Study:
 
     def search_identity(self, kind: str) -> list[Any]:
         """What a search for carriers depends on."""
-        config = self.config
-        sizes = [config.carrier_prompts, config.carrier_every, KEPT]
-        return [
-            *self.set_identity,
-            kind,
-            self.estimator_identity,
-            *sizes,
-            self.carrier_texts,
-            *self.how,
-        ]
+        sizes = [self.config.carrier_prompts, self.config.carrier_every, KEPT]
+        whose = [*self.set_identity, kind, self.estimator_identity]
+        return [*whose, *sizes, self.carrier_texts, *self.how]
 
     def _found(self, kind: str) -> Carrier:
         tried = self.candidates(kind)
 
         def make() -> Row:
-            (best,) = best_of_each(self.loaded, [tried], self.tried)
-            return scored(self.loaded, [best], self.tried)[0].to_row()
+            if kind not in self._searched:  # both fields at once: they share all passes
+                fields = [self.candidates(k) for k in KINDS]
+                best = best_of_each(self.loaded, fields, self.tried)
+                both = scored(self.loaded, best, self.tried)
+                self._searched = {k: c.to_row() for k, c in zip(KINDS, both, strict=True)}
+            return self._searched[kind]
 
         row = self.kept("carrier", self.search_identity(kind), make)
         by_place = {(c.position, c.layer): c for c in tried}
