@@ -22,8 +22,8 @@ from attacks.prompt_loss import PromptLoss
 from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
 from attacks.result import AttackResult, Search, scored_result
 from attacks.words import MARKER, read_seeds
-from attacks.workbench import Progress, Task, Workbench, stream_seed
-from core.records import AUTODAN_SEED, PLAIN, content_hash
+from attacks.workbench import Progress, Task, Workbench
+from core.records import AUTODAN_SEED, PLAIN, content_hash, stream_seed
 from core.rows import Row
 from core.settings import setting
 from evaluation.judges import Exchange, succeeded

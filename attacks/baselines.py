@@ -1,4 +1,4 @@
-"""Baselines of an optimised suffix: the plain request, the initial suffix, a random suffix."""
+"""What a suffix is compared with: the plain request, the initial suffix, a random suffix."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 import torch
 
 from attacks.registry import ATTACKS, Attack
-from attacks.result import AttackResult, prompt_result, scored_result, suffix_result
+from attacks.result import AttackResult, scored_result, suffix_result
 from attacks.slot import SuffixSlot, slot_for
-from attacks.workbench import Task, Workbench, stream_seed
+from attacks.workbench import Task, Workbench
 from core.errors import AttackPlaneError
-from core.records import INITIAL_SUFFIX, PLAIN, RANDOM_SUFFIX
+from core.records import INITIAL_SUFFIX, PLAIN, RANDOM_SUFFIX, stream_seed
 from core.rows import Row
 from core.settings import check_settings, setting
 
@@ -104,17 +104,6 @@ def identity(bench: Workbench, config: SuffixBaselinesConfig, name: str) -> Row:
     return {"system_prompt": config.system_prompt} if name == PLAIN else values
 
 
-@dataclass(frozen=True)
-class PlainConfig:
-    system_prompt: str | None = setting(None, "System prompt.", flag="--system")
-
-
-def run_plain(bench: Workbench, task: Task, config: PlainConfig) -> Iterator[AttackResult]:
-    """The request alone, for attacks without a source model."""
-    request = task.behaviour.request
-    yield prompt_result(task.behaviour, PLAIN, request, system=config.system_prompt)
-
-
 ATTACKS.add(
     Attack(
         name=SUFFIX_BASELINES,
@@ -126,15 +115,6 @@ ATTACKS.add(
         needs_target=True,
         keys=lambda config, behaviour, bench: [(name, None) for name in config.names],
         identity=identity,
-        command=False,
-    )
-)
-ATTACKS.add(
-    Attack(
-        name=PLAIN,
-        summary="The request alone: what prompt-level attacks are compared with.",
-        config=PlainConfig,
-        run=run_plain,
         command=False,
     )
 )

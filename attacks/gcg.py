@@ -14,10 +14,10 @@ from attacks.objective import TargetLoss
 from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
 from attacks.result import AttackResult, Search, suffix_result
 from attacks.slot import SuffixSlot, slot_for
-from attacks.workbench import Progress, Task, Workbench, stream_seed
+from attacks.workbench import Progress, Task, Workbench
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
-from core.records import Behaviour
+from core.records import Behaviour, stream_seed
 from core.rows import Row
 
 log = logging.getLogger(__name__)

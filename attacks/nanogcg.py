@@ -13,8 +13,9 @@ from attacks.nanogcg_engine import OPTIONS, faults_of, reference, scored_ids
 from attacks.registry import ATTACKS, Attack
 from attacks.result import AttackResult, Search, suffix_result
 from attacks.slot import slot_for
-from attacks.workbench import Progress, Task, Workbench, stream_seed
+from attacks.workbench import Progress, Task, Workbench
 from core.errors import AttackPlaneError, nearest
+from core.records import stream_seed
 from core.rows import Row
 from core.settings import check_settings, setting
 

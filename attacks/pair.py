@@ -26,11 +26,11 @@ from dataclasses import asdict, dataclass, replace
 from attacks.baselines import SUFFIX_BASELINES, SuffixBaselinesConfig
 from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
 from attacks.result import AttackResult, prompt_result, rendering_of
-from attacks.workbench import Progress, Task, Workbench, stream_seed
+from attacks.workbench import Progress, Task, Workbench
 from core.chat import LocalChat, Message
 from core.errors import AttackPlaneError
 from core.prompt import Conversation
-from core.records import PLAIN, AttackArtifact, Behaviour
+from core.records import PLAIN, AttackArtifact, Behaviour, stream_seed
 from core.rows import Row
 from core.settings import check_settings, setting
 from evaluation.judges import QUICK_JUDGE, Exchange, succeeded

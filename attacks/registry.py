@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from attacks.result import AttackResult
-from attacks.workbench import Task, Workbench
 from core.errors import AttackPlaneError, nearest
-from core.models import ModelHandle
 from core.records import AttackArtifact, Behaviour, content_hash
 from core.registry import Registry
 from core.rows import Row
 from core.typed import from_values
+
+if TYPE_CHECKING:  # a list of attacks must not wait for torch
+    from attacks.result import AttackResult
+    from attacks.workbench import Task, Workbench
+    from core.models import ModelHandle
 
 PAPER, QUICK = "paper", "quick"
 Key = tuple[str, str | None]

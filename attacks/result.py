@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from attacks.likelihood import plain_loss
-from attacks.slot import SuffixSlot
-from core.prompt import Conversation, Prompt, Renderer
+from core.conversation import Conversation
 from core.records import NO_SOURCE, Behaviour
 from core.rows import Row
+
+if TYPE_CHECKING:  # a prompt that no model scores needs no torch
+    from attacks.slot import SuffixSlot
+    from core.prompt import Prompt, Renderer
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def scored_result(
     Args:
         allow_trim: accept a template that removes white space around the content.
     """
+    from attacks.likelihood import plain_loss
+
     conversation = Conversation.of_prompt(
         prompt, request=behaviour.request, suffix=suffix, system=system
     )

@@ -13,17 +13,20 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from attacks.baselines import PlainConfig
+from attacks.plain import PlainConfig
 from attacks.registry import ATTACKS, Attack, Key
 from attacks.result import AttackResult, prompt_result
 from attacks.words import MARKER
-from attacks.workbench import Task, Workbench, stream_seed
-from core.chat import ChatModel
 from core.errors import AttackPlaneError
-from core.records import PLAIN, Behaviour, content_hash
+from core.records import PLAIN, Behaviour, content_hash, stream_seed
 from core.rows import Row
 from core.settings import check_settings, setting
+
+if TYPE_CHECKING:
+    from attacks.workbench import Task, Workbench
+    from core.chat import ChatModel
 
 LEET = str.maketrans("aeiostAEIOST", "431057431057")
 

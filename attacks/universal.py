@@ -35,11 +35,11 @@ from attacks.objective import TargetLoss
 from attacks.registry import ATTACKS, Attack, Key, sources_hash
 from attacks.result import AttackResult
 from attacks.slot import SuffixSlot, slot_for
-from attacks.workbench import Progress, Task, Workbench, stream_seed
+from attacks.workbench import Progress, Task, Workbench
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.prompt import Renderer
-from core.records import SEVERAL_SOURCES, Behaviour, content_hash
+from core.records import SEVERAL_SOURCES, Behaviour, content_hash, stream_seed
 from core.rows import Row
 from core.settings import setting
 

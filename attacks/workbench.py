@@ -19,16 +19,11 @@ from attacks.candidates import allowed_tokens
 from core.chat import ChatModel, open_chat
 from core.models import LoadedModel, ModelHandle, OpenModel
 from core.prompt import Renderer
-from core.records import Behaviour, content_hash
+from core.records import Behaviour
 from core.rows import Row
 from evaluation.judges import Judge, make_judge
 
 T = TypeVar("T")
-
-
-def stream_seed(seed: int, *names: str | int) -> int:
-    """A seed for one named random stream."""
-    return int(content_hash([seed, *names], 15), 16)
 
 
 class States(Protocol):

@@ -19,6 +19,7 @@ from commands.options import (
     program,
     quiet_libraries,
 )
+from commands.output import echo_table, json_option
 from commands.setting_options import flag_of, given_settings, setting_options
 from commands.types import SEED_RANGE, FilePath, count
 from core.rows import Row
@@ -37,7 +38,7 @@ def attack_command(name: str) -> click.Command:
         common = {key: options.pop(key) for key in COMMON if key in options}
         run_attack(attack, common, options)
 
-    command: Any = quiet_libraries(callback)
+    command: Any = json_option(quiet_libraries(callback))
     for option in reversed([*_options(attack), *_own_options(attack)]):
         command = option(command)
     examples = "".join(f"  python cli.py {example}\n" for example in attack.examples)
@@ -122,13 +123,13 @@ def _own_options(attack: Attack) -> list[Decorator]:
 
 def run_attack(attack: Attack, common: Row, options: Row) -> None:
     """Attack the chosen behaviours, and print what came of it."""
-    from commands.tables.attacks import attack_table, counts_line
-    from pipeline.campaign import Plan, baseline_plans, campaign
-
     if common.get("catalogue") and attack.catalogue:
         for title, lines in attack.catalogue():
             click.echo("\n  ".join([title, *lines]))
         return
+    from commands.tables.attacks import attack_rows, attack_table, counts_line
+    from pipeline.campaign import Plan, baseline_plans, campaign
+
     preset = chosen_preset(common["preset"]) if "preset" in common else "paper"
     config = attack.make_config(
         given_settings(attack.config, options), where=attack.name, preset=preset
@@ -146,9 +147,9 @@ def run_attack(attack: Attack, common: Row, options: Row) -> None:
     result = campaign(path, behaviours, plans, seed=common["seed"], open_model=open_model)
     echo_notes(result.notes)
     if any(a.loss is not None for a in result.artifacts):
-        click.echo(attack_table(result.artifacts))
+        echo_table(attack_table, result.artifacts, rows=attack_rows(result.artifacts))
     else:
-        click.echo(counts_line(result.artifacts))
+        echo_table(counts_line, result.artifacts, rows=attack_rows(result.artifacts))
     for artifact in result.artifacts:
         if attack.describe and artifact.attack == attack.name:
             click.echo(f"{artifact.behaviour_id}: {attack.describe(artifact)}")

@@ -40,6 +40,11 @@ def content_hash(content: Any, length: int = 16) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
+def stream_seed(seed: int, *names: str | int) -> int:
+    """A seed for one named random stream."""
+    return int(content_hash([seed, *names], 15), 16)
+
+
 def require(condition: bool, what: str, record: Any, got: object) -> None:
     if not condition:
         raise AttackPlaneError(what, where=type(record).__name__, got=repr(got))

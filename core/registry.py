@@ -82,7 +82,12 @@ class Registry(Generic[Item]):
         Raises:
             AttackPlaneError: no such name; the nearest known one is named.
         """
-        items = self.all()
+        if name in self._items:
+            return self._items[name]
+        own = f"{self.package}.{name}"  # usually its module has its name
+        if name.isidentifier() and importlib.util.find_spec(own):
+            importlib.import_module(own)
+        items = self._items if name in self._items else self.all()
         if name not in items:
             raise AttackPlaneError(
                 f"unknown {self.what} {name!r}", remedy=nearest(name, sorted(items))

@@ -7,9 +7,10 @@ number must be finite. Lists stand for tuples.
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from functools import cache
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from core.errors import AttackPlaneError, nearest
 from core.rows import Row
@@ -64,16 +65,34 @@ def _checked(cls: Any, name: str, value: Any, where: str) -> Any:
 
 @cache
 def _adapters(cls: Any) -> dict[str, Any]:
-    from pydantic import ConfigDict, InstanceOf, TypeAdapter
+    from pydantic import ConfigDict, TypeAdapter
 
     config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False)
-    adapters = {}
-    for name, hint in _hints(cls).items():
-        if dataclasses.is_dataclass(hint):  # a table of its own, which is read already
-            adapters[name] = TypeAdapter(InstanceOf.__class_getitem__(hint))
-        else:
-            adapters[name] = TypeAdapter(hint, config=config)
-    return adapters
+    return {
+        name: TypeAdapter(hint, config=None if typing.get_origin(hint) is Annotated else config)
+        for name, hint in ((name, _closed(hint)) for name, hint in _hints(cls).items())
+    }
+
+
+class _Instance:
+    """Marks a dataclass within a type: what is there has been read already, so only its class is
+    looked at."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.is_instance_schema(source)
+
+
+def _closed(hint: Any) -> Any:
+    """The type with every dataclass in it marked."""
+    if dataclasses.is_dataclass(hint):
+        return Annotated[hint, _Instance()]
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    closed = tuple(map(_closed, parts))
+    if origin is None or closed == parts:
+        return hint
+    return typing.Union[closed] if origin is types.UnionType else origin[closed]  # noqa: UP007
 
 
 @cache

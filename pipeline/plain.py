@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from attacks.baselines import PlainConfig
+from attacks.plain import PlainConfig
 from attacks.registry import ATTACKS
 from attacks.result import prompt_result
 from attacks.workbench import Workbench

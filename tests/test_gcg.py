@@ -15,12 +15,11 @@ from attacks.likelihood import plain_loss, target_nll
 from attacks.objective import TargetLoss
 from attacks.slot import default_slot
 from attacks.verify import verify_artifact
-from attacks.workbench import stream_seed
 from core.errors import AttackPlaneError
 from core.models import load
 from core.packed import NAME, PackedDecoder
 from core.prompt import Renderer
-from core.records import AttackArtifact, Behaviour
+from core.records import AttackArtifact, Behaviour, stream_seed
 from core.store import ATTACKS, RunFolder
 from tests.campaigns import attacked
 from tests.conftest import make_model

@@ -4,7 +4,7 @@ import base64
 
 import pytest
 
-from attacks.baselines import PlainConfig
+from attacks.plain import PlainConfig
 from attacks.templates import CLASSES, TemplatesConfig, catalogue
 from core.errors import AttackPlaneError
 from core.records import NO_SOURCE, AttackArtifact, Behaviour

@@ -32,8 +32,7 @@ import torch
 from torch import Tensor
 
 from attacks.registry import Speed
-from attacks.workbench import stream_seed
-from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL
+from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL, stream_seed
 from core.rows import Row
 from core.settings import setting
 from geometry.activations import RESPONSE_TOKENS

@@ -27,12 +27,11 @@ from typing import Any
 
 import torch
 
-from attacks.workbench import stream_seed
 from core.errors import AttackPlaneError
 from core.memory import PEAK, peak_mib
 from core.models import LoadedModel, ModelHandle
 from core.progress import bar as progress_bar
-from core.records import content_hash
+from core.records import content_hash, stream_seed
 from core.rows import Row
 from core.specs import parse_spec
 from core.store import RunFolder

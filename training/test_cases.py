@@ -17,11 +17,10 @@ from attacks.gcg_search import GCGConfig, GCGState, run_gcg
 from attacks.likelihood import Slot
 from attacks.objective import TargetLoss
 from attacks.slot import SuffixSlot, default_slot
-from attacks.workbench import stream_seed
 from core.errors import AttackPlaneError
 from core.models import LoadedModel, evaluating
 from core.prompt import Renderer
-from core.records import Behaviour
+from core.records import Behaviour, stream_seed
 
 LIKELY = 1.0
 """Nats per target token up to which a case's target counts as likely."""
