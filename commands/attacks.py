@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import click
 
+from commands.output import echo_table, json_option
+
 
 @click.command()
+@json_option
 def attacks() -> None:
     """List all attacks with what they need.
 
@@ -14,17 +17,21 @@ def attacks() -> None:
       python cli.py attacks
     """
     from attacks.registry import ATTACKS
-    from commands.tables.layout import text_of
+    from commands.tables.layout import plain_table
 
     sources = {"none": "no model", "one": "a source model", "several": "source models"}
-    columns = [
-        ("attack", lambda a: a.name.replace("_", "-")),
-        ("in a sweep", lambda a: ", ".join(a.forms) or a.name),
-        ("needs", lambda a: sources[a.sources] + (", target strings" if a.needs_target else "")),
-        ("presets", lambda a: ", ".join(a.presets)),
-        ("what it does", lambda a: a.summary),
+    rows = [
+        {
+            "attack": a.name.replace("_", "-"),
+            "in a sweep": ", ".join(a.forms) or a.name,
+            "needs": sources[a.sources] + (", target strings" if a.needs_target else ""),
+            "presets": ", ".join(a.presets),
+            "what it does": a.summary,
+        }
+        for _, a in sorted(ATTACKS.all().items())
+        if a.command
     ]
-    click.echo(text_of(columns, [a for _, a in sorted(ATTACKS.all().items()) if a.command]))
+    echo_table(plain_table, rows, name="attacks")
 
 
 command = attacks

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from commands.options import echo_notes, numbers_of, open_model, quiet_libraries
+from commands.output import as_json, echo_table, json_option
 from commands.study_options import study_config, study_options, study_run
 from commands.types import count
 from core.errors import AttackPlaneError
 
 
 def _listed(context: click.Context) -> None:
-    from commands.tables.study import known_claims_table
+    from commands.tables.study import claim_tests_table, known_claims
 
-    click.echo(known_claims_table())
+    echo_table(claim_tests_table, known_claims())
     context.exit()
 
 
 @click.command()
+@json_option
 @study_options
 @click.option(
     "--controls",
@@ -36,7 +39,6 @@ def _listed(context: click.Context) -> None:
 @click.option(
     "--list",
     is_flag=True,
-    is_eager=True,
     expose_value=False,
     callback=lambda ctx, param, value: _listed(ctx) if value else None,
     help="Print all claims, with what each needs.",
@@ -73,18 +75,20 @@ def claims(
     path = study_run(run, models, config)
     if dry_run:
         works = planned(path, models, wanted, config, controls=controls, open_model=open_model)
-        click.echo(plan_table(works))
+        pieces = [{"model": m} | asdict(p) for m, own in works.items() for p in own]
+        echo_table(plan_table, pieces)
         return
     result = stage(path, models, wanted, config, controls=controls, open_model=open_model)
     echo_notes(result.notes)
     if result.matrix:
-        click.echo(matrix_table(result.matrix))
-        click.echo(agreements_table(result.agreements))
+        echo_table(matrix_table, result.matrix)
+        echo_table(agreements_table, result.agreements)
     for number, title in dict.fromkeys((c.number, c.title) for c in result.claims):
         click.echo(f"{number}. {title}")
-    click.echo(claims_table(result.claims))
-    if coupled := coupling_table(result.claims):
-        click.echo(f"coupling of the carriers, effective rank of their fields\n{coupled}")
+    echo_table(claims_table, result.claims)
+    if not as_json():
+        title = "coupling of the carriers, effective rank of their fields"
+        echo_table(coupling_table, result.claims, title=title)
     for c in result.claims:
         if c.note:
             click.echo(f"{c.number} {c.model}: {c.note}")

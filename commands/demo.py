@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from commands.options import echo_notes, open_model, program, quiet_libraries
+from commands.output import echo_table, json_option
 from commands.types import FilePath
 
 BEST_LAYERS = 2
@@ -17,6 +18,7 @@ BEST_LAYERS = 2
 
 @click.command()
 @click.option("--run", type=FilePath(), default=Path("runs/demo"), help="Run folder.")
+@json_option
 @quiet_libraries
 def demo(run: Path) -> None:
     """Run every stage on the embedded model.
@@ -45,9 +47,9 @@ def demo(run: Path) -> None:
 
 def show(result: Any, run: Path) -> None:
     """Print what a stage gave, in the way of its own command."""
-    from commands.tables.attacks import agreements_table, attack_table, matrix_table
+    from commands.tables.attacks import agreements_table, attack_rows, attack_table, matrix_table
     from commands.tables.plane import classes_table
-    from commands.tables.study import directions_table
+    from commands.tables.study import directions_rows, directions_table
     from core.files import read_rows
     from geometry.directions import best_layers
     from pipeline.campaign import CampaignResult
@@ -62,15 +64,16 @@ def show(result: Any, run: Path) -> None:
         return
     echo_notes(result.notes)
     if isinstance(result, CampaignResult):
-        click.echo(attack_table(result.artifacts))
+        echo_table(attack_table, result.artifacts, rows=attack_rows(result.artifacts))
     elif isinstance(result, TransferResult):
-        click.echo(matrix_table(result.cells))
-        click.echo(agreements_table(result.agreements))
+        echo_table(matrix_table, result.cells)
+        echo_table(agreements_table, result.agreements)
     elif isinstance(result, DirectionsResult):
         for estimated in result.directions:
-            click.echo(directions_table(estimated, best_layers(estimated, BEST_LAYERS)))
+            best = best_layers(estimated, BEST_LAYERS)
+            echo_table(directions_table, estimated, rows=directions_rows(estimated), layers=best)
     else:
-        click.echo(classes_table(read_rows(run / CLASSES), frames=["own"], anchors=False))
+        echo_table(classes_table, read_rows(run / CLASSES), frames=["own"], anchors=False)
 
 
 command = demo

@@ -17,6 +17,7 @@ from commands.options import (
     open_model,
     quiet_libraries,
 )
+from commands.output import echo_table, json_option
 from commands.types import count
 
 
@@ -44,6 +45,7 @@ from commands.types import count
 @TEMPLATE
 @SEED
 @file_options
+@json_option
 @quiet_libraries
 def directions(
     run: Path,
@@ -65,7 +67,7 @@ def directions(
     Example:
       python cli.py directions --run runs/first --model embedded --estimator harc
     """
-    from commands.tables.study import directions_table
+    from commands.tables.study import directions_rows, directions_table
     from evaluation.behaviours import CONTRAST_SPLITS
     from geometry.directions import ESTIMATORS
     from pipeline.contrast_reading import DirectionsConfig, splits_of
@@ -84,7 +86,7 @@ def directions(
     result = stage(run, models, estimators, config, open_model=open_model)
     echo_notes(result.notes)
     for estimated in result.directions:
-        click.echo(directions_table(estimated))
+        echo_table(directions_table, estimated, rows=directions_rows(estimated))
 
 
 command = directions

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from commands.options import RUN, echo_notes, file_options, open_model, quiet_libraries
+from commands.output import echo_table, json_option
 from commands.setting_options import given_settings, setting_options
 from commands.types import FilePath, count
 from evaluation.budget import EvaluateConfig
@@ -53,6 +54,7 @@ def budget_options(command: Any) -> Any:
 @click.option("--task-limit", type=count(), help="Examples of each task.")
 @budget_options
 @file_options
+@json_option
 @quiet_libraries
 def evaluate(
     run: Path,
@@ -85,7 +87,7 @@ def evaluate(
     asked = Evaluation(behaviours, attacks, usability, judges, tasks, task_limit, config)
     result = stage(run, models, asked, base=base, open_model=open_model)
     echo_notes(result.notes)
-    click.echo(evaluation_table(result.rows))
+    echo_table(evaluation_table, result.rows)
     for file in result.files:
         click.echo(str(file))
 

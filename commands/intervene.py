@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from commands.options import echo_notes, numbers_of, open_model, quiet_libraries
+from commands.output import echo_table, json_option
 from commands.study_options import study_config, study_options, study_run
 from commands.types import Finite, count
 
@@ -61,6 +62,7 @@ from commands.types import Finite, count
     default=5,
     help="Random directions of each kind of control.",
 )
+@json_option
 @quiet_libraries
 def intervene(
     run: Path | None,
@@ -121,8 +123,8 @@ def intervene(
         config = replace(config, held_out_prompts=limit)
     result = stage(path, models, config, plan, open_model=open_model)
     echo_notes(result.notes)
-    click.echo(effects_table(result.effects))
-    click.echo(agreements_table(result.agreements))
+    echo_table(effects_table, result.effects)
+    echo_table(agreements_table, result.agreements)
     for file in result.files:
         click.echo(file)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from commands.options import SEED, CleanGroup, echo_notes, quiet_libraries
+from commands.output import echo_table, json_option
 from commands.types import FilePath, count
 
 RUNS = click.option(
@@ -67,6 +68,7 @@ def sheet(runs: tuple[Path, ...], limit: int, seed: int) -> None:
     default="held_out",
     help="Which part of the labels; the rates of a run are never corrected by the part tune.",
 )
+@json_option
 @quiet_libraries
 def calibrate(runs: tuple[Path, ...], labels: Path, judges: tuple[str, ...], part: str) -> None:
     """Count judges' errors on hand labels, by attack class.
@@ -83,7 +85,7 @@ def calibrate(runs: tuple[Path, ...], labels: Path, judges: tuple[str, ...], par
 
     result = stage(runs, labels, judges, part=None if part == "all" else part)
     echo_notes(result.notes)
-    click.echo(judges_table(result.rows))
+    echo_table(judges_table, result.rows)
     for path in result.files:
         click.echo(path)
 

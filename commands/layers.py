@@ -8,11 +8,13 @@ from typing import Any
 import click
 
 from commands.options import open_model, quiet_libraries
+from commands.output import echo_table, json_option
 from commands.study_options import study_config, study_options, study_run
 
 
 @click.command()
 @study_options
+@json_option
 @quiet_libraries
 def layers(run: Path | None, models: tuple[str, ...], **study: Any) -> None:
     """Profile directions over positions and layers.
@@ -33,11 +35,11 @@ def layers(run: Path | None, models: tuple[str, ...], **study: Any) -> None:
     config = study_config(study)
     result = stage(study_run(run, models, config), models, config, open_model=open_model)
     rows = result.rows
-    click.echo(f"layer by criterion\n{criteria_table(rows[SELECTION])}")
-    click.echo(f"\nreliability by sample size\n{sizes_table(rows[SIZES])}")
+    echo_table(criteria_table, rows[SELECTION], title="layer by criterion")
+    echo_table(sizes_table, rows[SIZES], title="\nreliability by sample size")
     if rows[ACROSS]:
         layer = rows[SIZES][0]["layer"]
-        click.echo(f"\nacross models\n{across_table(rows[ACROSS], layer)}")
+        echo_table(across_table, rows[ACROSS], title="\nacross models", layer=layer)
     click.echo(result.files[-1])
 
 

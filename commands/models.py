@@ -5,11 +5,13 @@ from __future__ import annotations
 import click
 
 from commands.options import quiet_libraries
+from commands.output import echo_table, json_option
 
 
 @click.command()
 @click.argument("spec", required=False)
 @click.option("--fetch", is_flag=True, help="Fetch and convert the embedded model now.")
+@json_option
 @quiet_libraries
 def models(spec: str | None, fetch: bool) -> None:
     """List spec forms and cached models.
@@ -22,6 +24,7 @@ def models(spec: str | None, fetch: bool) -> None:
       python cli.py models --fetch
       python cli.py models 'embedded?dtype=float32'
     """
+    from commands.tables.layout import plain_table
     from core.embedded import SHA256, cache_folder, embedded_folder, is_whole
     from core.hub import hub_cache
     from core.specs import FORMS
@@ -37,13 +40,14 @@ def models(spec: str | None, fetch: bool) -> None:
         return
     click.echo(f"forms: {FORMS}")
     click.echo(f"cache: {cache_folder()} (set ATTACK_PLANE_CACHE to move it)")
+    rows = []
     for folder in sorted((cache_folder() / "converted").glob("*")):
         if is_whole(folder):
             size = sum(f.stat().st_size for f in folder.iterdir()) / 2**20
             name = "embedded" if folder.name == SHA256[:16] else "GGUF file"
-            click.echo(f"  {name}  {folder.name}  {size:.0f} MiB")
-    for name, mib in hub_cache():
-        click.echo(f"  {name}  {mib:.0f} MiB (hub)")
+            rows.append({"model": name, "from": folder.name, "MiB": round(size)})
+    rows += [{"model": n, "from": "hub", "MiB": round(mib)} for n, mib in hub_cache()]
+    echo_table(plain_table, rows, name="models")
 
 
 command = models

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from commands.options import RUN, echo_notes, file_options, open_model, quiet_libraries
+from commands.output import echo_table, json_option
 from commands.types import count
 
 
@@ -39,6 +40,7 @@ from commands.types import count
     help="Only these splits [default: test of the demonstration set, else all]",
 )
 @file_options
+@json_option
 @quiet_libraries
 def plane(
     run: Path,
@@ -70,9 +72,9 @@ def plane(
     config = PlaneConfig(base, estimator, layer, anchors, splits, position)
     result = stage(run, targets, config, open_model=open_model)
     echo_notes(result.notes)
-    click.echo(classes_table(read_rows(run / CLASSES)))
-    if predicted := success_table(read_rows(run / SUCCESS)):
-        click.echo(f"success within attack classes\n{predicted}")
+    echo_table(classes_table, read_rows(run / CLASSES))
+    title = "success within attack classes"
+    echo_table(success_table, read_rows(run / SUCCESS), title=title)
     for path in result.files:
         click.echo(path)
 

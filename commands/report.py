@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from commands.options import RUN
+from commands.output import echo_table, json_option
 from core.errors import AttackPlaneError
 from core.rows import Row
 
@@ -18,6 +19,7 @@ from core.rows import Row
 @click.option(
     "--prompts", is_flag=True, help="Also a line for each prompt that was not sent as meant."
 )
+@json_option
 def report(run: Path, attack: str | None, target: str | None, prompts: bool) -> None:
     """Tell failed transfer from another prompt sent.
 
@@ -44,7 +46,9 @@ def report(run: Path, attack: str | None, target: str | None, prompts: bool) -> 
             got=f"attack {attack or 'any'}, target {target or 'any'}",
             remedy="see the run's attacks and targets with show, or replay its prompts first",
         )
-    click.echo(certificates_table(replays))
+    names = ("artifact_id", "behaviour_id", "attack", "source_model", "target_model")
+    rows = [{n: getattr(r, n) for n in names} | r.certificate for r in replays if r.certificate]
+    echo_table(certificates_table, replays, rows=rows)
     for r in replays:
         if prompts and r.certificate and not r.certificate["sent_as_meant"]:
             where = f"{r.artifact_id}  {r.attack}  {r.behaviour_id}  {r.target_model}"

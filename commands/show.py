@@ -7,10 +7,12 @@ from pathlib import Path
 import click
 
 from commands.options import RUN
+from commands.output import echo_table, json_option
 
 
 @click.command()
 @RUN
+@json_option
 def show(run: Path) -> None:
     """Print what a run holds.
 
@@ -20,7 +22,7 @@ def show(run: Path) -> None:
     Example:
       python cli.py show --run runs/demo
     """
-    from commands.tables.attacks import attack_table, matrix_table
+    from commands.tables.attacks import attack_rows, attack_table, matrix_table
     from commands.tables.plane import classes_table
     from core.files import read_rows
     from core.store import CLASSES, RunFolder
@@ -34,12 +36,15 @@ def show(run: Path) -> None:
     artifacts = artifacts_of(folder)
     for source in dict.fromkeys(a.source_model for a in artifacts):
         click.echo(f"\nsource {source}")
-        click.echo(attack_table([a for a in artifacts if a.source_model == source]))
+        own = [a for a in artifacts if a.source_model == source]
+        echo_table(attack_table, own, rows=attack_rows(own))
     cells = matrix_of(folder)
     if any(cell.replays for cell in cells):
-        click.echo("\n" + matrix_table(cells))
+        click.echo()
+        echo_table(matrix_table, cells)
     if rows := read_rows(run / CLASSES):
-        click.echo("\n" + classes_table(rows))
+        click.echo()
+        echo_table(classes_table, rows)
 
 
 command = show

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from commands.options import echo_notes, open_model, quiet_libraries
+from commands.output import echo_table, json_option
 from commands.types import FilePath
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ REPORT = "REPORT.md"
 @click.command()
 @click.argument("config", type=FilePath())
 @click.option("--dry-run", is_flag=True, help="Print the plan and its time here only.")
+@json_option
 @quiet_libraries
 def study(config: Path, dry_run: bool) -> None:
     """Run a whole experiment from a TOML file.
@@ -53,18 +55,11 @@ def study(config: Path, dry_run: bool) -> None:
 
 
 def show_plan(experiment: Experiment, planned: list[Stage]) -> None:
-    from commands.tables.layout import text_of
+    from commands.tables.study import stages_table
 
-    columns = [
-        ("step", lambda s: s.step),
-        ("what", lambda s: s.what),
-        ("how many", lambda s: str(s.count)),
-        ("minutes each", lambda s: f"{s.each / 60:.1f}"),
-        ("minutes", lambda s: f"{s.seconds / 60:.0f}"),
-    ]
     models = 1 + len(experiment.checkpoints())
     hours = sum(stage.seconds for stage in planned) / 3600
-    click.echo(f"{models} models -> {experiment.run}\n{text_of(columns, planned)}")
+    echo_table(stages_table, planned, title=f"{models} models -> {experiment.run}")
     click.echo(f"estimated time from nothing: {hours:.1f} hours (calibrated on the reference)")
 
 

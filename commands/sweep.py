@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from commands.options import EXIT_PARTLY, echo_notes, open_model, quiet_libraries
+from commands.output import as_json, echo_table, json_option
 from commands.types import FilePath
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("config", type=FilePath())
 @click.option("--dry-run", is_flag=True, help="Print the plan and the estimated time only.")
+@json_option
 @quiet_libraries
 def sweep(config: Path, dry_run: bool) -> None:
     """Run a whole grid from a TOML file.
@@ -57,18 +59,12 @@ def sweep(config: Path, dry_run: bool) -> None:
 
 
 def show_plan(grid: SweepConfig, parts: list[Part], count: int) -> None:
-    from commands.tables.layout import text_of
+    from commands.tables.study import parts_table
     from pipeline.sweep.plan import total_seconds
 
     models = f"{len(grid.sources)} sources, {len(grid.targets)} targets"
     click.echo(f"{count} behaviours, {models} -> {grid.run}")
-    columns = [
-        ("part", lambda p: p.what),
-        ("on", lambda p: p.source),
-        ("prompts", lambda p: str(p.prompts)),
-        ("minutes", lambda p: f"{p.seconds / 60:.1f}"),
-    ]
-    click.echo(text_of(columns, parts))
+    echo_table(parts_table, parts)
     minutes = total_seconds(parts) / 60
     click.echo(
         f"estimated time from nothing: {minutes:.0f} minutes (calibrated on the first model)"
@@ -87,13 +83,13 @@ def show_result(grid: SweepConfig, result: SweepResult) -> None:
         facts = [line for line in imported.lines() if not line.startswith("  ")]
         click.echo(f"{file}: {'; '.join(facts)}")
     echo_notes(result.notes)
-    click.echo(pivot_table(result.matrix))
-    if any(cell.corrected is not None for cell in result.matrix):
-        click.echo(pivot_table(result.matrix, corrected=True))
-    click.echo(agreements_table(result.agreements))
+    echo_table(pivot_table, result.matrix)
+    if not as_json() and any(cell.corrected is not None for cell in result.matrix):
+        echo_table(pivot_table, result.matrix, corrected=True)
+    echo_table(agreements_table, result.agreements)
     if result.has_plane:
-        click.echo(classes_table(read_rows(run / CLASSES), frames=["own"], anchors=False))
-        click.echo(separability_table(read_rows(run / SEPARABILITY)))
+        echo_table(classes_table, read_rows(run / CLASSES), frames=["own"], anchors=False)
+        echo_table(separability_table, read_rows(run / SEPARABILITY))
     for path in result.files:
         click.echo(path)
     if result.failures:

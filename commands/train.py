@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from commands.options import CleanGroup, file_options, hushable, quiet_libraries
+from commands.output import echo_table, json_option
 from commands.setting_options import flag_of, given_settings, setting_options
 from commands.types import FilePath
 from core.rows import Row
@@ -56,7 +57,7 @@ def arm_command(name: str) -> click.Command:
         run_arm(name, common, given_settings(arm.config, options))
 
     changed = {key for values in arm.presets.values() for key in values}
-    command: Any = file_options(quiet_libraries(callback))
+    command: Any = file_options(json_option(quiet_libraries(callback)))
     for option in reversed([*_options(), *setting_options(arm.config, changed)]):
         command = option(command)
     examples = "".join(f"  python cli.py {example}\n" for example in arm.examples)
@@ -126,7 +127,8 @@ def run_arm(name: str, common: Row, settings: Row) -> None:
     trained = train_arm(name, model, out, config, common["behaviours"], replies=common["replies"])
     if not trained.first:
         return
-    click.echo(training_table(trained, getattr(config, "saved_steps", ())))
+    steps = getattr(config, "saved_steps", ())
+    echo_table(training_table, trained, rows=trained.losses, steps=steps)
     echo_notes([trained.note] if trained.note else [])
     for file in trained.files:
         click.echo(str(file))

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from commands.options import echo_notes, open_model, quiet_libraries
+from commands.output import echo_table, json_option
 from commands.study_options import study_config, study_options, study_run
 
 
@@ -24,6 +25,7 @@ from commands.study_options import study_config, study_options, study_run
     multiple=True,
     help="Aligned model that is reopened by its carriers, beside SG's published ones; repeatable.",
 )
+@json_option
 @quiet_libraries
 def trajectory(
     run: Path | None,
@@ -58,17 +60,17 @@ def trajectory(
         path, reference, models, config, sweeps=sweep, anchors=anchors, open_model=open_model
     )
     if result.anchors:
-        click.echo(f"aligned anchors, ASR by what is ablated\n{anchors_table(result.anchors)}\n")
+        echo_table(anchors_table, result.anchors, title="aligned anchors, ASR by what is ablated")
     echo_notes(result.notes)
-    click.echo(trajectory_table(result.rows))
+    echo_table(trajectory_table, result.rows)
     if result.predictions:
-        click.echo(f"\nwhat predicts transfer\n{predictions_table(result.predictions)}")
+        echo_table(predictions_table, result.predictions, title="\nwhat predicts transfer")
     if result.claims:
         click.echo()
     for number, title in dict.fromkeys((c.number, c.title) for c in result.claims):
         click.echo(f"{number}. {title}")
     if result.claims:
-        click.echo(claims_table(result.claims))
+        echo_table(claims_table, result.claims)
     for file in result.files:
         click.echo(str(file))
 

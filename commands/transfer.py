@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from commands.options import RUN, echo_notes, file_options, open_model, quiet_libraries
+from commands.output import echo_table, json_option
 from commands.types import SEED_RANGE, Finite, count
 from evaluation.judges.registry import DEFAULT_JUDGES
 
@@ -46,6 +47,7 @@ from evaluation.judges.registry import DEFAULT_JUDGES
 @click.option("--seed", type=SEED_RANGE, default=0, help="Random seed of the sampling.")
 @click.option("--batch-size", type=count(), default=16)
 @file_options
+@json_option
 @quiet_libraries
 def transfer(
     run: Path,
@@ -90,8 +92,8 @@ def transfer(
         open_model=open_model,
     )
     echo_notes(result.notes)
-    click.echo(matrix_table(result.cells))
-    click.echo(agreements_table(result.agreements))
+    echo_table(matrix_table, result.cells)
+    echo_table(agreements_table, result.agreements)
 
 
 command = transfer

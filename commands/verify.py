@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from commands.options import EXIT_VERIFY, RUN, open_model, quiet_libraries
+from commands.output import echo_rows, json_option
 from commands.types import Finite
 
 
@@ -19,6 +20,7 @@ from commands.types import Finite
     default=1e-3,
     help="Largest difference of losses (nats per target token).",
 )
+@json_option
 @quiet_libraries
 def verify(run: Path, tolerance: float) -> None:
     """Render and score every artifact anew.
@@ -41,6 +43,8 @@ def verify(run: Path, tolerance: float) -> None:
         state = f"FAULT: {verified.fault}" if verified.fault else "holds"
         name = f"{artifact.artifact_id}  {artifact.attack:15} {artifact.behaviour_id:28}"
         click.echo(f"{name} {state}")
+        about = ("artifact_id", "attack", "behaviour_id", "source_model")
+        echo_rows("verify", [{k: getattr(artifact, k) for k in about} | {"fault": verified.fault}])
     click.echo(f"{count - faults} of {count} artifacts hold")
     if unclaimed:
         why = "claim no loss or tokens that could be checked (prompt-level or imported)"

@@ -322,6 +322,38 @@ def test_every_command_can_be_quiet_and_draws_no_bar_into_a_file(tmp_path):
     assert listed.exit_code == 0 and "gcg-universal" in listed.output
 
 
+def rows_of(*arguments):
+    result = CliRunner().invoke(cli, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_json_prints_the_rows_of_every_table_and_nothing_else(run):
+    path, model, _ = run
+    shown = rows_of("show", "--run", path)
+    assert {row["table"] for row in shown} == {"attack", "matrix", "classes"}
+    assert {r["loss"] for r in shown if r["table"] == "attack"} == {
+        json.loads(line)["loss"] for line in (path / "attacks.jsonl").read_text().splitlines()
+    }
+    reported = rows_of("report", "--run", path)
+    assert {r["target_model"] for r in reported} == {str(model)} and "reply" not in reported[0]
+    layers = rows_of("directions", "--run", path, "--model", model, "--resamples", 20)
+    assert [r["layer"] for r in layers[:3]] == [0, 1, 2] and "null_random_cos" in layers[0]
+    assert {r["claim"] for r in rows_of("claims", "--list")} == set(range(1, 22))
+    assert "gcg-universal" in {r["attack"] for r in rows_of("attacks")}
+
+
+def test_a_command_that_prints_a_table_takes_json():
+    from tests.test_hostile import every_command
+
+    taking = {
+        name[0] for name, c in every_command() if any(p.name == "json" for p in c.params)
+    }
+    sources = (ROOT / "commands").glob("*.py")
+    printing = {p.stem for p in sources if "echo_table(" in p.read_text()} - {"output", "attack"}
+    assert printing <= taking, printing - taking
+
+
 def test_a_reader_that_has_seen_enough_is_no_error():
     command = [sys.executable, "cli.py", "models"]
     process = subprocess.Popen(
@@ -331,7 +363,9 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     assert "error" not in process.communicate()[1]
 
 
-@pytest.mark.parametrize("arguments", [["show", "--run"], ["report", "--run"], ["models"]])
+@pytest.mark.parametrize(
+    "arguments", [["show", "--run"], ["report", "--run"], ["models"], ["templates", "--list"]]
+)
 def test_what_only_reads_does_not_wait_for_torch(arguments, tmp_path):
     made = CliRunner().invoke(
         cli, ["templates", "--run", str(tmp_path), "--limit", "1", "--class", "persona"]

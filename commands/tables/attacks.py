@@ -50,6 +50,15 @@ def attack_table(artifacts: Sequence[AttackArtifact]) -> str:
     return "\n".join([text_of(columns, by_behaviour.values()), *faults])
 
 
+def attack_rows(artifacts: Sequence[AttackArtifact]) -> list[Row]:
+    """What the table is made of, without prompts."""
+    names = [
+        *("artifact_id", "attack", "variant", "behaviour_id", "source_model"),
+        *("loss", "best_step", "token_fidelity", "faults"),
+    ]
+    return [{name: getattr(a, name) for name in names} for a in artifacts]
+
+
 def counts_line(artifacts: Sequence[AttackArtifact]) -> str:
     """How many prompts each class has, for attacks whose prompts have no loss."""
     counts: dict[str, int] = {}

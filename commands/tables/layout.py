@@ -18,6 +18,11 @@ def text_of(columns: Columns, rows: Iterable[Any]) -> str:
     return aligned([[title for title, _ in columns], *lines]) if lines else ""
 
 
+def plain_table(rows: Sequence[Row]) -> str:
+    """A column for each key of the rows."""
+    return aligned([[*rows[0]], *([*map(str, r.values())] for r in rows)]) if rows else ""
+
+
 def ends(interval: Sequence[float] | Interval | None, form: str = "+.2f") -> str:
     """An interval as text; "" for none."""
     return f"[{interval[0]:{form}}, {interval[1]:{form}}]" if interval else ""

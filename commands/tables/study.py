@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from commands.tables.layout import Columns, Row, ends, text_of
 from core.readings import Directions
 from core.specs import short_spec
 from study.verdicts import Check, Claim
+
+if TYPE_CHECKING:
+    from pipeline.sweep.plan import Part
+    from study.experiment_plan import Stage
 
 
 def directions_table(directions: Directions, layers: Sequence[int] | None = None) -> str:
@@ -43,6 +47,15 @@ def directions_table(directions: Directions, layers: Sequence[int] | None = None
     title = f"{directions.model}: {directions.estimator} directions from {counts}"
     shown = range(directions.n_layers + 1) if layers is None else layers
     return f"{title}\n{text_of(columns, shown)}"
+
+
+def directions_rows(directions: Directions) -> list[Row]:
+    """One row per layer, with all of its statistics."""
+    whose = {"model": directions.model, "estimator": directions.estimator}
+    return [
+        whose | {"layer": n} | {k: v[n] for k, v in directions.statistics.items()}
+        for n in range(directions.n_layers + 1)
+    ]
 
 
 CRITERIA = ("eq6_paper", "eq6_code", "eq6_zhao", "eq6_prompt", "separation", "arditi")
@@ -234,38 +247,66 @@ def coupling_table(claims: Sequence[Claim]) -> str:
     return text_of(columns, rows)
 
 
-def known_claims_table() -> str:
+def known_claims() -> list[Row]:
     """All claims: those of one model (``claims``) and those of trainings (``trajectory``)."""
     from study.claims.registry import CLAIMS
     from study.training_claims.registry import TRAINING_CLAIMS
 
     models = [
-        (t.number, "claims", "any", ", ".join(t.needs) or "a model", t.title)
+        {"claim": t.number, "command": "claims", "arms": [], "needs": ", ".join(t.needs)}
+        | {"title": t.title}
         for t in CLAIMS.all().values()
     ]
     trainings = [
-        (t.number, "trajectory", ", ".join(t.arms) or "any", t.needs, t.title)
+        {"claim": t.number, "command": "trajectory", "arms": [*t.arms], "needs": t.needs}
+        | {"title": t.title}
         for t in TRAINING_CLAIMS.all().values()
     ]
+    return sorted(models + trainings, key=lambda row: (row["claim"], row["command"]))
+
+
+def claim_tests_table(rows: Sequence[Row]) -> str:
     columns: Columns = [
-        ("claim", lambda row: str(row[0])),
-        ("command", lambda row: row[1]),
-        ("arms", lambda row: row[2]),
-        ("needs", lambda row: row[3]),
-        ("title", lambda row: row[4]),
+        ("claim", lambda row: str(row["claim"])),
+        ("command", lambda row: row["command"]),
+        ("arms", lambda row: ", ".join(row["arms"]) or "any"),
+        ("needs", lambda row: row["needs"] or "a model"),
+        ("title", lambda row: row["title"]),
     ]
-    return text_of(columns, sorted(models + trainings))
+    return text_of(columns, rows)
 
 
-def plan_table(works: Mapping[str, Sequence[Any]]) -> str:
+def plan_table(rows: Sequence[Row]) -> str:
     """What will be done on each model, and the minutes that it takes."""
-    rows = [(model, piece) for model, pieces in works.items() for piece in pieces]
     columns: Columns = [
-        ("model", lambda row: short_spec(row[0])),
-        ("work", lambda row: row[1].what),
-        ("so often", lambda row: f"{row[1].count} {row[1].unit}"),
-        ("minutes", lambda row: f"{row[1].seconds / 60:.1f}"),
+        ("model", lambda row: short_spec(row["model"])),
+        ("work", lambda row: row["what"]),
+        ("so often", lambda row: f"{row['count']} {row['unit']}"),
+        ("minutes", lambda row: f"{row['seconds'] / 60:.1f}"),
     ]
-    total = sum(piece.seconds for _, piece in rows) / 60
+    total = sum(row["seconds"] for row in rows) / 60
     note = f"about {total:.0f} minutes; what the run has is not measured again"
     return f"{text_of(columns, rows)}\n{note}"
+
+
+def stages_table(stages: Sequence[Stage]) -> str:
+    """What an experiment will do, and the minutes that it takes."""
+    columns: Columns = [
+        ("step", lambda s: s.step),
+        ("what", lambda s: s.what),
+        ("how many", lambda s: str(s.count)),
+        ("minutes each", lambda s: f"{s.each / 60:.1f}"),
+        ("minutes", lambda s: f"{s.seconds / 60:.0f}"),
+    ]
+    return text_of(columns, stages)
+
+
+def parts_table(parts: Sequence[Part]) -> str:
+    """What a sweep will do, and the minutes that it takes."""
+    columns: Columns = [
+        ("part", lambda p: p.what),
+        ("on", lambda p: p.source),
+        ("prompts", lambda p: str(p.prompts)),
+        ("minutes", lambda p: f"{p.seconds / 60:.1f}"),
+    ]
+    return text_of(columns, parts)
