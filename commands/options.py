@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ EXIT_ERROR, EXIT_VERIFY, EXIT_PARTLY, EXIT_INTERRUPTED = 1, 3, 4, 130
 ISSUES = "the address is in CONTRIBUTING.md"
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
-    "max_content_width": 100,
+    "max_content_width": shutil.get_terminal_size().columns,
     "show_default": True,
 }
 DEFAULT_LIMIT = 4

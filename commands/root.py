@@ -21,6 +21,10 @@ from commands.options import CONTEXT, EXIT_ERROR, CleanGroup, hushable
 from commands.types import FilePath
 from core.errors import AttackPlaneError
 
+OWN = (
+    *("attacks", "core", "evaluation", "geometry", "interchange", "pipeline", "study", "training"),
+    "transfer",
+)
 LIBRARIES = ("httpx", "httpcore", "urllib3", "filelock", "matplotlib")
 
 
@@ -120,7 +124,7 @@ def cli(debug: bool) -> None:
     """
     level = logging.DEBUG if debug else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    for name in ("core", "attacks", "training", "transfer", "geometry", "pipeline", "study"):
+    for name in OWN:
         logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.INFO)
     for name in LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import chain, islice
 from pathlib import Path
 
 import click
 
 from commands.options import RUN
 from commands.output import echo_table, json_option
+
+LISTED = 300
+"""Prompts that are listed one by one; of more the sums are told."""
 
 
 @click.command()
@@ -16,28 +20,41 @@ from commands.output import echo_table, json_option
 def show(run: Path) -> None:
     """Print what a run holds.
 
-    Settings, losses, success rates, classes on the plane.
+    Settings, losses, success rates, classes on the plane. Of more than 300 prompts, the sums of
+    each attack.
 
     \b
     Example:
       python cli.py show --run runs/demo
     """
-    from commands.tables.attacks import attack_rows, attack_table, matrix_table
+    from commands.tables.attacks import (
+        attack_rows,
+        attack_table,
+        matrix_table,
+        prompt_sums,
+        prompts_table,
+    )
     from commands.tables.plane import classes_table
     from core.files import read_rows
     from core.store import CLASSES, RunFolder
     from pipeline.matrices import matrix_of
-    from pipeline.runs import artifacts_of
+    from pipeline.runs import each_artifact
 
     folder = RunFolder.existing(run)
     for stage, settings in folder.manifest["stages"].items():
         short = {k: v for k, v in settings.items() if not isinstance(v, list) or len(v) < 9}
         click.echo(f"{stage}: {', '.join(f'{k}={v}' for k, v in short.items())}")
-    artifacts = artifacts_of(folder)
-    for source in dict.fromkeys(a.source_model for a in artifacts):
-        click.echo(f"\nsource {source}")
-        own = [a for a in artifacts if a.source_model == source]
-        echo_table(attack_table, own, rows=attack_rows(own))
+    artifacts = each_artifact(folder)
+    few = list(islice(artifacts, LISTED))
+    more = next(artifacts, None)
+    if more is None:
+        for source in dict.fromkeys(a.source_model for a in few):
+            click.echo(f"\nsource {source}")
+            own = [a for a in few if a.source_model == source]
+            echo_table(attack_table, own, rows=attack_rows(own))
+    else:
+        click.echo()
+        echo_table(prompts_table, prompt_sums(chain(few, [more], artifacts)))
     cells = matrix_of(folder)
     if any(cell.replays for cell in cells):
         click.echo()

@@ -23,6 +23,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from core.errors import AttackPlaneError
+from core.files import read_object
 from core.rows import Row
 
 log = logging.getLogger(__name__)
@@ -62,8 +63,8 @@ def is_whole(folder: Path) -> bool:
     if not note.is_file():
         return False
     try:
-        sizes = json.loads(note.read_text())
-    except ValueError:
+        sizes = read_object(note, "a note on a conversion")
+    except AttackPlaneError:
         return False
     return all(
         (folder / n).is_file() and (folder / n).stat().st_size == s for n, s in sizes.items()

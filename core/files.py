@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from core.errors import AttackPlaneError
@@ -12,12 +13,19 @@ from core.rows import Row
 
 log = logging.getLogger(__name__)
 
+ANEW = "delete it; the same command makes it anew"
+MOST = 64 * 2**20
+"""Bytes of a JSON object, or of one line: a larger one is no settings file and no row."""
 
-def require_regular(path: Path) -> None:
+
+def require_regular(path: Path, most: int | None = None) -> None:
     """Only files are read: a pipe may never end, and a device never does.
 
+    Args:
+        most: bytes that it may have.
+
     Raises:
-        AttackPlaneError: it is something else, or is not there.
+        AttackPlaneError: it is something else, is not there, or is too large.
     """
     if not path.exists():
         raise AttackPlaneError("no such file", where=path)
@@ -25,6 +33,12 @@ def require_regular(path: Path) -> None:
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise AttackPlaneError(
             "cannot read the file", where=path, got=kind, remedy="name a file on disk"
+        )
+    if most is not None and path.stat().st_size > most:
+        raise AttackPlaneError(
+            "the file is too large",
+            where=path,
+            got=f"{path.stat().st_size / 2**20:.0f} MiB, at most {most / 2**20:.0f}",
         )
 
 
@@ -96,7 +110,7 @@ def read_object(path: Path, what: str, *, remedy: str | None = None) -> Row:
     Raises:
         AttackPlaneError: no such file, or no JSON object.
     """
-    require_regular(path)
+    require_regular(path, MOST)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -108,25 +122,35 @@ def read_object(path: Path, what: str, *, remedy: str | None = None) -> Row:
 
 
 def read_rows(path: Path, *, repair: bool = False) -> list[Row]:
-    """All rows of a JSON lines file; [] if it does not exist.
+    """All rows of a JSON lines file; see ``each_row``."""
+    return [row for _, row in each_row(path, repair=repair)]
+
+
+def each_row(path: Path, *, repair: bool = False) -> Iterator[tuple[int, Row]]:
+    """(line, row) of a JSON lines file, one after another; nothing if it does not exist.
 
     A last line without its newline that is no JSON is torn (the process died while writing it): it
     is left out with a warning and, with ``repair``, cut from the file. A bad line anywhere else is
     an error.
     """
     if not path.exists():
-        return []
+        return
     require_regular(path)
     if repair:
         mend_last_line(path)
-    lines = path.read_bytes().split(b"\n")
-    if lines[-1] and not is_row(lines[-1]):
-        _warn_of_torn(path, lines.pop())
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            rows.append(row_of_line(line, f"{path}, line {number}"))
-    return rows
+    with open(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MOST + 1), b""), start=1):
+            if len(line) > MOST:
+                raise AttackPlaneError(
+                    "a line is too long",
+                    where=f"{path}, line {number}",
+                    got=f"more than {MOST / 2**20:.0f} MiB",
+                    remedy="remove that line; its row is made anew by the same command",
+                )
+            if not line.endswith(b"\n") and not is_row(line):
+                _warn_of_torn(path, line)
+            elif line.strip():
+                yield number, row_of_line(line, f"{path}, line {number}")
 
 
 def row_of_line(line: bytes, where: str) -> Row:

@@ -6,13 +6,11 @@ Tokenise the whole text once, without adding special tokens (the text carries it
 character ranges into token ranges by the tokenizer's offsets. No template is known by name.
 
 Positions (Zhao, arXiv 2507.11878; HARC, arXiv 2607.00572): ``t_inst`` is the last token of the user
-content,
-``t_post_inst`` the last template token before the reply, ``t_goal`` the last token of the original
-request, which differs from t_inst under a suffix attack.
+content, ``t_post_inst`` the last template token before the reply, ``t_goal`` the last token of the
+original request, which differs from t_inst under a suffix attack.
 
 Token fidelity: a prompt counts only if its text, tokenised again as a whole, gives the ids that
-were scored.
-Comparing the suffix alone is not enough: its tokens merge with their neighbours.
+were scored. Comparing the suffix alone is not enough: its tokens merge with their neighbours.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from core.conversation import Conversation, Span
+from core.deadline import TooLong, at_most
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
 from core.records import content_hash
@@ -35,6 +34,7 @@ PLAIN_TEMPLATE = (
 )
 """Used, and named in the output, for a model without a chat template (a base model)."""
 
+TEMPLATE_SECONDS = 5.0
 SENTINEL = "ZQXcontentXQZ"
 REPLY_SENTINEL = "ZQXreplyXQZ"
 # Some templates print today's date; a prompt must render the same tomorrow.
@@ -145,15 +145,17 @@ class Renderer:
         options: Row = {"tokenize": False, "add_generation_prompt": reply is None}
         options["chat_template"] = self.template
         try:
-            text = self.tokenizer.apply_chat_template(messages, **options, **FIXED)
+            with at_most(TEMPLATE_SECONDS):
+                text = self.tokenizer.apply_chat_template(messages, **options, **FIXED)
+        except TooLong as error:
+            fault = f"the chat template does not end ({error})"
+            raise AttackPlaneError(fault, where=self.loaded.spec) from error
         except Exception as error:  # templates raise jinja2 errors of their own choosing
             raise AttackPlaneError(
                 "the chat template refuses this conversation",
                 where=self.loaded.spec,
                 got=str(error),
-                remedy=(
-                    "some templates take no system prompt or need alternating roles; leave it out"
-                ),
+                remedy="some take no system prompt or need alternating roles; leave it out",
             ) from error
         bos = self.tokenizer.bos_token
         if self._bos_added_by_default and not text.startswith(bos):
@@ -212,8 +214,7 @@ class Renderer:
                     got=f"a probe word appears {text.count(SENTINEL)} times",
                     remedy="this model's template cannot be attacked with known token positions",
                 )
-            before, _, after = text.partition(SENTINEL)
-            self._around[key] = (before, after)
+            self._around[key] = (text.partition(SENTINEL)[0], text.partition(SENTINEL)[2])
         return self._around[key]
 
     def target_text(self, conversation: Conversation, target: str) -> str:

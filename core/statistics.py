@@ -25,6 +25,8 @@ Array = TypeVar("Array")
 Numbers = Sequence[float] | NDArray[np.float64]
 
 RESAMPLES = 2000
+FEW = 5
+"""A number that rests on fewer points is shown as "too few": it decides nothing."""
 ENDS = (0.025, 0.975)
 
 

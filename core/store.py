@@ -26,12 +26,10 @@ from filelock import FileLock, Timeout
 from core.errors import AttackPlaneError
 from core.files import (
     clear_leftovers,
-    is_row,
-    mend_last_line,
+    each_row,
     read_object,
     read_rows,
     refuse_link,
-    row_of_line,
     write_atomically,
 )
 from core.records import SCHEMA_VERSION, Behaviour, Record, content_hash, require_version
@@ -152,13 +150,19 @@ class RunFolder:
         return read_rows(self.path / name, repair=self._lock.is_locked)
 
     def records(self, name: str, cls: type[Kind], id_of: Callable[[Kind], str]) -> list[Kind]:
-        """The rows of a file as records.
+        """The rows of a file as records; see ``each_record``."""
+        return list(self.each_record(name, cls, id_of))
+
+    def each_record(
+        self, name: str, cls: type[Kind], id_of: Callable[[Kind], str]
+    ) -> Iterator[Kind]:
+        """The rows of a file as records, one after another.
 
         Raises:
             AttackPlaneError: a row that is none (its line is named), or two rows of one id.
         """
-        records, lines = [], dict[str, int]()
-        for line, row in enumerate(self.rows(name), start=1):
+        lines: dict[str, int] = {}
+        for line, row in self._each_row(name):
             where = f"{self.path / name}, line {line}"
             record = cls.from_row(row, where)
             before = lines.setdefault(id_of(record), line)
@@ -169,24 +173,19 @@ class RunFolder:
                     got=id_of(record),
                     remedy="remove one of the two lines",
                 )
-            records.append(record)
-        return records
+            yield record
 
     def each(self, name: str, key: str) -> Iterator[Any]:
         """One field of each row, without holding the rows."""
-        path = self.path / name
-        if path.exists():
-            if self._lock.is_locked:
-                mend_last_line(path)
-            with open(path, "rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip() and (line.endswith(b"\n") or is_row(line)):
-                        row = row_of_line(line, f"{path}, line {number}")
-                        if key not in row:
-                            raise AttackPlaneError(
-                                f"a row lacks {key}", where=f"{path}, line {number}", got=[*row]
-                            )
-                        yield row[key]
+        for line, row in self._each_row(name):
+            if key not in row:
+                raise AttackPlaneError(
+                    f"a row lacks {key}", where=f"{self.path / name}, line {line}", got=[*row]
+                )
+            yield row[key]
+
+    def _each_row(self, name: str) -> Iterator[tuple[int, Row]]:
+        return each_row(self.path / name, repair=self._lock.is_locked)
 
     @contextmanager
     def appending(self, name: str) -> Iterator[Callable[[Row], None]]:

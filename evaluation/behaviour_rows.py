@@ -146,6 +146,8 @@ def to_behaviours(
             got=f"columns {', '.join(map(str, rows[0][1]))}",
             remedy=f"say it with --label-of-file ({', '.join(LABELS)}), or add a column label",
         )
+    if "label" not in columns:
+        log.info("%s: its rows say no label and are taken as %s", where, label)
     safe = PSEUDO_HARMFUL if columns >= XSTEST else HARMLESS
     reader = _Rows(request_column, benchmark, label, safe, merge_duplicates, unit)
     behaviours = [b for line, row in rows if (b := reader.read(line, row)) is not None]

@@ -41,6 +41,12 @@ FORMS: dict[str, str] = {
         r"\s*### Response:\s*"
     ),
 }
+DECODED = "decoded, its special tokens lost"
+"""A template of which only its role names are left, as ``skip_special_tokens`` leaves them."""
+FORMS[DECODED] = (
+    r"(?:system\n+(?P<system>.*?)\n+)?user\n+(?P<user>.*?)\n*(?<=\n)(?:assistant|model)\s*"
+)
+RESIDUE = re.compile(r"\A(?:system|user)\n|\n(?:assistant|model)\s*\Z")
 COMPILED = {name: re.compile(form, re.DOTALL) for name, form in FORMS.items()}
 MARKERS = re.compile(
     r"<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|<\|begin_of_text\|>"
@@ -70,14 +76,14 @@ def unwrap(prompt: str) -> Unwrapped:
 
     A prompt with markers of no known form is kept as it is, and marked.
     """
-    if not MARKERS.search(prompt):
+    if not MARKERS.search(prompt) and not RESIDUE.search(prompt):
         return Unwrapped(prompt)
     for name, form in COMPILED.items():
         match = form.fullmatch(prompt.strip())
         if match and (user := match["user"]).strip() and not MARKERS.search(user):
             system = match.groupdict().get("system")
             return Unwrapped(user, system.strip() if system and system.strip() else None, name)
-    marker = MARKERS.search(prompt)
+    marker = MARKERS.search(prompt) or RESIDUE.search(prompt)
     assert marker
     return Unwrapped(
         prompt, fault=f"a chat template is baked in and was not unwrapped ({marker.group()[:20]!r})"

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from core.errors import AttackPlaneError, nearest
-from core.files import read_rows, write_atomically
+from core.files import ANEW, read_object, read_rows, write_atomically
 from core.records import HARMFUL, AttackArtifact, Replay, content_hash
 from core.rows import Row
 from core.statistics import Interval, wilson
@@ -307,4 +307,4 @@ def _row(judge: str, attack: str, by_hand: list[str], said: list[str]) -> JudgeR
 def errors_of_run(path: Path) -> Mapping[str, Row] | None:
     """The errors that were counted in this run; None where the package's own hold."""
     file = path / ERRORS
-    return json.loads(file.read_text()) if file.exists() else None
+    return read_object(file, "errors of judges", remedy=ANEW) if file.exists() else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import AttackPlaneError
+from core.files import ANEW, read_object
 from core.models import ModelHandle, OpenModel
 from core.readings import Directions
 from core.rows import Row
@@ -167,4 +168,6 @@ def contrast_notes(directions: Directions) -> list[str]:
 def have_directions(path: Path, spec: str, estimator: str, made_from: str) -> bool:
     """Whether the run holds these directions, made from the same."""
     note = directions_path(path, spec, estimator).with_suffix(".json")
-    return note.exists() and json.loads(note.read_text()).get("made_from") == made_from
+    if not note.exists():
+        return False
+    return read_object(note, "a note on directions", remedy=ANEW).get("made_from") == made_from

@@ -9,7 +9,7 @@ from core.records import HARMFUL
 from core.store import FAILURES, RunFolder
 from evaluation.calibration import Errors, known_errors, package_errors
 from pipeline.calibrate import errors_of_run
-from pipeline.runs import artifacts_of, replays_of, write_rows
+from pipeline.runs import each_artifact, each_replay, write_rows
 from transfer.matrix import Cell, matrix
 
 TRANSFER, MATRIX = "transfer", "matrix.jsonl"
@@ -40,20 +40,19 @@ def labels_of(run: RunFolder) -> dict[str, str]:
 
 def expected_prompts(run: RunFolder) -> dict[tuple[str, str, str], int]:
     """How many prompts each (attack, source, label) has or, after failures, should have."""
-    artifacts = artifacts_of(run)
     labels = labels_of(run)
-    there = {(a.attack, a.source_model, a.behaviour_id, a.variant) for a in artifacts}
+    there = [(a.attack, a.source_model, a.behaviour_id, a.variant) for a in each_artifact(run)]
     failed = {
         (r["attack"], r["source"], r["behaviour"], r.get("variant"))
         for r in run.rows(FAILURES)
         if r["stage"] == "attack"
     }
     expected = Counter(
-        (a.attack, a.source_model, labels.get(a.behaviour_id, HARMFUL)) for a in artifacts
+        (attack, source, labels.get(behaviour, HARMFUL)) for attack, source, behaviour, _ in there
     )
     expected.update(
         (attack, source, labels.get(behaviour, HARMFUL))
-        for attack, source, behaviour, _ in failed - there
+        for attack, source, behaviour, _ in failed.difference(there)
     )
     return dict(expected)
 
@@ -61,7 +60,7 @@ def expected_prompts(run: RunFolder) -> dict[tuple[str, str, str], int]:
 def matrix_of(run: RunFolder, targets: Sequence[str] = ()) -> list[Cell]:
     """The matrix of a run. Prompts that could not be made are missing in it."""
     return matrix(
-        replays_of(run),
+        each_replay(run),
         expected_prompts(run),
         labels=labels_of(run),
         errors=_known_errors(run),

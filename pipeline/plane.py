@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from core.errors import AttackPlaneError
-from core.files import write_atomically
+from core.files import ANEW, read_object, write_atomically
 from core.models import ModelHandle, OpenModel
 from core.prompt import Conversation, Prompt, Renderer
 from core.readings import Activations, Directions, PlanePoint
@@ -137,7 +137,11 @@ class PlaneStage:
         """Stands for all that the files depend on; needs no weights."""
         files = [directions_path(self.run.path, m.spec, self.config.estimator) for m in models]
         files.append(directions_path(self.run.path, self.base, self.config.estimator))
-        notes = [json.loads(f.with_suffix(".json").read_text()) for f in files if f.exists()]
+        notes = [
+            read_object(f.with_suffix(".json"), "a note on directions", remedy=ANEW)
+            for f in files
+            if f.exists()
+        ]
         return content_hash(
             [
                 asdict(self.config),
@@ -155,7 +159,7 @@ class PlaneStage:
         if not all(m.known_fingerprint() for m in models):
             return False  # a model of the hub that is not here yet
         path = self.run.path / NOTE
-        note = json.loads(path.read_text()) if path.exists() else {}
+        note = read_object(path, "a note on a plane", remedy=ANEW) if path.exists() else {}
         files = [self.run.path / name for name in note.get("files", [])]
         if note.get("made_from") != self.made_from(models) or not all(f.exists() for f in files):
             return False

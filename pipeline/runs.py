@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from core.files import write_atomically
@@ -19,7 +19,12 @@ def artifacts_of(run: RunFolder) -> list[AttackArtifact]:
     Raises:
         AttackPlaneError: a row that is none (its line is named), or two rows of one id.
     """
-    return run.records(ATTACKS, AttackArtifact, lambda a: a.artifact_id)
+    return list(each_artifact(run))
+
+
+def each_artifact(run: RunFolder) -> Iterator[AttackArtifact]:
+    """The same one after another, for runs that are larger than the memory."""
+    return run.each_record(ATTACKS, AttackArtifact, lambda a: a.artifact_id)
 
 
 def replays_of(run: RunFolder) -> list[Replay]:
@@ -28,7 +33,12 @@ def replays_of(run: RunFolder) -> list[Replay]:
     Raises:
         AttackPlaneError: a row that is none (its line is named), or two rows of one id.
     """
-    return run.records(REPLAYS, Replay, lambda r: r.replay_id)
+    return list(each_replay(run))
+
+
+def each_replay(run: RunFolder) -> Iterator[Replay]:
+    """The same one after another, for runs that are larger than the memory."""
+    return run.each_record(REPLAYS, Replay, lambda r: r.replay_id)
 
 
 def check_specs(specs: Sequence[str]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 from core.files import read_rows
 from core.rows import Row
 from core.specs import short_spec
+from core.statistics import FEW
 from core.store import ATTACKS, BEHAVIOURS
-from plots.plane_png import FRAMES, ellipse_axes
+from plots.plane_png import ellipse_axes, frames_of
 from plots.style import (
     ANCHORS,
     NOT_JUDGED,
@@ -37,7 +38,7 @@ def draw(folder: Path) -> Path:
     style = {n: (colour, PLOTLY_ANCHORS[marker]) for n, (colour, marker) in ANCHORS.items()}
     style |= class_styles(names, PLOTLY_MARKERS)
     figure, owners = go.Figure(), []
-    views = [(t, f) for f in FRAMES for t in targets]
+    views = [(t, f) for f in frames_of(rows) for t in targets]
     for view in views:
         here = [r for r in rows if (r["target"], r["frame"]) == view]
         for trace in _traces(here, classes, style, prompts):
@@ -122,7 +123,7 @@ def _traces(
             )
         )
         centre = centres.get(name)
-        if centre and centre["covariance"] is not None and centre["n"] > 2:
+        if centre and centre["covariance"] is not None and centre["n"] >= FEW:
             outline = _outline(centre["centroid"], centre["covariance"])
             traces.append(_line(*outline, colour, shown, 1, fill="toself"))
         if any(r["plain_x"] is not None for r in members):
@@ -133,7 +134,7 @@ def _traces(
                     x += [r["plain_x"], r["x"], None]
                     y += [r["plain_y"], r["y"], None]
             traces.append(_line(x, y, colour, shown, 1, dash="dot", arrows=True))
-            if centre and (start := centre_start(centre)):
+            if centre and centre["displaced"] >= FEW and (start := centre_start(centre)):
                 (x0, y0), (x1, y1) = start, centre["centroid"]
                 traces.append(_line([x0, x1], [y0, y1], colour, shown, 3, arrows=True))
                 if centre["wrapper"]:

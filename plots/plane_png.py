@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from core.rows import Row
 from core.specs import short_spec
+from core.statistics import FEW
 from plots.style import (
     ANCHORS,
     MARKERS,
@@ -50,9 +51,7 @@ def figure_of(rows: list[Row], classes: list[Row]) -> Figure:
     from matplotlib.figure import Figure
 
     targets = list(dict.fromkeys(r["target"] for r in rows))
-    frames = [frame for frame in FRAMES if any(r["frame"] == frame for r in rows)]
-    if all(_is_base(r) for r in rows):  # both frames would show the same
-        frames = frames[-1:]
+    frames = frames_of(rows)
     names = attack_names(rows)
     style = class_styles(names, MARKERS) | ANCHORS
     size = (max(6.0, 1.2 + 3.9 * len(targets)), 0.9 + 3.85 * len(frames))
@@ -74,6 +73,12 @@ def figure_of(rows: list[Row], classes: list[Row]) -> Figure:
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
     figure.suptitle("Attack plane: projections relative to the harmless centroid", fontsize=12)
     return figure
+
+
+def frames_of(rows: list[Row]) -> list[str]:
+    """The frames to show: one where all targets are the base model, whose frames are one."""
+    frames = [frame for frame in FRAMES if any(r["frame"] == frame for r in rows)]
+    return frames[-1:] if all(_is_base(r) for r in rows) else frames
 
 
 def _is_base(row: Row) -> bool:
@@ -140,7 +145,7 @@ def _panel(
     for name, c in centre.items():
         colour = style[name][0]
         x, y = c["centroid"]
-        if c["covariance"] is not None and c["n"] > 2:
+        if c["covariance"] is not None and c["n"] >= FEW:
             width, height, angle = ellipse_axes(c["covariance"])
             shape = Ellipse((x, y), width, height, angle=angle, zorder=2)
             shape.set(
@@ -155,7 +160,7 @@ def _panel(
             )
         else:
             panel.plot(x, y, ".", color=colour, markersize=3, zorder=4)
-        if start := centre_start(c):
+        if (start := centre_start(c)) and c["displaced"] >= FEW:
             _arrow(panel, start, (x, y), colour, 2.0, 0.9)
             if c["wrapper"]:
                 end = start[0] + c["wrapper"][0], start[1] + c["wrapper"][1]

@@ -174,6 +174,28 @@ def test_show_prints_losses_rates_and_classes(run):
         assert word in output
 
 
+def test_show_sums_up_many_prompts(run, monkeypatch):
+    import commands.show
+
+    rows = [json.loads(line) for line in (run[0] / "attacks.jsonl").read_text().splitlines()]
+    gcg = [row for row in rows if row["attack"] == "gcg"]
+    monkeypatch.setattr(commands.show, "LISTED", 3)
+    found = {r["attack"]: r for r in rows_of("show", "--run", run[0]) if r["table"] == "prompts"}
+    assert found["gcg"]["prompts"] == found["gcg"]["behaviours"] == len(gcg) == 2
+    assert found["gcg"]["loss"] == pytest.approx(sum(r["loss"] for r in gcg) / 2)
+    assert sum(r["prompts"] for r in found.values()) == len(rows)
+    assert "mean loss" in call("show", "--run", run[0])
+
+
+def test_a_plane_of_its_own_base_is_shown_once_and_few_prompts_decide_nothing(run):
+    path = run[0]
+    shown = call("show", "--run", path)
+    table = shown[shown.index("wrapper alone") :]
+    assert "too few" in table and " own " in table and " base " not in table
+    assert (path / "plane.html").read_text().count(", own frame") >= 1
+    assert "base frame" not in (path / "plane.html").read_text()
+
+
 def test_another_configuration_in_the_same_run_is_refused(run):
     path, model, _ = run
     output = call(*small_gcg(model, path, "--seed", 1), code=1)
@@ -346,9 +368,7 @@ def test_json_prints_the_rows_of_every_table_and_nothing_else(run):
 def test_a_command_that_prints_a_table_takes_json():
     from tests.test_hostile import every_command
 
-    taking = {
-        name[0] for name, c in every_command() if any(p.name == "json" for p in c.params)
-    }
+    taking = {name[0] for name, c in every_command() if any(p.name == "json" for p in c.params)}
     sources = (ROOT / "commands").glob("*.py")
     printing = {p.stem for p in sources if "echo_table(" in p.read_text()} - {"output", "attack"}
     assert printing <= taking, printing - taking

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 import tomllib
 from collections import Counter
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,8 +25,12 @@ from hypothesis import strategies as st
 import cli
 from commands.root import AttackStub
 from commands.types import FilePath
+from core.errors import AttackPlaneError
+from core.readings import Directions
 from core.records import AttackArtifact, Behaviour, Replay
 from interchange.readers import READERS
+from pipeline.directions_files import directions_path, load_directions, save_directions
+from training.saved import STATE, saved_state
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = int(os.environ.get("HOSTILE_EXAMPLES", "25"))
@@ -447,6 +453,54 @@ def test_drawn_behaviours_are_taken_or_refused(house, tmp_path, data):
     result = run_command([*arguments, "--run", run, "--label-of-file", "harmful"])
     assert file.read_bytes() == content
     COUNTED["drawn behaviours"] += result.exit_code == 1
+
+
+@hostile
+@given(data=st.data())
+def test_drawn_labels_are_taken_or_refused(house, tmp_path, data):
+    rows = st.dictionaries(st.sampled_from(["replay_id", "label", "key", "part"]), anything)
+    content = data.draw(
+        st.binary(max_size=60)
+        | st.lists(rows, max_size=3).map(lambda own: "\n".join(map(json.dumps, own)).encode())
+    )
+    file = tmp_path / "labels.jsonl"
+    file.write_bytes(content)
+    arguments = ["judge", "calibrate", "--run", copied(house, tmp_path), "--labels", file]
+    result = run_command([*arguments, "--judge", "rules"], unchanged=[house])
+    assert file.read_bytes() == content and (result.exit_code == 0 or "rror" in result.output)
+    COUNTED["drawn labels"] += result.exit_code == 1
+
+
+@hostile
+@given(data=st.data())
+def test_broken_directions_and_states_of_trainings_are_one_error(tmp_path, data):
+    zeros = {name: torch.zeros(2, 4) for name in Directions.TENSORS}
+    about = {"model": "m", "estimator": "harc", "sample_counts": {}, "settings": {}}
+    save_directions(Directions(**zeros, **about, statistics={}), tmp_path, {})
+    tensors = directions_path(tmp_path, "m", "harc")
+    state = tmp_path / STATE
+    torch.save({"step": 1, "tensors": zeros}, state)
+    path = data.draw(st.sampled_from([tensors, tensors.with_suffix(".json"), state]))
+    content = path.read_bytes()
+    cut = data.draw(st.integers(0, len(content) - 1))
+    path.write_bytes(content[:cut] + data.draw(st.binary(max_size=40)))
+    try:
+        saved_state(path) if path == state else load_directions(tmp_path, "m", "harc")
+    except AttackPlaneError as error:
+        assert path.name in str(error)
+        COUNTED["broken tensors"] += 1
+
+
+def test_huge_and_endless_files_of_settings_fail_at_once(house, tmp_path):
+    run = copied(house, tmp_path)
+    with open(run / "manifest.json", "r+b") as file:
+        file.truncate(2**40)  # a hole: it takes no room
+    refused(show_of(run), place="manifest.json", kind="huge")
+    shutil.rmtree(run)
+    run = copied(house, tmp_path)
+    with open(run / "attacks.jsonl", "ab") as file:
+        file.truncate(2**32)
+    refused(show_of(run), place="attacks.jsonl", kind="huge")
 
 
 def test_pipes_devices_and_folders_are_no_files(house, tmp_path, monkeypatch):

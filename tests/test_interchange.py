@@ -15,7 +15,7 @@ from core.errors import AttackPlaneError
 from core.records import AttackArtifact, Behaviour
 from core.store import ATTACKS, RunFolder
 from interchange import exporter
-from interchange.chat_templates import unwrap
+from interchange.chat_templates import DECODED, unwrap
 from interchange.foreign import Foreign, Hints, Reject
 from interchange.importer import REJECTS, import_file
 from interchange.readers import READERS, read_foreign
@@ -457,6 +457,7 @@ WRAPPED = {
         "Below is an instruction that describes a task.\n\n### Instruction:\nHello there\n\n### "
         "Response:\n"
     ),
+    DECODED: "system\nBe brief\nuser\nHello there\nassistant\n",
 }
 
 
@@ -473,6 +474,7 @@ def test_what_cannot_be_unwrapped_is_kept_as_it_is_and_marked(tmp_path):
     found = unwrap(two_turns)
     assert found.content == two_turns and found.form is None and "not unwrapped" in found.fault
     assert unwrap("A plain [text] about <b>tea</b>").fault is None
+    assert "not unwrapped" in unwrap("What a decoder left of a template\nassistant\n").fault
     path = tmp_path / "x.jsonl"
     rows = [{"goal": ASK, "prompt": p} for p in (two_turns, WRAPPED["llama-2"], "plain")]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))

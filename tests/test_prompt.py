@@ -3,6 +3,7 @@ fidelity."""
 
 import pytest
 
+import core.prompt
 from attacks.slot import default_slot, make_slot
 from core.errors import AttackPlaneError
 from core.prompt import Conversation, Renderer, Span
@@ -113,6 +114,15 @@ def test_a_template_that_drops_the_content_is_refused(tiny_models):
             renderer.render(Conversation.build(REQUEST))
     finally:
         loaded.tokenizer.chat_template = before
+
+
+def test_a_template_that_does_not_end_is_stopped(tiny_models, monkeypatch):
+    loaded = tiny_models["qwen2"]
+    monkeypatch.setattr(core.prompt, "TEMPLATE_SECONDS", 0.2)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    monkeypatch.setattr(loaded.tokenizer, "chat_template", loop)
+    with pytest.raises(AttackPlaneError, match="does not end"):
+        Renderer(loaded).render(Conversation.build(REQUEST))
 
 
 def test_raw_leaves_out_what_a_template_adds_by_itself_and_nothing_else(tiny, monkeypatch):

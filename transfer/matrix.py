@@ -14,8 +14,8 @@ ones, are paired with any plain request of the behaviour on that target under th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from core.records import BASELINES, HARMFUL, LABELS, PLAIN, Replay
@@ -25,6 +25,8 @@ from evaluation.calibration import Errors, corrected
 
 Key = tuple[str, str, str, str]
 """Attack, source, label, target."""
+CERTIFIED = ("sent_as_meant", "system_prompt_hash")
+"""What of a certificate rates are made of."""
 Rates = dict[str, float]
 """Behaviour -> rate over its judged replies."""
 
@@ -70,7 +72,7 @@ class Cell:
 
 
 def matrix(
-    replays: Sequence[Replay],
+    replays: Iterable[Replay],
     expected: Mapping[tuple[str, str, str], int] | None = None,
     *,
     labels: Mapping[str, str] | None = None,
@@ -90,8 +92,9 @@ def matrix(
     rows: dict[Key, list[Replay]] = {}
     for r in replays:
         label = labels.get(r.behaviour_id, HARMFUL)
-        rows.setdefault((r.attack, r.source_model, label, r.target_model), []).append(r)
-    targets = list(dict.fromkeys([*targets, *(r.target_model for r in replays)]))
+        key = (r.attack, r.source_model, label, r.target_model)
+        rows.setdefault(key, []).append(_light(r))
+    targets = list(dict.fromkeys([*targets, *(key[3] for key in rows)]))
     for attack, source, label in expected:
         for target in targets:
             rows.setdefault((attack, source, label, target), [])
@@ -112,6 +115,12 @@ def matrix(
         )
 
     return sorted(cells, key=place)
+
+
+def _light(replay: Replay) -> Replay:
+    """What rates are made of, without the texts: many replies fit the memory so."""
+    kept = {k: v for k, v in replay.certificate.items() if k in CERTIFIED}
+    return replace(replay, reply="", judgements={}, certificate=kept)
 
 
 Plain = dict[tuple[str | None, str, Any, str], float]

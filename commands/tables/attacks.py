@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from commands.tables.layout import Columns, ends, text_of
@@ -57,6 +58,45 @@ def attack_rows(artifacts: Sequence[AttackArtifact]) -> list[Row]:
         *("loss", "best_step", "token_fidelity", "faults"),
     ]
     return [{name: getattr(a, name) for name in names} for a in artifacts]
+
+
+def prompt_sums(artifacts: Iterable[AttackArtifact]) -> list[Row]:
+    """One row per source and attack: prompts, behaviours, mean and lowest loss, broken tokens."""
+    rows: dict[tuple[str, str], Row] = {}
+    behaviours: dict[tuple[str, str], set[str]] = {}
+    for a in artifacts:
+        key = (a.source_model, a.attack)
+        behaviours.setdefault(key, set()).add(a.behaviour_id)
+        row = rows.setdefault(
+            key,
+            {"source": a.source_model, "attack": a.attack, "prompts": 0, "behaviours": 0}
+            | {"scored": 0, "loss": 0.0, "lowest": math.inf, "broken": 0},
+        )
+        row["prompts"] += 1
+        row["broken"] += a.token_fidelity is False
+        if a.loss is not None:
+            row["loss"] += (a.loss - row["loss"]) / (row["scored"] + 1)  # the mean so far
+            row["scored"] += 1
+            row["lowest"] = min(row["lowest"], a.loss)
+    return [row | {"behaviours": len(behaviours[key])} for key, row in rows.items()]
+
+
+def prompts_table(rows: Sequence[Row]) -> str:
+    """The sums of many prompts."""
+
+    def loss(name: str) -> Callable[[Any], str]:
+        return lambda r: f"{r[name]:.3f}" if r["scored"] else "-"
+
+    columns: Columns = [
+        ("source", lambda r: short_spec(r["source"])),
+        ("attack", lambda r: r["attack"]),
+        ("prompts", lambda r: str(r["prompts"])),
+        ("behaviours", lambda r: str(r["behaviours"])),
+        ("mean loss (nats per target token)", loss("loss")),
+        ("lowest", loss("lowest")),
+        ("tokens not kept", lambda r: str(r["broken"])),
+    ]
+    return text_of(columns, rows)
 
 
 def counts_line(artifacts: Sequence[AttackArtifact]) -> str:

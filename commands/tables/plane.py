@@ -6,6 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from commands.tables.layout import Columns, Row, ends, text_of
+from core.statistics import FEW
+
+TOO_FEW = "too few"
 
 
 def classes_table(
@@ -13,13 +16,16 @@ def classes_table(
 ) -> str:
     """Where each class lies: centroid, and displacement from the plain request.
 
-    ``wrapper alone`` is the share of it that a harmless request in the same wrappers shows.
+    ``wrapper alone`` is the share of it that a harmless request in the same wrappers shows. A
+    target whose frames are one is shown once.
     """
 
     def moved(axis: int) -> Callable[[Any], str]:
         def fill(c: Row) -> str:
             if not c["displacement"]:
                 return ""
+            if c["displaced"] < FEW:
+                return TOO_FEW
             value = c["displacement"][axis]
             return f"{value:+.1f} {ends(c['displacement_interval'][axis], '+.1f')}"
 
@@ -46,7 +52,15 @@ def classes_table(
         ("null H, R", null),
         ("wrapper alone H, R", wrapper),
     ]
-    shown = [c for c in rows if c["frame"] in frames and (anchors or c["kind"] != "anchor")]
+    own = {(c["target"], c["class"]): c["centroid"] for c in rows if c["frame"] == "own"}
+    moved_to = {c["target"] for c in rows if own.get((c["target"], c["class"])) != c["centroid"]}
+    shown = [
+        c
+        for c in rows
+        if c["frame"] in frames
+        and (anchors or c["kind"] != "anchor")
+        and (c["frame"] == "own" or c["target"] in moved_to or "own" not in frames)
+    ]
     return text_of(columns, shown)
 
 
@@ -60,7 +74,7 @@ def separability_table(rows: Sequence[Row], *, frames: Sequence[str] = ("own",))
             lambda r: "all classes" if r["class"] == "all" else f"{r['class']} from plain",
         ),
         ("n", lambda r: str(r["n"])),
-        ("accuracy", lambda r: f"{r['accuracy']:.2f}"),
+        ("accuracy", lambda r: f"{r['accuracy']:.2f}" if r["n"] >= FEW else TOO_FEW),
         ("interval", lambda r: ends(r["interval"], ".2f")),
         ("chance", lambda r: f"{r['chance']:.2f}"),
         ("null mean, 95 %", lambda r: f"{r['null_mean']:.2f}, {r['null_95']:.2f}"),
@@ -77,7 +91,10 @@ def success_table(rows: Sequence[Row], *, frames: Sequence[str] = ("own",)) -> s
         ("success by less", lambda r: r["score"]),
         ("n", lambda r: str(r.get("n", ""))),
         ("successes, failures", lambda r: f"{r['successes']}, {r['failures']}"),
-        ("AUROC", lambda r: f"{r['auroc']:.2f}"),
+        (
+            "AUROC",
+            lambda r: f"{r['auroc']:.2f}" if r["successes"] + r["failures"] >= FEW else TOO_FEW,
+        ),
         ("interval", lambda r: ends(r["interval"], ".2f")),
         ("null 95 %", lambda r: f"{r['null_95']:.2f}"),
     ]

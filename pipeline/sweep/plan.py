@@ -23,7 +23,8 @@ from attacks.objective import TargetLoss
 from attacks.registry import ATTACKS, Attack, Speed
 from attacks.slot import default_slot
 from attacks.workbench import Workbench
-from core.files import write_atomically
+from core.errors import AttackPlaneError
+from core.files import read_object, write_atomically
 from core.generate import complete
 from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Renderer
@@ -82,11 +83,11 @@ def speed_of(model: ModelHandle, run: Path, *, keep: bool) -> Speed:
     """
     path, here = run / SPEED, f"{default_device()}, {torch.get_num_threads()} threads"
     try:
-        kept = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        kept = {}
-    if kept.get("model") == model.known_fingerprint() and kept.get("machine") == here:
-        return Speed(**kept["speed"])
+        kept = read_object(path, "a measured speed")
+        if kept.get("model") == model.known_fingerprint() and kept.get("machine") == here:
+            return Speed(**kept["speed"])
+    except (AttackPlaneError, KeyError, TypeError):
+        pass  # it is measured again
     speed = calibrate(model.loaded)
     if keep:
         row = {"model": model.fingerprint, "machine": here, "speed": asdict(speed)}
