@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from core.records import Behaviour
 
 EXIT_ERROR, EXIT_VERIFY, EXIT_PARTLY, EXIT_INTERRUPTED = 1, 3, 4, 130
-ISSUES = "the address is in CONTRIBUTING.md"
+ISSUES = "CONTRIBUTING.md says where"
 CONTEXT = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": shutil.get_terminal_size().columns,
