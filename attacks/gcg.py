@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
+
+import torch
 
 from attacks.baselines import SUFFIX_BASELINES, SuffixBaselinesConfig
 from attacks.gcg_search import GCGConfig, GCGState, SuffixSearchConfig, run_gcg
@@ -13,6 +15,7 @@ from attacks.likelihood import ROUNDING
 from attacks.objective import TargetLoss
 from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
 from attacks.result import AttackResult, Search, suffix_result
+from attacks.screening import gains, rough_copy
 from attacks.slot import SuffixSlot, slot_for
 from attacks.workbench import Progress, Task, Workbench
 from core.errors import AttackPlaneError
@@ -57,19 +60,49 @@ def run(bench: Workbench, task: Task, config: GCGConfig) -> Iterator[AttackResul
         progress = Progress(state.step, config.num_steps, state.losses[-1], state.best_loss)
         task.on_step(progress)
 
+    rough = rough_model(bench, config, slot, saved)
     state = run_gcg(
-        TargetLoss(bench.source, slot, mellowmax=config.mellowmax),
+        target_loss(slot, config, rough),
         slot,
         config,
         bench.allowed(ascii_only=config.ascii_only),
         seed=stream_seed(bench.seed, task.behaviour.behaviour_id, NAME),
         state=GCGState(**saved) if saved else None,
         draft=draft,
+        screened=rough is not None,
         on_step=on_step,
     )
     result = searched_result(slot, task.behaviour, NAME, state, config.system_prompt)
     _compare(result, state, config, bench.source, task)
     yield result
+
+
+def target_loss(slot: SuffixSlot, config: GCGConfig, rough: LoadedModel | None) -> TargetLoss:
+    """The loss that a search with these settings lowers."""
+    options: Row = {"mellowmax": config.mellowmax, "lsgm": config.lsgm, "rough": rough}
+    return TargetLoss(slot.renderer.loaded, slot, **options)
+
+
+def rough_model(
+    bench: Workbench, config: GCGConfig, slot: SuffixSlot, saved: Row | None
+) -> LoadedModel | None:
+    """The copy of the slot's model that candidates are screened by; None where nothing is gained.
+
+    That is measured once on this machine. A search that was begun goes on in its own way.
+    """
+    loaded = slot.renderer.loaded
+    begun = saved is not None
+    if config.exact or config.draft or (saved and not saved["screening"]):
+        return None
+
+    def make() -> LoadedModel | None:
+        rough = rough_copy(loaded)
+        if rough is None or begun:
+            return rough
+        initial = torch.tensor(slot.initial_ids)
+        return rough if gains(TargetLoss(loaded, slot, rough=rough), initial) else None
+
+    return bench.once(("rough", loaded.spec, begun), make)
 
 
 def _compare(
@@ -93,7 +126,11 @@ def searched_result(
     steps = [step for step, _ in state.bests]
     snapshots = [(n, slot.content_with(text)) for n, text in zip(steps, texts, strict=True)]
     search = Search(state.losses, state.best_step, snapshots=snapshots)
-    return suffix_result(slot, behaviour, attack, state.best_ids, system=system, search=search)
+    found = suffix_result(slot, behaviour, attack, state.best_ids, system=system, search=search)
+    scored: Row = {"candidates": sum(state.scored), "screened": state.screening is not None}
+    if state.screening:
+        scored |= {"exactly": state.screening.exactly, "rough_error": state.screening.deviation}
+    return replace(found, provenance=found.provenance | {"scoring": scored})
 
 
 def identity(bench: Workbench, config: GCGConfig, name: str) -> Row:

@@ -3,13 +3,19 @@
 Each step: 1. token gradient of the target loss at the current suffix; 2. per position the top-k
 allowed tokens;
 3. draw ``search_width`` candidates with ``n_replace`` positions replaced, drop no-ops and
-   duplicates; 4. drop those without token fidelity in the whole conversation; 5. score the rest
-   exactly; 6. the lowest becomes the current suffix, also where its loss is higher than before (the
-   paper keeps no best). Returned is the best suffix over all steps with its own loss.
+   duplicates; 4. drop those without token fidelity in the whole conversation; 5. score the rest;
+   6. the lowest becomes the current suffix, also where its loss is higher than before (the paper
+   keeps no best). Returned is the best suffix over all steps with its own loss.
+
+Step 5 scores all candidates exactly, or finds the lowest by rough scores first
+(``attacks/screening.py``).
 
 Options that make it another algorithm are off by default:
 
 ``momentum``       step 1 takes a running mean of the gradients (MAC, arXiv 2405.01229)
+``lsgm``           the gradient of step 1 counts residual branches less (``attacks/damping.py``)
+``positions``      step 3 draws positions by the fall that the gradient promises at each, not
+                   uniformly (ours)
 ``mellowmax``      the loss of steps 1 and 5 weighs the worst target tokens more
                    (``likelihood.target_nll``). nanogcg takes it over logits, which are no
                    likelihoods: losses under it cannot be compared
@@ -27,12 +33,13 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 
 from attacks.candidates import sample_candidates
 from attacks.protocols import Growth, SuffixLoss, SuffixPlace
+from attacks.screening import Screening
 from attacks.selection import choose
 from core.errors import AttackPlaneError
 from core.rows import Row
@@ -70,8 +77,18 @@ class GCGConfig(SuffixSearchConfig):
     momentum: float = setting(
         0.0, "mu of g <- mu g + (1 - mu) gradient (MAC); 0: none.", low=0, below=1
     )
-    screen: int = setting(
-        0, "Score in reduced precision and only the best so many exactly; 0: all exactly.", low=0
+    exact: bool = setting(
+        False,
+        "Score all candidates exactly. Without it they are scored in bfloat16 first, where that is "
+        "faster here, and those exactly that may be the best.",
+    )
+    lsgm: float = setting(
+        1.0, "Gradients through residual branches times this (LSGM: 0.5); 1: as they are.", low=0
+    )
+    positions: str = setting(
+        "uniform",
+        "Draw positions uniformly, or by how much the gradient promises there.",
+        choices=("uniform", "gradient"),
     )
     merge: int = setting(0, "Merge the best so many candidates (I-GCG); 0: none.", low=0)
     draft: str | None = setting(
@@ -128,6 +145,8 @@ class GCGState:
     """(step, suffix) of each that was the best in its turn."""
     active: int = 1
     """Prompts in the loss. Only ``attacks/universal.py`` has more than one."""
+    screening: Screening | None = None
+    """What is known of rough losses; None: all candidates are scored exactly. A dict in a row."""
 
     @property
     def step(self) -> int:
@@ -160,6 +179,7 @@ class GCGState:
         self.bests = [(self.best_step, self.best_ids)]
         self.losses.append(loss)
         self.current_step = self.best_step
+        self.screening = Screening() if self.screening else None
         if buffer:
             self.buffer = [(loss, list(self.suffix_ids), self.current_step)]
 
@@ -169,11 +189,14 @@ class GCGState:
                 bytearray(base64.b64decode(self.momentum)), dtype=torch.float32
             )
             self.momentum = values.view(len(self.suffix_ids), -1)
+        if isinstance(self.screening, dict):
+            self.screening = Screening(**self.screening)
 
     def to_row(self) -> Row:
         row = dict(vars(self))
         if isinstance(self.momentum, torch.Tensor):
             row["momentum"] = base64.b64encode(self.momentum.cpu().numpy().tobytes()).decode()
+        row["screening"] = asdict(self.screening) if self.screening else None
         return row
 
 
@@ -187,6 +210,7 @@ def run_gcg(
     state: GCGState | None = None,
     draft: SuffixLoss | None = None,
     growth: Growth | None = None,
+    screened: bool = False,
     on_step: Callable[[GCGState], None] = lambda state: None,
 ) -> GCGState:
     """Optimise one suffix.
@@ -194,6 +218,7 @@ def run_gcg(
     Args:
         draft: the same slot's loss on the draft model, for probe sampling.
         growth: prompts that join the loss as it is solved, for a universal suffix.
+        screened: find the winner by rough scores first; a given ``state`` goes on as it was begun.
         on_step: called after every step; a state that it was given can be passed back in.
 
     Raises:
@@ -203,6 +228,7 @@ def run_gcg(
     generator = torch.Generator().manual_seed(seed)
     if state is None:
         state = GCGState(list(slot.initial_ids), [], objective.batch.value)
+        state.screening = Screening() if screened else None
         state.note(_loss_of(state.suffix_ids, objective), config.buffer)
     else:
         generator.set_state(torch.tensor(state.generator_state, dtype=torch.uint8))
@@ -228,6 +254,7 @@ def run_gcg(
             width=config.width_at(state.step),
             n_replace=config.n_replace_at(state.step),
             generator=generator,
+            by_gradient=config.positions == "gradient",
         )
         _take_best(state, objective, slot, config, suffix, candidates, draft, generator)
         state.generator_state = generator.get_state().tolist()
@@ -281,7 +308,7 @@ def _take_best(
         slot,
         suffix,
         candidates,
-        screen=config.screen,
+        screening=state.screening,
         merge=config.merge,
         draft=draft,
         generator=generator,

@@ -30,11 +30,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from attacks.damping import damped
 from attacks.likelihood import ROUNDING, Slot, target_nll
 from attacks.packed_scorer import PackedScorer
 from core.batching import BatchSize, memory_budget
+from core.head import share_head
 from core.models import LoadedModel
-from core.precision import reduced_products
 from core.prefix import SharedPrefix
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class TargetLoss:
         path: one of ``PATHS``; None takes the first that serves the model, which is tried on the
             initial suffix.
         mellowmax: alpha of ``target_nll``; 0: the mean.
+        rough: the copy of the model that ``rough_losses`` come from.
+        lsgm: see ``damped``; 1: the gradient of the loss.
     """
 
     def __init__(
@@ -64,8 +67,10 @@ class TargetLoss:
         batch_size: int | None = None,
         path: str | None = None,
         mellowmax: float = 0.0,
+        rough: LoadedModel | None = None,
+        lsgm: float = 1.0,
     ) -> None:
-        self.loaded, self._mellowmax = loaded, mellowmax
+        self.loaded, self._mellowmax, self._lsgm = loaded, mellowmax, lsgm
         self.before, self._initial, self.after, self.target = (
             torch.tensor(ids, dtype=torch.long, device=loaded.device)
             for ids in (slot.before_ids, slot.initial_ids, slot.after_ids, slot.target_ids)
@@ -81,7 +86,12 @@ class TargetLoss:
             loaded, self.before, self._rest, self.target, batch=self.batch, mellowmax=mellowmax
         )
         self._asked = path
+        self._current: Tensor | None = None
         self._begin()
+        self._rough: TargetLoss | None = None
+        if rough and self.path == "packed":
+            share_head(loaded, rough, torch.cat([self.before, self._initial]))
+            self._rough = TargetLoss(rough, slot, path=self.path, mellowmax=mellowmax)
 
     def _begin(self) -> None:
         """Choose the path and compute the prefix."""
@@ -187,11 +197,16 @@ class TargetLoss:
 
     @torch.no_grad()
     def rough_losses(self, suffixes: Tensor) -> Tensor:
-        """(candidate,) losses in reduced precision and, if possible, over likely tokens only."""
-        with reduced_products(self.loaded.device):
-            if self.path != "packed" or not self.scorer.likely_tokens:
-                return self.losses(suffixes)
-            return self.scorer.bounds(self.scorer.hidden(list(suffixes)))
+        """(candidate,) losses by the copy and, if possible, over likely tokens only."""
+        rough = self._rough
+        if rough is None:
+            return self.losses(suffixes)
+        if self._current is not None:
+            rough.share(self._current)
+            self._current = None
+        if rough.path != "packed" or not rough.scorer.likely_tokens:
+            return rough.losses(suffixes)
+        return rough.scorer.bounds(rough.scorer.hidden(list(suffixes)))
 
     @torch.no_grad()
     def best(self, suffixes: Tensor) -> tuple[int, float]:
@@ -221,7 +236,7 @@ class TargetLoss:
     @torch.no_grad()
     def share(self, suffix: Tensor) -> None:
         """``token_gradient`` without the gradient: the suffix becomes current; does it match?"""
-        suffix = suffix.to(self.loaded.device)
+        self._current = suffix = suffix.to(self.loaded.device)
         if self.path == "packed":
             logits = self.scorer.logits_of_current(suffix, self._embed(suffix))
         else:
@@ -237,8 +252,8 @@ class TargetLoss:
 
         The gradient is (suffix length, vocabulary) float32, on the model's device.
         """
-        suffix = suffix.to(self.loaded.device)
-        with torch.enable_grad():
+        self._current = suffix = suffix.to(self.loaded.device)
+        with torch.enable_grad(), damped(self.loaded, self._lsgm):
             leaf = self._embed(suffix).detach().clone().requires_grad_(True)
             if self.path == "packed":
                 logits = self.scorer.logits_of_current(suffix, leaf)[None]

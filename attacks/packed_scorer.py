@@ -21,7 +21,6 @@ from core.batching import BatchSize
 from core.head import Head, head_of
 from core.models import LoadedModel
 from core.packed import Group, PackedDecoder
-from core.precision import is_reduced
 from core.prefix import keeps_keys_and_values_only
 
 LIKELY = 1024
@@ -110,9 +109,8 @@ class PackedScorer:
 
     def hidden(self, suffixes: Sequence[Tensor]) -> Tensor:
         """Candidates of any lengths -> (candidate, T, d_model) states that predict the target."""
-        # a reduced precision is set for the whole process: threads side by side would disturb it
         cpu = self.loaded.device.type == "cpu"
-        two = cpu and torch.get_num_threads() > 1 and not is_reduced(self.loaded.device)
+        two = cpu and torch.get_num_threads() > 1
         suffixes, block = [s.cpu() for s in suffixes], 1 if cpu else GROUP_BLOCK
         current = self._current.cpu()
         shared = torch.tensor([shared_length(current, s) // block * block for s in suffixes])

@@ -1,12 +1,9 @@
 """Which candidate of a step becomes the current suffix.
 
-GCG takes the lowest exact loss of all. The other rules here are not GCG.
-
-Each of these is off by default and changes the search, not the losses: whatever is taken was scored
+GCG takes the lowest exact loss of all; ``attacks/screening.py`` finds it sooner. The rules here are
+not GCG. Each is off by default and changes the search, not the losses: whatever is taken was scored
 exactly.
 
-screen  all candidates in reduced matrix precision (bfloat16 products on a CPU that has them, TF32
-        on CUDA) and over the likely tokens only; the best ``screen`` of them exactly.
 draft   probe sampling (arXiv 2403.01251, algorithm 1): all candidates on a draft model, a random
         sixteenth of them exactly; the Spearman correlation rho of the two on that probe set says
         how many of the draft's best are scored exactly: (1 - alpha) B / 8 with alpha = (1 + rho) /
@@ -22,19 +19,12 @@ import torch
 from torch import Tensor
 
 from attacks.protocols import SuffixLoss, SuffixPlace
+from attacks.screening import Screening
 from core.statistics import spearman
 
 PROBE_SHARE = 16
 FILTER_SHARE = 8
 """The paper's choices: probe set B / 16, reduction R = 8."""
-
-
-def screened(objective: SuffixLoss, candidates: Tensor, keep: int) -> Tensor:
-    """The ``keep`` candidates with the lowest loss in reduced precision, in their old order."""
-    if len(candidates) <= keep:
-        return candidates
-    rough = objective.rough_losses(candidates)
-    return candidates[rough.topk(keep, largest=False).indices.sort().values]
 
 
 def probe_sampled(
@@ -72,17 +62,24 @@ def choose(
     suffix: Tensor,
     candidates: Tensor,
     *,
-    screen: int,
+    screening: Screening | None,
     merge: int,
     draft: SuffixLoss | None,
     generator: torch.Generator,
 ) -> tuple[list[int], float]:
-    """The next suffix and its exact loss. With no option: the candidate with the lowest loss."""
-    if screen:
-        candidates = screened(objective, candidates, screen)
+    """The next suffix and its exact loss. With no option: the candidate with the lowest loss.
+
+    ``screening``: how that candidate is found without scoring all of them exactly.
+    """
     if draft is not None:
         draft.share(suffix)
         candidates = probe_sampled(objective, draft, candidates, generator)
+    elif screening is not None:
+        lowest = screening.lowest(objective, candidates, max(1, merge))
+        if not merge:
+            winner, loss = lowest[0]
+            return candidates[winner].tolist(), loss
+        candidates = candidates[[index for index, _ in lowest]]
     if merge:
         losses = objective.losses(candidates)
         together = merged(

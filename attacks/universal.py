@@ -27,9 +27,11 @@ from attacks.gcg import (
     GCGConfig,
     GCGState,
     baselines,
+    rough_model,
     run_gcg,
     searched_result,
     step_seconds,
+    target_loss,
 )
 from attacks.objective import TargetLoss
 from attacks.registry import ATTACKS, Attack, Key, sources_hash
@@ -227,13 +229,15 @@ def _optimise(bench: Workbench, task: Task, config: UniversalConfig) -> GCGState
     _same_vocabulary([renderer.loaded for renderer in renderers])
     behaviours = optimised_on(bench, config)
     slots = [[slot_for(r, behaviour, config) for r in renderers] for behaviour in behaviours]
+    name = _state_name(bench, config)
+    saved = bench.states.load(name)
+    rough = {s.renderer.loaded.spec: rough_model(bench, config, s, saved) for s in slots[0]}
+    screened = None not in rough.values()
     rows = [
-        [TargetLoss(slot.renderer.loaded, slot, mellowmax=config.mellowmax) for slot in row]
+        [target_loss(slot, config, rough[slot.renderer.loaded.spec]) for slot in row]
         for row in slots
     ]
     objective = UniversalLoss(rows)
-    name = _state_name(bench, config)
-    saved = bench.states.load(name)
 
     def on_step(state: GCGState) -> None:
         if state.step % task.save_every == 0 or state.step == config.num_steps:
@@ -249,6 +253,7 @@ def _optimise(bench: Workbench, task: Task, config: UniversalConfig) -> GCGState
         seed=stream_seed(bench.seed, UNIVERSAL),
         state=GCGState(**saved) if saved else None,
         growth=objective,
+        screened=screened,
         on_step=on_step,
     )
 

@@ -41,7 +41,6 @@ VARIANTS: dict[str, Row] = {
     AGAIN: {},
     "momentum 0.5": {"momentum": 0.5},
     "merge 7": {"merge": 7},
-    "screen 8": {"screen": 8},
     "probe sampling": {"draft": "half"},
 }
 

@@ -29,13 +29,20 @@ def head_of(loaded: LoadedModel, probe_ids: Tensor) -> Head:
     return kept
 
 
+def share_head(loaded: LoadedModel, copy_of_it: LoadedModel, probe_ids: Tensor) -> None:
+    """A copy of a model does to its head's output what the model does."""
+    kept = vars(copy_of_it)[KEPT] = copy.copy(head_of(loaded, probe_ids))
+    kept.layer = copy_of_it.model.get_output_embeddings()
+    kept._weight, kept._bias = kept.layer.weight, kept.layer.bias
+
+
 class Head:
     """``usable`` is False where the map could not be found; ``logits`` must not be used then."""
 
     def __init__(self, loaded: LoadedModel, probe_ids: Tensor) -> None:
         self.layer = layer = loaded.model.get_output_embeddings()
         self.scale, self.cap = 1.0, None
-        self.usable = type(layer) is nn.Linear
+        self.usable = isinstance(layer, nn.Linear)
         self._weight: Any = getattr(layer, "weight", None)
         self._bias: Any = getattr(layer, "bias", None)
         if self.usable:
@@ -81,5 +88,7 @@ class Head:
         # contiguous rows: a strided view of a batch would be multiplied batch by batch, many times
         # slower
         return self._mapped(
-            nn.functional.linear(hidden.contiguous(), self._weight, self._bias).float()
+            nn.functional.linear(
+                hidden.contiguous().to(self._weight.dtype), self._weight, self._bias
+            ).float()
         )

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from core.models import LoadedModel
-from core.precision import full_products
 
 NAME = "attack_plane_packed"
 MASKS = 256
@@ -176,13 +175,13 @@ class PackedDecoder:
         own = self._own_attention(module)
         fold = query.shape[1] // key.shape[1] if own is grouped_sdpa else 1
         dtype = value.dtype
-        if torch.is_autocast_enabled(query.device.type):  # where rotary leaves two types
+        if query.dtype != dtype or key.dtype != dtype:  # where rotary leaves two types
             # under a mask the CPU's bfloat16 attention is four times as slow as the float32 one
             one = torch.float32 if query.device.type == "cpu" else dtype
             query, key, value = query.to(one), key.to(one), value.to(one)
         parts, first = [], 0
         known = self._known.get(module)
-        with full_products(query.device), torch.autocast(query.device.type, enabled=False):
+        with torch.autocast(query.device.type, enabled=False):
             for group in self._now.groups:
                 rows = slice(first, first + group.tokens)
                 first += group.tokens

@@ -224,7 +224,7 @@ def test_the_reference_engine_refuses_what_it_cannot_do_before_it_writes(tmp_pat
     assert "--momentum" in call("nanogcg", *arguments, "--momentum", 0.5, code=2)
     # the same folder takes the mended command
     small = small_gcg(tiny_folders["qwen2"], tmp_path / "run")
-    call(*small, "--screen", 4, "--merge", 2, "--momentum", 0.5)
+    call(*small, "--exact", "--merge", 2, "--momentum", 0.5)
 
 
 def test_debug_shows_the_error_itself():

@@ -3,10 +3,13 @@ does what its source says."""
 
 import copy
 import dataclasses
+import types
 
 import pytest
 import torch
 
+from attacks.candidates import promised, sample_candidates
+from attacks.damping import damped
 from attacks.gcg_search import GCGConfig, GCGState, run_gcg
 from attacks.likelihood import plain_loss, target_nll
 from attacks.objective import TargetLoss
@@ -321,3 +324,53 @@ def test_models_of_another_vocabulary_and_a_draft_are_refused(tmp_path, qwen, ti
             universal(run, [qwen, tiny_models["llama"]])
         with pytest.raises(AttackPlaneError, match="probe sampling"):
             universal(run, [qwen], draft="x")
+
+
+class Block(torch.nn.Module):
+    """x -> x + attention(x) + mlp(x + attention(x)), both linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.self_attn = torch.nn.Linear(3, 3, bias=False)
+        self.mlp = torch.nn.Linear(3, 3, bias=False)
+
+    def forward(self, x):
+        x = x + self.self_attn(x)
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_lsgm_multiplies_the_gradient_of_every_branch_and_leaves_values(gamma):
+    torch.manual_seed(0)
+    loaded = types.SimpleNamespace(blocks=[Block(), Block()], spec="toy")
+    x, c = torch.randn(3, requires_grad=True), torch.randn(3)
+    plain = loaded.blocks[1](loaded.blocks[0](x))
+    with damped(loaded, gamma):
+        value = loaded.blocks[1](loaded.blocks[0](x))
+    assert torch.equal(value, plain)
+    (found,) = torch.autograd.grad((value * c).sum(), x)
+    expected = c
+    for part in [m for b in reversed(loaded.blocks) for m in (b.mlp, b.self_attn)]:
+        expected = expected + gamma * part.weight.T @ expected  # (I + gamma W)^T
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_without_branches_nothing_flows_from_the_suffix_to_the_target(qwen):
+    slot = slot_of(qwen)
+    suffix = torch.tensor(slot.initial_ids)
+    loss, gradient = TargetLoss(qwen, slot).token_gradient(suffix)
+    same, none = TargetLoss(qwen, slot, lsgm=0.0).token_gradient(suffix)
+    assert same == loss and float(gradient.abs().max()) > 0 == float(none.abs().max())
+
+
+def test_positions_are_drawn_by_what_the_gradient_promises():
+    suffix, allowed = torch.tensor([0, 0, 0]), torch.ones(4, dtype=torch.bool)
+    gradient = torch.tensor([[0.0, -3.0, 0, 0], [0.0, -1.0, 0, 0], [0.0, 1.0, 0, 0]])
+    scores = gradient.masked_fill(~allowed, float("inf"))
+    assert promised(suffix, gradient, scores).tolist() == pytest.approx([1.0, 1 / 3, 1e-3])
+    drawn = sample_candidates(
+        *(suffix, gradient, allowed),
+        **{"topk": 4, "width": 4000, "n_replace": 1, "by_gradient": True},
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert set((drawn != 0).nonzero()[:, 1].tolist()) == {0, 1, 2}

@@ -1,7 +1,9 @@
 """Options that are not GCG: each does what its paper says, takes only exactly scored suffixes, and
 is off by default."""
 
+import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -9,10 +11,10 @@ import torch
 from attacks.gcg import draft_model
 from attacks.gcg_search import GCGConfig, GCGState, run_gcg
 from attacks.objective import TargetLoss
-from attacks.selection import choose, merged, probe_sampled, screened
+from attacks.screening import Screening, rough_copy
+from attacks.selection import choose, merged, probe_sampled
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, load
-from core.precision import reduced_products
 from core.statistics import spearman
 from core.store import RunFolder
 from tests.campaigns import cells
@@ -21,7 +23,7 @@ from tests.test_gcg import SMALL, allowed_of, behaviours, candidates_of, slot_of
 
 def test_nothing_but_gcg_is_on_by_default():
     config = GCGConfig()
-    assert (config.momentum, config.screen, config.merge, config.draft) == (0.0, 0, 0, None)
+    assert (config.momentum, config.merge, config.draft) == (0.0, 0, None)
 
 
 def test_merging_joins_the_replacements_of_the_first_k_and_the_better_keeps_its_position():
@@ -63,31 +65,95 @@ def test_probe_sampling_scores_the_share_that_the_paper_says():
     assert 8 <= len(opposed) <= 12  # rho = -1: a whole eighth of the draft's best
 
 
-def test_screening_keeps_the_best_and_leaves_the_precision_as_it_was(qwen):
-    slot = slot_of(qwen)
-    objective, drawn = candidates_of(qwen, slot, width=30)
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    kept = screened(objective, drawn, 6)
-    assert len(kept) == 6
-    exact = objective.losses(drawn)
-    assert drawn[exact.argmin()].tolist() in kept.tolist()
-    with pytest.raises(RuntimeError), reduced_products(qwen.device):
-        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-        raise RuntimeError
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
+class Rough(Table):
+    """A table with rough losses of its own."""
+
+    def __init__(self, losses, errors):
+        super().__init__(losses)
+        self.rough = self.table + torch.tensor(errors)
+
+    def rough_losses(self, suffixes):
+        return self.rough[suffixes[:, 0]]
 
 
-@pytest.mark.parametrize("options", [{}, {"screen": 5}, {"merge": 4}, {"screen": 8, "merge": 3}])
+def test_a_screening_learns_errors_in_its_first_step_and_stops_where_none_can_be_lower():
+    candidates = torch.arange(16)[:, None]
+    errors = [-0.01, -0.03] * 8  # mean -0.02, deviation 0.01 sqrt(16 / 15)
+    screening = Screening()
+    first = Rough([float(n) for n in range(16)], errors)
+    assert screening.lowest(first, candidates) == [(0, 0.0)] and first.asked == [16]
+    assert screening.mean == pytest.approx(-0.02, abs=1e-6)
+    assert screening.deviation == pytest.approx(0.01 * (16 / 15) ** 0.5, abs=1e-6)
+    # rough + 0.02 - 3 x 0.0103 is 0.04 - 0.011 for the fifth: above the lowest exact loss, 0.0
+    steps = Rough([0.0, 0.01, 0.02, 0.03, 0.04, *[1.0] * 11], [-0.02] * 16)
+    assert screening.lowest(steps, candidates) == [(0, 0.0)] and steps.asked == [4]
+    near = Rough([0.0, 0.001, 0.002, 0.003, 0.004, *[1.0] * 11], [-0.02] * 16)
+    assert screening.lowest(near, candidates) == [(0, 0.0)] and near.asked == [4, 4]
+    assert screening.exactly == 16 + 4 + 8
+    two = Rough([0.5, 0.25, *[1.0] * 14], [0.0] * 16)
+    assert screening.lowest(two, candidates, 2) == [(1, 0.25), (0, 0.5)]
+
+
+def test_a_screening_finds_the_exact_winner_and_leaves_the_model_as_it_was(qwen):
+    slot, rough = slot_of(qwen), rough_copy(qwen)
+    before = {n: (p.data_ptr(), p.dtype) for n, p in qwen.model.named_parameters()}
+    objective, drawn = candidates_of(qwen, slot, width=120)
+    objective = TargetLoss(qwen, slot, rough=rough)
+    objective.share(torch.tensor(slot.initial_ids))
+    screening, scored = Screening(), 0
+    for part in drawn.split(30):
+        exact = objective.losses(part)
+        ((winner, loss),) = screening.lowest(objective, part)
+        assert winner == int(exact.argmin()) and loss == pytest.approx(float(exact.min()), abs=1e-6)
+        assert float((objective.rough_losses(part) - exact).abs().max()) > 0  # it is rough
+        scored += len(part)
+    assert screening.exactly < scored
+    after = {n: (p.data_ptr(), p.dtype) for n, p in qwen.model.named_parameters()}
+    assert after == before
+    assert rough_copy(rough_like(qwen, torch.bfloat16)) is None
+
+
+def rough_like(loaded, dtype):
+    """The model in another precision."""
+    return dataclasses.replace(loaded, model=copy.deepcopy(loaded.model).to(dtype))
+
+
+def test_a_screened_search_is_gcg_and_a_saved_one_goes_on_to_the_bit(qwen):
+    slot, allowed, saved = slot_of(qwen), allowed_of(qwen), []
+    config = dataclasses.replace(SMALL, num_steps=4, search_width=30)
+
+    def loss_of():
+        return TargetLoss(qwen, slot, rough=rough_copy(qwen))
+
+    def keep(state):
+        saved.append(json.loads(json.dumps(state.to_row())))
+
+    exact = run_gcg(TargetLoss(qwen, slot), slot, config, allowed, seed=3)
+    whole = run_gcg(loss_of(), slot, config, allowed, seed=3, screened=True, on_step=keep)
+    assert whole.best_ids == exact.best_ids
+    assert whole.losses == pytest.approx(exact.losses, abs=1e-6)
+    assert whole.screening.exactly < sum(whole.scored) and exact.screening is None
+    state = GCGState(**saved[1])
+    again = run_gcg(loss_of(), slot, config, allowed, seed=3, state=state)
+    assert json.dumps(again.to_row()) == json.dumps(whole.to_row())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"screened": True}, {"merge": 4}, {"screened": True, "merge": 3}]
+)
 def test_what_is_chosen_was_scored_exactly_and_keeps_its_tokens(tiny, options):
     slot = slot_of(tiny)
-    objective, drawn = candidates_of(tiny, slot, width=20)
+    _, drawn = candidates_of(tiny, slot, width=20)
+    objective = TargetLoss(tiny, slot, rough=rough_copy(tiny))
+    objective.share(torch.tensor(slot.initial_ids))
     drawn = drawn[torch.tensor(slot.faithful(drawn.tolist()))]
     suffix = torch.tensor(slot.initial_ids)
-    given = {"screen": 0, "merge": 0, "draft": None, **options}
+    screening = Screening() if options.get("screened") else None
+    given = {"merge": options.get("merge", 0), "draft": None, "screening": screening}
     ids, loss = choose(objective, slot, suffix, drawn, generator=torch.Generator(), **given)
     assert loss == pytest.approx(float(objective.losses(torch.tensor([ids]))[0]), abs=1e-5)
     assert slot.faithful([ids]) == [True]
-    if "merge" in options and "screen" not in options:
+    if "merge" in options:
         assert loss <= float(objective.losses(drawn).min()) + 1e-6
 
 

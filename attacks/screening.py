@@ -1,0 +1,125 @@
+"""Rough scores of all candidates, exact ones of those that may be best: GCG's own winner, sooner.
+
+A copy of the model with bfloat16 products scores every candidate. Its errors (rough less exact
+loss) are nearly one constant: what differs between candidates is small beside what their losses
+differ by. So candidates are scored exactly in the order of their rough losses, until
+
+    rough loss of the next - mean error - MARGIN x standard deviation of the errors > lowest exact
+
+where mean and deviation are those of all errors that this search has seen. Its first step scores
+all candidates exactly, so that errors are known not only where rough losses are low. The loss of
+what is taken is always the exact one. Nothing is gained where the machine has no fast bfloat16
+products, or the model is in bfloat16 already: ``gains`` measures it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from attacks.protocols import SuffixLoss
+from core.models import LoadedModel
+
+MARGIN = 3.0
+"""Standard deviations of the error that the next candidate is given."""
+KNOWN = 16
+"""Errors that must be known before anything is left out."""
+TOGETHER = 4
+"""Candidates that are scored exactly at once."""
+GAIN = 0.6
+"""Screening is used where a rough pass takes at most this share of an exact one."""
+
+
+class RoughLinear(nn.Linear):
+    """A product in the precision of its weight, whatever the input's is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input.to(self.weight.dtype), self.weight, self.bias)
+
+
+def rough_copy(loaded: LoadedModel) -> LoadedModel | None:
+    """The model with bfloat16 products; None where it has a hook, or is not in float32.
+
+    Only linear layers are copied. The residual stream, norms and attention stay in float32.
+    """
+    if loaded.hook or loaded.dtype != torch.float32:
+        return None
+    model = copy.deepcopy(loaded.model, {id(p): p for p in loaded.model.parameters()})
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = RoughLinear
+            for name, p in list(module.named_parameters(recurse=False)):
+                rough = nn.Parameter(p.detach().to(torch.bfloat16), requires_grad=False)
+                setattr(module, name, rough)
+    return dataclasses.replace(loaded, model=model)
+
+
+def gains(objective: SuffixLoss, initial: Tensor) -> bool:
+    """Whether a rough pass is so much faster than an exact one, on suffixes like this one."""
+    objective.share(initial)
+    candidates = initial.repeat(KNOWN, 1)
+    rows = torch.arange(KNOWN)
+    candidates[rows, rows % len(initial)] = initial.flip(0)[rows % len(initial)] ^ 1
+
+    def seconds(of: str) -> float:
+        best = math.inf
+        for _ in range(2):
+            start = time.perf_counter()
+            getattr(objective, of)(candidates)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    return seconds("rough_losses") <= GAIN * seconds("losses")
+
+
+@dataclasses.dataclass
+class Screening:
+    """What a search has learnt of the errors of rough losses; plain data, for its saved state.
+
+    Attributes:
+        count, mean, squares: of the errors so far; squares is the sum of squared deviations.
+        exactly: candidates that were scored exactly.
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    exactly: int = 0
+
+    def learn(self, error: float) -> None:
+        """Welford's update."""
+        self.count += 1
+        before = error - self.mean
+        self.mean += before / self.count
+        self.squares += before * (error - self.mean)
+
+    @property
+    def deviation(self) -> float:
+        return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else math.inf
+
+    def lowest(
+        self, objective: SuffixLoss, candidates: Tensor, count: int = 1
+    ) -> list[tuple[int, float]]:
+        """(index, exact loss) of the ``count`` candidates with the lowest losses, best first."""
+        rough = objective.rough_losses(candidates)
+        known: list[tuple[float, int]] = []
+        all_of_them = self.count < KNOWN
+        for part in rough.argsort().split(len(rough) if all_of_them else TOGETHER):
+            if len(known) >= count and not all_of_them:
+                next_best = float(rough[part[0]]) - self.mean - MARGIN * self.deviation
+                if next_best > sorted(known)[count - 1][0]:
+                    break
+            losses: Sequence[float] = objective.losses(candidates[part]).tolist()
+            for index, loss in zip(part.tolist(), losses, strict=True):
+                if not math.isfinite(loss):
+                    return [(index, loss)]
+                self.learn(float(rough[index]) - loss)
+                known.append((loss, index))
+        self.exactly += len(known)
+        return [(index, loss) for loss, index in sorted(known)[:count]]
