@@ -247,6 +247,25 @@ class TargetLoss:
         """Whether (T, vocabulary) logits give the target token by token."""
         return bool((logits.argmax(-1) == self.target).all())
 
+    def soft_gradient(self, weights: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Of relaxed suffixes, (start, position, token) weights of the rows of ``table``.
+
+        Returns (start,) how many target tokens are not the likeliest, and the gradients of the
+        losses in the weights, both on the CPU.
+        """
+        with torch.enable_grad():
+            leaf = weights.to(table.device, table.dtype).requires_grad_(True)
+            logits = self._soft_logits(leaf @ table)
+            (gradient,) = torch.autograd.grad(self._nll(logits).sum(), leaf)
+        missed = (logits.detach().argmax(-1) != self.target).sum(-1)
+        return missed.cpu(), gradient.float().cpu()
+
+    def _soft_logits(self, embeddings: Tensor) -> Tensor:
+        """(start, position, d_model) -> (start, T, vocabulary)."""
+        rest = self._embed(self._rest).detach().expand(len(embeddings), -1, -1)
+        fed = torch.cat([embeddings, rest], 1)
+        return self.scorer.logits_of(fed) if self.path == "packed" else self._logits(fed)
+
     def token_gradient(self, suffix: Tensor) -> tuple[float, Tensor]:
         """Loss of one (suffix length,) suffix, and its gradient.
 

@@ -107,6 +107,14 @@ class PackedScorer:
         self._likely = self._head.restricted(likely), torch.searchsorted(likely, self.target)
         return logits
 
+    def logits_of(self, fed: Tensor) -> Tensor:
+        """(row, fed, d_model) embeddings behind the prefix -> (row, T, vocabulary)."""
+        group = Group(len(self.before), fed.shape[1], len(fed))
+        hidden = self._packed.hidden(fed.flatten(0, 1), [group]).unflatten(0, fed.shape[:2])
+        return self._head.logits(hidden[:, -len(self.target) :].flatten(0, 1)).unflatten(
+            0, (len(fed), -1)
+        )
+
     def hidden(self, suffixes: Sequence[Tensor]) -> Tensor:
         """Candidates of any lengths -> (candidate, T, d_model) states that predict the target."""
         cpu = self.loaded.device.type == "cpu"

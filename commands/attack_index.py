@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import attacks
 
@@ -17,13 +18,24 @@ def declared_commands() -> dict[str, str]:
     """Name -> summary of each attack of the package that has a command of its own."""
     summaries = {}
     for path in sorted(Path(attacks.__path__[0]).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        constants = {
+            target.id: node.value.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Attack":
-                given = {
-                    word.arg: word.value.value
-                    for word in node.keywords
-                    if isinstance(word.value, ast.Constant)
-                }
-                if given.get("command", True):
+                given = {word.arg: _value(word.value, constants) for word in node.keywords}
+                if given.get("command") is not False and given["name"]:
                     summaries[str(given["name"])] = str(given["summary"])
     return summaries
+
+
+def _value(node: ast.expr, constants: dict[str, Any]) -> Any:
+    """A constant, or one of the module's own by name; None for anything else."""
+    if isinstance(node, ast.Name):
+        return constants.get(node.id)
+    return node.value if isinstance(node, ast.Constant) else None

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 
+from attacks.adc_search import ADCConfig, run_adc, sparsified
 from attacks.candidates import promised, sample_candidates
 from attacks.damping import damped
 from attacks.gcg_search import GCGConfig, GCGState, run_gcg
@@ -374,3 +375,39 @@ def test_positions_are_drawn_by_what_the_gradient_promises():
         generator=torch.Generator().manual_seed(0),
     )
     assert set((drawn != 0).nonzero()[:, 1].tolist()) == {0, 1, 2}
+
+
+# --- ADC ------------------------------------------------------------------------------------------
+def test_sparsity_is_what_was_asked_on_average_and_weights_sum_to_one():
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(2, 10, 50, generator=generator)
+    sparse = sparsified(z, torch.tensor([1.0, 3.5]), generator)
+    assert torch.allclose(sparse.sum(2), torch.ones(2, 10)) and float(sparse.min()) >= 0
+    kept = (sparse > 0).sum(2)
+    assert kept[0].tolist() == [1] * 10 and sorted(kept[1].tolist()) == [3] * 5 + [4] * 5
+    assert torch.equal(sparse.argmax(2), z.argmax(2))
+    assert sparsified(-z.abs(), torch.tensor([1.0, 1.0]), generator).sum() == 20  # none above 0
+
+
+def test_one_hot_weights_have_the_loss_and_the_gradient_of_their_suffix(qwen):
+    slot = slot_of(qwen)
+    suffix = torch.tensor(slot.initial_ids)
+    objective, table = TargetLoss(qwen, slot), qwen.embedding_table.detach()
+    one_hot = torch.nn.functional.one_hot(suffix, len(table)).float()
+    missed, gradient = objective.soft_gradient(one_hot[None].repeat(2, 1, 1), table)
+    _, expected = objective.token_gradient(suffix)
+    assert torch.allclose(gradient[0], expected, atol=1e-5)
+    assert torch.allclose(gradient[1], expected, atol=1e-5)
+    assert missed.tolist() == [len(objective.target)] * 2 or not objective.matches
+
+
+def test_adc_lowers_the_loss_of_what_it_returns_and_repeats_itself(qwen):
+    slot, allowed = slot_of(qwen), allowed_of(qwen)
+    config = ADCConfig(num_steps=20, starts=4, read_every=5)
+    first, again = (
+        run_adc(TargetLoss(qwen, slot), slot, config, allowed, seed=1) for _ in range(2)
+    )
+    assert first == again and first.loss <= first.losses[0]
+    exact = float(TargetLoss(qwen, slot).losses(torch.tensor([first.ids]))[0])
+    assert first.loss == pytest.approx(exact, abs=1e-5) == first.losses[first.best_reading]
+    assert slot.faithful([first.ids]) == [True]

@@ -1,0 +1,127 @@
+"""Adaptive dense-to-sparse optimisation of a suffix (ADC, arXiv 2405.09113, algorithm 1).
+
+A suffix is relaxed to z, (start, position, vocabulary): at each position all tokens have weights,
+which sum to 1. Its embedding is z @ embedding table. Each step, for all starts at once:
+
+1. v <- momentum v + gradient of the target loss in z;  z <- z - learning_rate v
+2. S = exp(number of target tokens that are not the likeliest). Each position keeps its floor(S)
+   or floor(S) + 1 largest weights, so many of either that the mean is S. So z is dense while the
+   target is far, and one-hot where it is met.
+3. Weights below 0 become 0, and those of a position are divided by their sum.
+
+The suffix of a start is the likeliest token of each position. Every ``read_every`` steps the
+suffixes are scored exactly, and the best that keeps its tokens is kept.
+
+The paper's settings are 16 starts, learning rate 10, momentum 0.99, 5000 steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from attacks.objective import TargetLoss
+from attacks.protocols import SuffixPlace
+from core.settings import check_settings, setting
+
+
+@dataclass(frozen=True)
+class ADCConfig:
+    num_steps: int = setting(5000, "Optimiser steps.", flag="--steps", low=1)
+    starts: int = setting(16, "Suffixes optimised side by side.", low=1)
+    learning_rate: float = setting(10.0, "Of the descent.", low=0)
+    momentum: float = setting(0.99, "Of the descent.", low=0, below=1)
+    read_every: int = setting(5, "Steps between exact scores of the suffixes.", low=1)
+    stop_on_match: bool = setting(
+        True, "Stop at a suffix after which greedy decoding gives the target, as in the paper."
+    )
+    suffix_length: int = setting(20, "Words of the initial suffix, which only sets the length.")
+    init_suffix: str | None = setting(None, "Initial suffix in its place.")
+    placement: str = setting("{request} {suffix}", "Where the suffix stands.")
+    system_prompt: str | None = setting(None, "System prompt.", flag="--system")
+    ascii_only: bool = setting(True, "Allow ASCII tokens only.", flag="--ascii-only/--any-token")
+
+    def __post_init__(self) -> None:
+        check_settings(self, "adc")
+
+
+@dataclass
+class ADCResult:
+    """The best suffix that was read; ``losses``: lowest exact loss of each reading."""
+
+    ids: list[int]
+    loss: float
+    losses: list[float] = field(default_factory=list)
+    best_reading: int = 0
+    matches: bool = False
+
+
+def sparsified(z: Tensor, sparsity: Tensor, generator: torch.Generator) -> Tensor:
+    """(start, position, vocabulary) weights with ``sparsity`` (start,) kept a position on average.
+
+    Which positions keep one more is drawn. A position without a weight above 0 keeps its largest.
+    """
+    starts, length, vocabulary = z.shape
+    low = sparsity.clamp(1, vocabulary).floor()
+    more = ((sparsity.clamp(1, vocabulary) - low) * length).round()
+    rank = torch.rand(starts, length, generator=generator).argsort(1).argsort(1)
+    kept = (low[:, None] + (rank < more[:, None])).clamp_max(vocabulary).long()
+    most = int(kept.max())
+    top = z.topk(most, dim=2)
+    wanted = torch.arange(most) < kept[..., None]
+    values = (top.values * wanted).clamp_min(0)
+    empty = values.sum(2) <= 0
+    values[..., 0] = torch.where(empty, torch.ones_like(values[..., 0]), values[..., 0])
+    return torch.zeros_like(z).scatter_(2, top.indices, values / values.sum(2, keepdim=True))
+
+
+def run_adc(
+    objective: TargetLoss,
+    slot: SuffixPlace,
+    config: ADCConfig,
+    allowed: Tensor,
+    *,
+    seed: int,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> ADCResult:
+    """Optimise one suffix.
+
+    Args:
+        allowed: (vocabulary,) bool.
+        on_step: called with the steps done and the lowest loss so far.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    initial = torch.tensor(slot.initial_ids)
+    first = float(objective.losses(initial[None])[0])
+    best = ADCResult(initial.tolist(), first, [first])
+    ids = allowed.nonzero()[:, 0]  # weights are of allowed tokens alone
+    table = objective.loaded.embedding_table[ids.to(objective.loaded.device)].detach()
+    z = torch.randn(config.starts, len(initial), len(ids), generator=generator).softmax(2)
+    velocity = torch.zeros_like(z)
+    for step in range(1, config.num_steps + 1):
+        missed, gradient = objective.soft_gradient(z, table)
+        velocity = config.momentum * velocity + gradient
+        z = sparsified(z - config.learning_rate * velocity, missed.double().exp(), generator)
+        if step % config.read_every == 0 or step == config.num_steps:
+            _read(objective, slot, ids[z.argmax(2)], best)
+        on_step(step, best.loss)
+        if config.stop_on_match and best.matches:
+            break
+    return best
+
+
+def _read(objective: TargetLoss, slot: SuffixPlace, suffixes: Tensor, best: ADCResult) -> None:
+    """Score the starts' suffixes that keep their tokens, and take the best into the result."""
+    kept = suffixes[torch.tensor(slot.faithful(suffixes.tolist()), dtype=torch.bool)]
+    losses = objective.losses(kept) if len(kept) else torch.tensor([math.inf])
+    best.losses.append(float(losses.min()))
+    if best.losses[-1] < best.loss:
+        winner = kept[losses.argmin()]
+        best.ids, best.loss = winner.tolist(), best.losses[-1]
+        best.best_reading = len(best.losses) - 1
+        objective.share(winner)
+        best.matches = objective.matches
