@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from attacks.adc_search import ADCConfig, run_adc
+from attacks.adc_search import ADCConfig, ADCResult, run_adc
 from attacks.gcg import TARGET_TOKENS, TEMPLATE_TOKENS, baselines
 from attacks.objective import TargetLoss
 from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
@@ -22,8 +23,8 @@ def run(bench: Workbench, task: Task, config: ADCConfig) -> Iterator[AttackResul
     """One suffix for one request."""
     slot = slot_for(bench.renderer, task.behaviour, config)
 
-    def on_step(step: int, loss: float) -> None:
-        task.on_step(Progress(step, config.num_steps, loss, loss))
+    def on_step(step: int, best: ADCResult) -> None:
+        task.on_step(Progress(step, config.num_steps, best.losses[-1], best.loss))
 
     found = run_adc(
         TargetLoss(bench.source, slot),
@@ -34,9 +35,11 @@ def run(bench: Workbench, task: Task, config: ADCConfig) -> Iterator[AttackResul
         on_step=on_step,
     )
     search = Search(found.losses, found.best_reading)
-    yield suffix_result(
+    result = suffix_result(
         slot, task.behaviour, NAME, found.ids, system=config.system_prompt, search=search
     )
+    scoring = {"operations": found.operations}
+    yield replace(result, provenance=result.provenance | {"scoring": scoring})
 
 
 def cost(config: ADCConfig, count: int, speed: Speed) -> float:

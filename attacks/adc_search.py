@@ -58,6 +58,7 @@ class ADCResult:
     losses: list[float] = field(default_factory=list)
     best_reading: int = 0
     matches: bool = False
+    operations: float = 0.0
 
 
 def sparsified(z: Tensor, sparsity: Tensor, generator: torch.Generator) -> Tensor:
@@ -86,13 +87,13 @@ def run_adc(
     allowed: Tensor,
     *,
     seed: int,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    on_step: Callable[[int, ADCResult], None] = lambda step, best: None,
 ) -> ADCResult:
     """Optimise one suffix.
 
     Args:
         allowed: (vocabulary,) bool.
-        on_step: called with the steps done and the lowest loss so far.
+        on_step: called with the steps done and the best so far.
     """
     generator = torch.Generator().manual_seed(seed)
     initial = torch.tensor(slot.initial_ids)
@@ -108,7 +109,8 @@ def run_adc(
         z = sparsified(z - config.learning_rate * velocity, missed.double().exp(), generator)
         if step % config.read_every == 0 or step == config.num_steps:
             _read(objective, slot, ids[z.argmax(2)], best)
-        on_step(step, best.loss)
+        best.operations += objective.take_operations()
+        on_step(step, best)
         if config.stop_on_match and best.matches:
             break
     return best

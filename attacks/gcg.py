@@ -127,7 +127,8 @@ def searched_result(
     snapshots = [(n, slot.content_with(text)) for n, text in zip(steps, texts, strict=True)]
     search = Search(state.losses, state.best_step, snapshots=snapshots)
     found = suffix_result(slot, behaviour, attack, state.best_ids, system=system, search=search)
-    scored: Row = {"candidates": sum(state.scored), "screened": state.screening is not None}
+    scored: Row = {"candidates": sum(state.scored), "operations": state.operations}
+    scored["screened"] = state.screening is not None
     if state.screening:
         scored |= {"exactly": state.screening.exactly, "rough_error": state.screening.deviation}
     return replace(found, provenance=found.provenance | {"scoring": scored})

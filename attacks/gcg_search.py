@@ -145,6 +145,8 @@ class GCGState:
     """(step, suffix) of each that was the best in its turn."""
     active: int = 1
     """Prompts in the loss. Only ``attacks/universal.py`` has more than one."""
+    operations: float = 0.0
+    """Spent so far: 2 a parameter and token forward, 4 backward."""
     screening: Screening | None = None
     """What is known of rough losses; None: all candidates are scored exactly. A dict in a row."""
 
@@ -257,6 +259,8 @@ def run_gcg(
             by_gradient=config.positions == "gradient",
         )
         _take_best(state, objective, slot, config, suffix, candidates, draft, generator)
+        state.operations += objective.take_operations()
+        state.operations += draft.take_operations() if draft else 0.0
         state.generator_state = generator.get_state().tolist()
         state.batch_size = objective.batch.value
         on_step(state)

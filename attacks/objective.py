@@ -77,6 +77,8 @@ class TargetLoss:
         )
         self._embed = loaded.model.get_input_embeddings()
         self._rest = torch.cat([self.after, self.target[:-1]])
+        self._parameters = sum(p.numel() for p in loaded.model.parameters())
+        self._tokens = self._tokens_back = 0  # tokens outside of the scorer, tokens of gradients
         self.fully_scored = 0
         """Candidates whose whole head was computed in the last ``best``."""
         self.matches = False
@@ -157,12 +159,14 @@ class TargetLoss:
         """(batch, fed, d_model) -> (batch, T, vocabulary), the prefix computed anew."""
         before = self._embed(self.before).expand(embeddings.shape[0], -1, -1)
         whole = torch.cat([before, embeddings], 1)
+        self._tokens += whole.shape[0] * whole.shape[1]
         return self.loaded.last_logits(len(self.target), inputs_embeds=whole, use_cache=False)
 
     def _logits(self, embeddings: Tensor) -> Tensor:
         """(batch, fed, d_model) -> (batch, T, vocabulary); the fed tokens follow the prefix."""
         if self.path == "plain":
             return self._whole_logits(embeddings)
+        self._tokens += embeddings.shape[0] * embeddings.shape[1]
         return self.loaded.last_logits(
             len(self.target),
             inputs_embeds=embeddings,
@@ -173,6 +177,16 @@ class TargetLoss:
     def _fed(self, suffixes: Tensor) -> Tensor:
         rest = self._rest.expand(suffixes.shape[0], -1)
         return torch.cat([suffixes.to(self.loaded.device), rest], 1)
+
+    def take_operations(self) -> float:
+        """Operations since this was last asked: 2 N a token forward, 4 N backward, N parameters.
+
+        Those of the copy in bfloat16 count alike.
+        """
+        tokens = self._tokens + self.scorer.fed
+        found = self._parameters * (2.0 * tokens + 4.0 * self._tokens_back)
+        self._tokens = self._tokens_back = self.scorer.fed = 0
+        return found + (self._rough.take_operations() if self._rough else 0.0)
 
     # --- what attacks use -------------------------------------------------------------------------
     @torch.no_grad()
@@ -256,6 +270,7 @@ class TargetLoss:
         with torch.enable_grad():
             leaf = weights.to(table.device, table.dtype).requires_grad_(True)
             logits = self._soft_logits(leaf @ table)
+            self._tokens_back += len(leaf) * (leaf.shape[1] + len(self._rest))
             (gradient,) = torch.autograd.grad(self._nll(logits).sum(), leaf)
         missed = (logits.detach().argmax(-1) != self.target).sum(-1)
         return missed.cpu(), gradient.float().cpu()
@@ -279,6 +294,7 @@ class TargetLoss:
             else:
                 logits = self._logits(torch.cat([leaf, self._embed(self._rest)])[None])
             loss = self._nll(logits)[0]
+            self._tokens_back += len(suffix) + len(self._rest)
             (gradient,) = torch.autograd.grad(loss, leaf)
         self.matches = self._greedy(logits[0])
         table = self.loaded.embedding_table.detach()

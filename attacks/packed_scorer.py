@@ -64,6 +64,8 @@ class PackedScorer:
         self.loaded, self.before, self.rest, self.target = loaded, before, rest, target
         self.batch, self._mellowmax = batch, mellowmax
         self._embed = loaded.model.get_input_embeddings()
+        self.fed = 0
+        """Tokens that went through the model."""
         self._current = before[:0]
         self._likely: tuple[Head, Tensor] | None = None
 
@@ -80,6 +82,7 @@ class PackedScorer:
             return "it keeps more than keys and values"
         self._packed = PackedDecoder(self.loaded)
         if len(self.before):
+            self.fed += len(self.before)
             with torch.no_grad():
                 group = Group(0, len(self.before), 1)
                 self._packed.hidden(self._embed(self.before), [group], keep=group.length)
@@ -99,6 +102,7 @@ class PackedScorer:
         fed = torch.cat([leaf, self._embed(self.rest)])
         shared = len(self.before)
         keep = shared + len(suffix)
+        self.fed += len(fed)
         hidden = self._packed.hidden(fed, [Group(shared, len(fed), 1)], keep=keep)
         logits = self._head.logits(hidden[-len(self.target) :])
         self._current = suffix
@@ -110,6 +114,7 @@ class PackedScorer:
     def logits_of(self, fed: Tensor) -> Tensor:
         """(row, fed, d_model) embeddings behind the prefix -> (row, T, vocabulary)."""
         group = Group(len(self.before), fed.shape[1], len(fed))
+        self.fed += group.tokens
         hidden = self._packed.hidden(fed.flatten(0, 1), [group]).unflatten(0, fed.shape[:2])
         return self._head.logits(hidden[:, -len(self.target) :].flatten(0, 1)).unflatten(
             0, (len(fed), -1)
@@ -123,6 +128,7 @@ class PackedScorer:
         current = self._current.cpu()
         shared = torch.tensor([shared_length(current, s) // block * block for s in suffixes])
         lengths = torch.tensor([len(s) for s in suffixes]) - shared + len(self.rest)
+        self.fed += int(lengths.sum())
         order = (shared * (int(lengths.max()) + 1) + lengths).argsort(stable=True)
         rest, count = self.rest.cpu(), len(self.target)
 

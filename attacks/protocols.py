@@ -43,6 +43,10 @@ class SuffixLoss(Protocol):
         """Loss of one suffix and its (suffix length, vocabulary) gradient."""
         ...
 
+    def take_operations(self) -> float:
+        """Operations since this was last asked: 2 a parameter and token forward, 4 backward."""
+        ...
+
     def weights_changed(self) -> None:
         """Compute anew what is kept of the model; call it after every training step."""
         ...

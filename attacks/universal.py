@@ -120,6 +120,9 @@ class UniversalLoss:
             part.share(suffix)
         self.matches = all(part.matches for part in self._in_play)
 
+    def take_operations(self) -> float:
+        return sum(part.take_operations() for row in self._rows for part in row)
+
     def weights_changed(self) -> None:
         for part in [loss for row in self._rows for loss in row]:
             part.weights_changed()

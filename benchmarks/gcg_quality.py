@@ -1,253 +1,341 @@
-"""Options that are not GCG against GCG at equal time. Usage:
+"""Which search reaches a low loss soonest, at equal operations and equal time; nanogcg among them.
 
-    python -m benchmarks.gcg_quality --seconds 24 --out quality.jsonl
+Usage:
 
-Every variant runs for the same wall time on the same behaviours and seeds, in turn, so that all see
-the same machine; the order
-rotates. Reported per variant, paired with plain GCG by behaviour and seed: the difference of the
-best loss at the end, and how much sooner it reaches the worse of the two final losses, which both
-reach (plain's time to it over the variant's; geometric mean). "gcg again" is plain GCG with another
-random stream: what the method shows where there is no difference. Intervals: bootstrap over
-behaviours and the seeds in them, 95 %. Rows already in the file are not run again.
+    python -m benchmarks.gcg_quality --out quality.jsonl                     (hours; goes on)
+    python -m benchmarks.gcg_quality --out quality.jsonl --report            (of what is there)
+    python -m benchmarks.gcg_quality --out quality.jsonl --method gcg --method fast --seconds 30
+
+Tasks are random targets of ten tokens behind a suffix of fifteen, where nothing harmful is asked
+(as in Claudini, arXiv 2603.24511), and built-in behaviours. Each method searches each task with
+each seed for so many seconds, one after the other, in turn. Noted are time, operations (2 a
+parameter and token forward, 4 backward; nanogcg's from what it feeds) and best loss after every
+step.
+
+    time to the reference   seconds until the best loss is what nanogcg has after its whole time;
+                            geometric mean over tasks and seeds, a run that never gets there counts
+                            with its whole time (so it is a lower bound, and said)
+    loss at equal time      best loss at the shortest whole time of all
+    loss at equal work      best loss at the fewest operations that all methods reach
+
+Intervals are 95 %, from resampling tasks and the seeds in them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 
+from attacks.adc_search import ADCConfig, ADCResult, run_adc
 from attacks.candidates import allowed_tokens
 from attacks.gcg_search import GCGConfig, GCGState, run_gcg
+from attacks.nanogcg_engine import reference
 from attacks.objective import TargetLoss
-from attacks.slot import default_slot
+from attacks.screening import gains, rough_copy
+from attacks.slot import SuffixSlot, make_slot
+from benchmarks.measure import device_name
 from core.models import LoadedModel, load
 from core.prompt import Renderer
 from core.rows import Row
 from core.text import aligned
 from evaluation.behaviours import load_behaviours
 
-PLAIN, AGAIN = "gcg", "gcg again"
-VARIANTS: dict[str, Row] = {
-    PLAIN: {},
-    AGAIN: {},
-    "momentum 0.5": {"momentum": 0.5},
-    "merge 7": {"merge": 7},
-    "probe sampling": {"draft": "half"},
+NANO = "nanogcg"
+FOREVER = 10**6
+METHODS: dict[str, Row] = {
+    NANO: {},
+    "nanogcg 64": {"search_width": 64},
+    "gcg exact": {"exact": True},
+    "gcg": {},
+    "gcg 64": {"search_width": 64},
+    "gcg 32": {"search_width": 32},
+    "momentum": {"search_width": 64, "momentum": 0.5},
+    "merge": {"search_width": 64, "merge": 7},
+    "lsgm": {"search_width": 64, "lsgm": 0.5},
+    "positions": {"search_width": 64, "positions": "gradient"},
+    "lsgm merge": {"search_width": 64, "lsgm": 0.5, "merge": 7},
+    "all": {"search_width": 64, "lsgm": 0.5, "merge": 7, "positions": "gradient"},
+    "adc": {"starts": 4},
 }
+TARGET, SUFFIX = 10, 15
+"""Tokens of a random target, and of the suffix before it."""
+NEUTRAL = "Continue the text."
 
 
 class TimeIsUp(Exception):
     pass
 
 
-def half_of(loaded: LoadedModel) -> LoadedModel:
-    """The same model without every second block: a draft model where no smaller relative is at
-    hand."""
-    half = dataclasses.replace(
-        loaded, model=copy.deepcopy(loaded.model), spec=f"{loaded.spec}, half of its blocks"
-    )
-    name = next(n for n, m in half.decoder.named_children() if m is half.blocks)
-    kept = torch.nn.ModuleList(list(half.blocks)[::2])
-    setattr(half.decoder, name, kept)
-    for index, block in enumerate(kept):
-        for module in block.modules():
-            if hasattr(module, "layer_idx"):
-                setattr(module, "layer_idx", index)  # noqa: B010  (no such attribute by type)
-    half.config.num_hidden_layers = len(kept)
-    return dataclasses.replace(half)  # a fresh one, that looks its blocks up anew
+@dataclass(frozen=True)
+class Problem:
+    name: str
+    request: str
+    target: str
+    suffix: int
+
+
+def problems(loaded: LoadedModel, random: int, behaviours: int) -> list[Problem]:
+    """Random targets, and behaviours of the demonstration set."""
+    ids = allowed_tokens(loaded.tokenizer, loaded.embedding_table.shape[0]).nonzero()[:, 0]
+    found = []
+    for n in range(random):
+        generator = torch.Generator().manual_seed(n)
+        drawn = ids[torch.randint(len(ids), (TARGET,), generator=generator)].tolist()
+        text = loaded.tokenizer.decode(drawn).strip()
+        found.append(Problem(f"random {n}", NEUTRAL, text, SUFFIX))
+    known = load_behaviours(label="harmful", splits=["test"])
+    for b in known[:: max(1, len(known) // max(1, behaviours))][:behaviours]:
+        found.append(Problem(b.behaviour_id, b.request, b.target_string or "", 20))
+    return found
+
+
+def slot_of(loaded: LoadedModel, problem: Problem) -> SuffixSlot:
+    suffix = " ".join(["x"] * problem.suffix)
+    return make_slot(Renderer(loaded), problem.request, problem.target, suffix=suffix)
+
+
+class Timeline:
+    """Seconds, operations and best loss after every step; stops the search when its time is up."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.begun = seconds, time.perf_counter()
+        self.rows: Row = {"times": [], "operations": [], "losses": []}
+
+    def note(self, operations: float, loss: float, at: float | None = None) -> None:
+        now = time.perf_counter() - self.begun if at is None else at
+        best = min([loss, *self.rows["losses"][-1:]])
+        for name, value in (("times", now), ("operations", operations), ("losses", best)):
+            self.rows[name].append(value)
+        if now > self.seconds:
+            raise TimeIsUp
 
 
 def search(
     loaded: LoadedModel,
-    draft: LoadedModel,
-    behaviour: Any,
+    rough: LoadedModel | None,
+    problem: Problem,
+    method: str,
     seed: int,
-    width: int,
-    options: Row,
     seconds: float,
 ) -> Row:
-    """Best loss against time (seconds from the first step on) of one search."""
-    slot = default_slot(
-        Renderer(loaded),
-        behaviour.request,
-        behaviour.target_string,
-        length=20,
-        placement="{request} {suffix}",
-        system=None,
-    )
-    config = GCGConfig(num_steps=10**6, search_width=width, topk=256, **options)
-    objective = TargetLoss(loaded, slot)
-    drafted = TargetLoss(draft, slot) if options.get("draft") else None
+    """One search of ours."""
+    slot, options = slot_of(loaded, problem), METHODS[method]
     allowed = allowed_tokens(loaded.tokenizer, loaded.embedding_table.shape[0])
-    start, times, losses = time.perf_counter(), [], []
+    clock = Timeline(seconds)
+    if method == "adc":
+        adc = ADCConfig(num_steps=FOREVER, stop_on_match=False, **options)
+        objective = TargetLoss(loaded, slot)
+
+        def read(step: int, best: ADCResult) -> None:
+            clock.note(best.operations, best.loss)
+
+        with contextlib.suppress(TimeIsUp):
+            run_adc(objective, slot, adc, allowed, seed=seed, on_step=read)
+        return clock.rows
+    config = GCGConfig(num_steps=FOREVER, **options)
+    copy = None if config.exact else rough
+    objective = TargetLoss(loaded, slot, rough=copy, lsgm=config.lsgm)
 
     def on_step(state: GCGState) -> None:
-        times.append(time.perf_counter() - start)
-        losses.append(state.best_loss)
-        if times[-1] > seconds:
-            raise TimeIsUp
+        clock.note(state.operations, state.best_loss)
 
     with contextlib.suppress(TimeIsUp):
-        run_gcg(objective, slot, config, allowed, seed=seed, draft=drafted, on_step=on_step)
-    return {"times": times[:-1] or times, "losses": losses[:-1] or losses}
+        run_gcg(
+            objective,
+            slot,
+            config,
+            allowed,
+            seed=seed,
+            screened=copy is not None,
+            on_step=on_step,
+        )
+    return clock.rows
 
 
-def interval(
-    values: list[list[float]], statistic: Any, draws: int = 2000
-) -> tuple[float, float, float]:
-    """Statistic of all values, and its 95 % interval from resampling the groups (behaviours) and
-    the values in them."""
-    generator = torch.Generator().manual_seed(0)
+def published(loaded: LoadedModel, problem: Problem, method: str, seed: int, seconds: float) -> Row:
+    """One search of nanogcg's, which counts its own seconds; a process of its own."""
+    slot = slot_of(loaded, problem)
+    width = METHODS[method].get("search_width", 512)
+    fed = len(slot.initial_ids) + len(slot.after_ids) + len(slot.target_ids)
+    per_step = sum(p.numel() for p in loaded.model.parameters()) * fed * (2 * width + 6.0)
+    clock, passed = Timeline(seconds), [0.0, 0.0]
 
-    def pick(items: list[Any]) -> list[Any]:
-        return [
-            items[i] for i in torch.randint(len(items), (len(items),), generator=generator).tolist()
-        ]
+    def on_step(step: Row) -> None:
+        passed[0] += step["seconds"]["step"]
+        passed[1] += per_step
+        clock.note(passed[1], step["loss"], at=passed[0])
 
-    means = sorted(
-        statistic([v for group in pick(values) for v in pick(group)]) for _ in range(draws)
-    )
-    whole = statistic([v for group in values for v in group])
-    return whole, means[int(0.025 * draws)], means[int(0.975 * draws)]
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+    config = {"num_steps": max(2, int(seconds)), "search_width": width, "topk": 256}
+    config["num_steps"] = min(FOREVER, config["num_steps"] * 8)
+    with contextlib.suppress(TimeIsUp), reference(loaded) as engine:
+        engine.run(slot, config, on_step=on_step, torch_seed=seed)
+    return clock.rows
 
 
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(mean([math.log(v) for v in values]))
+# --- report ---------------------------------------------------------------------------------------
+def at(row: Row, axis: str, limit: float) -> float:
+    """Best loss once ``axis`` (times or operations) has reached at most ``limit``."""
+    inside = [x for t, x in zip(row[axis], row["losses"], strict=True) if t <= limit]
+    return inside[-1] if inside else math.nan
 
 
-def report(rows: list[Row]) -> str:
-    by = {(r["variant"], r["behaviour"], r["seed"]): r for r in rows}
-    behaviours = list(dict.fromkeys(r["behaviour"] for r in rows))
+def reached(row: Row, goal: float) -> float | None:
+    """Seconds until the best loss is at most ``goal``."""
+    pairs = zip(row["times"], row["losses"], strict=True)
+    return next((t for t, loss in pairs if loss <= goal), None)
+
+
+def interval(groups: list[list[float]], of: Callable[[Any], float], draws: int = 2000) -> Row:
+    """Statistic of all values, with the interval from resampling groups and the values in them."""
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(draws):
+        picked = [groups[i] for i in rng.integers(len(groups), size=len(groups))]
+        drawn.append(of(np.concatenate([rng.choice(g, len(g)) for g in picked])))
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return {"value": of(np.concatenate(groups)), "low": float(low), "high": float(high)}
+
+
+def geometric(values: Any) -> float:
+    return float(np.exp(np.log(values).mean()))
+
+
+def mean(values: Any) -> float:
+    return float(np.mean(values))
+
+
+def report(rows: list[Row], seconds: float) -> str:
+    """Time to nanogcg's loss, and losses at equal time and equal work."""
+    by = {(r["method"], r["task"], r["seed"]): r for r in rows}
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
     seeds = sorted({r["seed"] for r in rows})
-    header = (
-        "variant",
-        "steps",
-        "final loss",
-        "loss - gcg's",
-        "95 %",
-        "times as fast",
-        "95 %",
-        "lower loss",
+    least = min(
+        (max(r["operations"]) for r in rows if r["operations"][-1] == r["operations"][-1]),
+        default=math.nan,
     )
-    lines: list[tuple[str, ...]] = [header]
-    for variant in VARIANTS:
-        pairs = [
-            [
-                (by[variant, b, s], by[PLAIN, b, s])
-                for s in seeds
-                if (variant, b, s) in by and (PLAIN, b, s) in by
-            ]
-            for b in behaviours
-        ]
-        flat = [pair for group in pairs for pair in group]
-        pairs = [group for group in pairs if group]
-        if not flat:
-            continue
-        gain = interval(
-            [[v["losses"][-1] - p["losses"][-1] for v, p in group] for group in pairs], mean
-        )
-        speed = interval([[sooner(v, p) for v, p in group] for group in pairs], geometric_mean)
-        steps, loss = (
-            mean([len(v["times"]) for v, _ in flat]),
-            mean([v["losses"][-1] for v, _ in flat]),
-        )
-        lower = sum(v["losses"][-1] < p["losses"][-1] for v, p in flat)
-        other = variant != PLAIN
-        lines.append(
-            (
-                variant,
-                f"{steps:.1f}",
-                f"{loss:.3f}",
-                f"{gain[0]:+.3f}" if other else "",
-                f"[{gain[1]:+.3f}, {gain[2]:+.3f}]" if other else "",
-                f"{speed[0]:.2f}" if other else "",
-                f"[{speed[1]:.2f}, {speed[2]:.2f}]" if other else "",
-                f"{lower}/{len(flat)}" if other else "",
-            )
-        )
+    header = ("method", "runs", "steps", "s to nanogcg's loss", "95 %", "not reached")
+    lines = [(*header, f"loss at {seconds:.0f} s", "95 %", f"loss at {least:.1e}", "95 %")]
+    for method in dict.fromkeys(r["method"] for r in rows):
+        own = [[(by[k], k) for s in seeds if (k := (method, t, s)) in by] for t in tasks]
+        own = [group for group in own if group]
+        flat = [row for group in own for row, _ in group]
+        waits, late = [], 0
+        for group in own:
+            found = []
+            for row, (_, task, seed) in group:
+                base = by.get((NANO, task, seed))
+                if base is not None:
+                    wait = reached(row, base["losses"][-1])
+                    late += wait is None
+                    found.append(row["times"][-1] if wait is None else wait)
+            if found:
+                waits.append(found)
+        cells = [method, str(len(flat)), f"{mean([len(r['times']) for r in flat]):.0f}"]
+        cells += [*shown(waits, geometric, ".1f"), str(late)] if waits else ["-", "", ""]
+        for axis, limit in (("times", seconds), ("operations", least)):
+            losses = [[x for r, _ in g if (x := at(r, axis, limit)) == x] for g in own]
+            losses = [group for group in losses if group]
+            cells += shown(losses, mean, ".3f") if losses else ["-", ""]
+        lines.append(tuple(cells))
     return aligned(lines)
 
 
-def sooner(variant: Row, plain: Row) -> float:
-    """Plain's time to the worse of the two final losses over the variant's time to it."""
-    goal = max(variant["losses"][-1], plain["losses"][-1])
+def shown(groups: list[list[float]], of: Callable[[Any], float], form: str) -> list[str]:
+    found = interval(groups, of)
+    return [f"{found['value']:{form}}", f"[{found['low']:{form}}, {found['high']:{form}}]"]
 
-    def reached(row: Row) -> float:
-        return next(t for t, x in zip(row["times"], row["losses"], strict=True) if x <= goal)
 
-    return reached(plain) / reached(variant)
+def draw(rows: list[Row], path: Path) -> None:
+    """Best loss over time: the mean of each method over tasks and seeds, with quartiles."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from plots.style import COLOURS
+
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    kinds = ("random targets", "behaviours")
+    for axis, kind in zip(figure.subplots(1, 2, squeeze=False)[0], kinds, strict=True):
+        own = [r for r in rows if r["task"].startswith("random") == (kind == kinds[0])]
+        for n, method in enumerate(dict.fromkeys(r["method"] for r in own)):
+            runs = [r for r in own if r["method"] == method]
+            grid = np.geomspace(1, max(r["times"][-1] for r in runs), 60)
+            table = np.array([[at(r, "times", t) for t in grid] for r in runs])
+            seen = ~np.isnan(table).any(0)
+            colour, line = COLOURS[n % len(COLOURS)], "-" if n < len(COLOURS) else "--"
+            axis.plot(grid[seen], table.mean(0)[seen], line, color=colour, label=method)
+            ends = np.quantile(table[:, seen], (0.25, 0.75), axis=0)
+            axis.fill_between(grid[seen], *ends, color=colour, alpha=0.1, linewidth=0)
+        axis.set(title=kind, xscale="log", xlabel="seconds", ylabel="best loss, nats per token")
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
 
 
 @click.command()
 @click.option("--model", default="embedded")
-@click.option("--behaviours", "count", type=click.IntRange(1), default=4)
+@click.option("--random", type=click.IntRange(0), default=2, help="Random targets.")
+@click.option("--behaviours", "count", type=click.IntRange(0), default=2)
 @click.option("--seeds", type=click.IntRange(1), default=5)
-@click.option("--seconds", type=float, default=24.0, help="Wall time of each search.")
-@click.option("--width", type=click.IntRange(1), default=64)
-@click.option(
-    "--variant", "variants", type=click.Choice(list(VARIANTS)), multiple=True, help="[default: all]"
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="Rows as JSON lines; goes on from them.",
-)
+@click.option("--seconds", type=float, default=120.0, help="Of each search.")
+@click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True)
+@click.option("--report", "only_report", is_flag=True, help="Print tables of what is there.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw the curves here.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Rows; goes on.")
 def main(
     model: str,
+    random: int,
     count: int,
     seeds: int,
     seconds: float,
-    width: int,
-    variants: tuple[str, ...],
+    methods: tuple[str, ...],
+    only_report: bool,
+    picture: Path | None,
     out: Path,
 ) -> None:
-    """Time to the same loss."""
-    chosen = list(variants) or list(VARIANTS)
+    """Best loss over time and operations."""
     rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    about = {"model": model, "width": width, "seconds": seconds}
-    rows = [row for row in rows if all(row[key] == value for key, value in about.items())]
-    done = {(r["variant"], r["behaviour"], r["seed"]) for r in rows}
-    loaded = load(model)
-    draft = half_of(loaded)
-    behaviours = load_behaviours(label="harmful", splits=["test"])
-    picked = behaviours[:: max(1, len(behaviours) // count)][:count]
-    for seed in range(seeds):
-        for number, behaviour in enumerate(picked):
+    rows = [row for row in rows if row["model"] == model]
+    if not only_report:
+        loaded = load(model)
+        rough = rough_copy(loaded)
+        tasks = problems(loaded, random, count)
+        if rough is not None:
+            slot = slot_of(loaded, tasks[0])
+            trial = TargetLoss(loaded, slot, rough=rough)
+            rough = rough if gains(trial, torch.tensor(slot.initial_ids)) else None
+        done = {(r["method"], r["task"], r["seed"]) for r in rows}
+        about = {"model": model, "seconds": seconds, "device": device_name(loaded.device)}
+        for seed, (number, problem) in product(range(seeds), enumerate(tasks)):
+            chosen = list(methods or METHODS)
             turn = (seed + number) % len(chosen)
-            for variant in chosen[turn:] + chosen[:turn]:
-                if (variant, behaviour.behaviour_id, seed) in done:
+            for method in chosen[turn:] + chosen[:turn]:
+                if (method, problem.name, seed) in done:
                     continue
-                stream = seed + 1000 * (variant == AGAIN)
-                result = search(loaded, draft, behaviour, stream, width, VARIANTS[variant], seconds)
-                cell = {"variant": variant, "behaviour": behaviour.behaviour_id, "seed": seed}
-                rows.append(about | cell | result)
+                run = (problem, method, seed, seconds)
+                nano = method.startswith(NANO)
+                found = published(loaded, *run) if nano else search(loaded, rough, *run)
+                cell = {"method": method, "task": problem.name, "seed": seed}
+                rows.append(about | cell | {"screened": rough is not None} | found)
                 with open(out, "a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
-                click.echo(
-                    f"{variant}, {behaviour.behaviour_id}, seed {seed}: {len(result['times'])} "
-                    "steps, "
-                    f"loss {result['losses'][-1]:.3f}",
-                    err=True,
-                )
-    click.echo(
-        f"{loaded.describe()}, width {width}, {seconds:.0f} s each, {len(picked)} behaviours, "
-        f"{seeds} seeds"
-    )
-    click.echo(report(rows))
+                told = f"{len(found['times'])} steps, loss {found['losses'][-1]:.3f}"
+                click.echo(f"{method}, {problem.name}, seed {seed}: {told}", err=True)
+    if rows:
+        click.echo(report(rows, min(r["times"][-1] for r in rows)))
+        if picture:
+            draw(rows, picture)
 
 
 if __name__ == "__main__":

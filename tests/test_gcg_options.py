@@ -411,3 +411,27 @@ def test_adc_lowers_the_loss_of_what_it_returns_and_repeats_itself(qwen):
     exact = float(TargetLoss(qwen, slot).losses(torch.tensor([first.ids]))[0])
     assert first.loss == pytest.approx(exact, abs=1e-5) == first.losses[first.best_reading]
     assert slot.faithful([first.ids]) == [True]
+
+
+def test_operations_are_two_a_parameter_and_token_forward_and_four_backward(qwen):
+    """Counted by hand: the prefix once, the suffix and what follows, candidates from where they
+    differ."""
+    slot = slot_of(qwen)
+    objective = TargetLoss(qwen, slot, path="packed")
+    n = sum(p.numel() for p in qwen.model.parameters())
+    objective.take_operations()
+    suffix = torch.tensor(slot.initial_ids)
+    rest = len(slot.after_ids) + len(slot.target_ids) - 1
+    objective.token_gradient(suffix)
+    assert objective.take_operations() == n * (2 + 4) * (len(suffix) + rest)
+    candidates = suffix.repeat(2, 1)
+    candidates[0, 0] += 1  # shares nothing
+    candidates[1, 2] += 1  # shares two tokens
+    objective.losses(candidates)
+    assert objective.take_operations() == n * 2 * (2 * (len(suffix) + rest) - 2)
+    assert objective.take_operations() == 0
+    plain = TargetLoss(qwen, slot, path="plain")
+    plain.take_operations()
+    plain.losses(candidates)
+    whole = len(slot.before_ids) + len(suffix) + rest
+    assert plain.take_operations() == n * 2 * 2 * whole
