@@ -26,11 +26,14 @@ from torch import Tensor
 
 from attacks.objective import TargetLoss
 from attacks.protocols import SuffixPlace
+from attacks.slot import SuffixConfig
 from core.settings import check_settings, setting
 
 
 @dataclass(frozen=True)
-class ADCConfig:
+class ADCConfig(SuffixConfig):
+    """The paper's settings."""
+
     num_steps: int = setting(5000, "Optimiser steps.", flag="--steps", low=1)
     starts: int = setting(16, "Suffixes optimised side by side.", low=1)
     learning_rate: float = setting(10.0, "Of the descent.", low=0)
@@ -39,11 +42,6 @@ class ADCConfig:
     stop_on_match: bool = setting(
         True, "Stop at a suffix after which greedy decoding gives the target, as in the paper."
     )
-    suffix_length: int = setting(20, "Words of the initial suffix, which only sets the length.")
-    init_suffix: str | None = setting(None, "Initial suffix in its place.")
-    placement: str = setting("{request} {suffix}", "Where the suffix stands.")
-    system_prompt: str | None = setting(None, "System prompt.", flag="--system")
-    ascii_only: bool = setting(True, "Allow ASCII tokens only.", flag="--ascii-only/--any-token")
 
     def __post_init__(self) -> None:
         check_settings(self, "adc")

@@ -9,7 +9,7 @@ import torch
 
 from attacks.registry import ATTACKS, Attack
 from attacks.result import AttackResult, scored_result, suffix_result
-from attacks.slot import SuffixSlot, slot_for
+from attacks.slot import SuffixConfig, SuffixSlot, slot_for
 from attacks.workbench import Task, Workbench
 from core.errors import AttackPlaneError
 from core.records import INITIAL_SUFFIX, PLAIN, RANDOM_SUFFIX, stream_seed
@@ -64,7 +64,7 @@ def baseline_suffixes(
 
 
 @dataclass(frozen=True)
-class SuffixBaselinesConfig:
+class SuffixBaselinesConfig(SuffixConfig):
     """Which baselines of a suffix attack, with the settings of the attack's own suffix."""
 
     names: tuple[str, ...] = setting(
@@ -72,11 +72,6 @@ class SuffixBaselinesConfig:
         "Which baselines.",
         choices=(PLAIN, INITIAL_SUFFIX, RANDOM_SUFFIX),
     )
-    suffix_length: int = setting(20, "Words of the initial suffix.", low=1)
-    init_suffix: str | None = setting(None, "Initial suffix in its place.")
-    placement: str = setting("{request} {suffix}", "Where the suffix stands.")
-    system_prompt: str | None = setting(None, "System prompt.", flag="--system")
-    ascii_only: bool = setting(True, "Allow ASCII tokens only.")
 
     def __post_init__(self) -> None:
         check_settings(self, SUFFIX_BASELINES)

@@ -41,13 +41,14 @@ from attacks.candidates import sample_candidates
 from attacks.protocols import Growth, SuffixLoss, SuffixPlace
 from attacks.screening import Screening
 from attacks.selection import choose
+from attacks.slot import SuffixConfig
 from core.errors import AttackPlaneError
 from core.rows import Row
 from core.settings import check_settings, setting
 
 
 @dataclass(frozen=True)
-class SuffixSearchConfig:
+class SuffixSearchConfig(SuffixConfig):
     """What every GCG has, ours and nanogcg's.
 
     Defaults are the paper's (section 3: 500 steps, B = 512, k = 256, 20 tokens of "!").
@@ -57,11 +58,6 @@ class SuffixSearchConfig:
     search_width: int = setting(512, "Candidates per step.", flag="--width", low=1)
     topk: int = setting(256, "Tokens tried per position.", low=1)
     n_replace: int = setting(1, "Positions replaced in each candidate.", low=1)
-    suffix_length: int = setting(20, 'Words of the initial suffix ("! ! ...").', low=1)
-    init_suffix: str | None = setting(None, "Initial suffix in its place.")
-    placement: str = setting("{request} {suffix}", "Where the suffix stands.")
-    system_prompt: str | None = setting(None, "System prompt.", flag="--system")
-    ascii_only: bool = setting(True, "Allow ASCII tokens only.", flag="--ascii-only/--any-token")
 
 
 @dataclass(frozen=True)

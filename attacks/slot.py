@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from attacks.likelihood import Slot
 from core.errors import AttackPlaneError
 from core.prompt import Conversation, Renderer
 from core.records import Behaviour
+from core.settings import setting
 
 log = logging.getLogger(__name__)
 
@@ -114,20 +114,18 @@ def make_slot(
     return slot
 
 
-class SlotSettings(Protocol):
-    """The settings that say where a suffix stands and how it begins."""
+@dataclass(frozen=True)
+class SuffixConfig:
+    """Where a suffix stands, how it begins, and which tokens it may hold; GCG's defaults."""
 
-    @property
-    def suffix_length(self) -> int: ...
-    @property
-    def init_suffix(self) -> str | None: ...
-    @property
-    def placement(self) -> str: ...
-    @property
-    def system_prompt(self) -> str | None: ...
+    suffix_length: int = setting(20, 'Words of the initial suffix ("! ! ...").', low=1)
+    init_suffix: str | None = setting(None, "Initial suffix in its place.")
+    placement: str = setting("{request} {suffix}", "Where the suffix stands.")
+    system_prompt: str | None = setting(None, "System prompt.", flag="--system")
+    ascii_only: bool = setting(True, "Allow ASCII tokens only.", flag="--ascii-only/--any-token")
 
 
-def slot_for(renderer: Renderer, behaviour: Behaviour, config: SlotSettings) -> SuffixSlot:
+def slot_for(renderer: Renderer, behaviour: Behaviour, config: SuffixConfig) -> SuffixSlot:
     """The slot of one behaviour by an attack's settings."""
     assert behaviour.target_string is not None
     return default_slot(
