@@ -50,7 +50,7 @@ from core.specs import parse_spec
 from evaluation.behaviours import DEMONSTRATION, load_held_out, spread
 from evaluation.budget import EvaluateConfig
 from evaluation.judges import DEFAULT_JUDGE
-from pipeline.campaign import Plan, baseline_plans, campaign
+from pipeline.campaign import Plan, campaign
 from pipeline.evaluate import EvaluateResult, Evaluation, evaluate
 from pipeline.toml_file import AttackChoice
 from pipeline.train import train_arm
@@ -254,9 +254,9 @@ def _attack(
     handle: ModelHandle,
     open_model: OpenModel,
 ) -> None:
-    """The attacks with their baselines on one model."""
-    plans = []
-    for attack, config in attacks.values():
-        own = Plan(attack, config, (handle,) if attack.sources != "none" else ())
-        plans += [*baseline_plans(own), own]
+    """The attacks on one model, without their baselines: every prompt is replayed on every model."""
+    plans = [
+        Plan(attack, config, (handle,) if attack.sources != "none" else ())
+        for attack, config in attacks.values()
+    ]
     campaign(folder, behaviours, plans, open_model=open_model)
