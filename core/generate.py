@@ -1,15 +1,22 @@
-"""Batched completion of rendered prompts, by transformers' own ``generate``."""
+"""Batched completion of rendered prompts.
+
+By our own decoder (``core/decoding.py``) where it serves the model, else by transformers'
+``generate``.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from core.batching import BatchSize
+from core.batching import BatchSize, memory_budget
+from core.decoding import RowDecoder, decodes
+from core.head import head_of
 from core.models import LoadedModel
 from core.prefix import SharedPrefix, shared_length, shares_a_start
 from core.progress import bar as progress_bar
@@ -18,7 +25,8 @@ from core.rows import Row
 
 OWN_NAME = re.compile(r"^\s*Assistant:")
 NEXT_TURN = re.compile(r"^\s*(?:User|Human|Assistant):", re.M)
-BATCH = 64
+log = logging.getLogger(__name__)
+BATCH = 96
 """Replies made side by side: a matrix product of few rows takes as long as one of many."""
 
 
@@ -34,32 +42,95 @@ def complete(
 ) -> list[str]:
     """Replies to whole rendered texts (BOS included), in their order. Greedy without a temperature.
 
-    The reply of a model without a chat template ends where it invents a next turn. Prompts are
-    batched by length and padded on the left, after the start that all of them share, which runs
-    once. Sampling draws from a stream of its own, started from ``seed``; the global one is left as
-    it was.
+    The reply of a model without a chat template ends where it invents a next turn. What all prompts
+    begin with runs once. Sampling draws from streams started from ``seed``; the global one is left
+    as it was.
     """
     loaded = renderer.loaded
     ids = renderer.tokenise(texts)
+    replies = [""] * len(ids)
+    if not ids:
+        return replies
+
+    def keep(part: Sequence[int], rows: Any) -> None:
+        texts = loaded.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        for index, text in zip(part, texts, strict=True):
+            replies[index] = (text if loaded.has_chat_template else first_turn(text)).strip()
+        bar.update(len(part))
+
+    with progress_bar(len(ids), description, "reply") as bar:
+        if decodes(loaded, ids[0]):
+            _decode(loaded, ids, keep, max_new_tokens, temperature, seed, batch_size)
+        else:
+            _by_transformers(loaded, ids, keep, max_new_tokens, temperature, seed, batch_size)
+    return replies
+
+
+Keep = Callable[[Sequence[int], Any], None]
+"""Takes numbers of prompts, and the token ids of their replies."""
+
+
+def _decode(
+    loaded: LoadedModel,
+    ids: list[list[int]],
+    keep: Keep,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+) -> None:
+    """By our own decoder; it goes on with fewer rows where the memory ends."""
+    shared = shared_length(ids, min(map(len, ids)) - 1) if len(ids) > 1 else 0
+    head = head_of(loaded, torch.tensor(ids[0]))
+    missing, batch = list(range(len(ids))), min(batch_size, _fitting(loaded, ids, max_new_tokens))
+    while missing:
+        options: Row = {"stops": stop_ids(loaded), "max_new_tokens": max_new_tokens}
+        options |= {"temperature": temperature, "seed": seed, "batch": batch}
+        decoder = RowDecoder(loaded, head, ids[0][:shared], **options)
+        numbers, done = list(missing), set()
+        try:
+            for place, reply in decoder.replies({n: ids[n][shared:] for n in numbers}):
+                keep([place], [reply])
+                done.add(place)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch = max(1, batch // 2)
+            log.warning("out of memory: batches of %d from here on", batch)
+            torch.cuda.empty_cache()
+        missing = [n for n in numbers if n not in done]
+
+
+def _fitting(loaded: LoadedModel, ids: list[list[int]], max_new_tokens: int) -> int:
+    """Rows whose keys and values fit the memory's budget."""
+    config = loaded.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * width * loaded.dtype.itemsize
+    return max(1, memory_budget(loaded.device) // (token * (max(map(len, ids)) + max_new_tokens)))
+
+
+def _by_transformers(
+    loaded: LoadedModel,
+    ids: list[list[int]],
+    keep: Keep,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+) -> None:
+    """By transformers' ``generate``, for models that keep other states than keys and values."""
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     start = _common_start(loaded, ids)
-    replies = [""] * len(ids)
-    batches = BatchSize(batch_size)
-    with progress_bar(len(ids), description, "reply") as bar:
 
-        def work(part: Sequence[int]) -> None:
-            rows = _generate(loaded, [ids[i] for i in part], start, max_new_tokens, temperature)
-            texts = loaded.tokenizer.batch_decode(rows, skip_special_tokens=True)
-            for index, text in zip(part, texts, strict=True):
-                replies[index] = (text if loaded.has_chat_template else first_turn(text)).strip()
-            bar.update(len(part))
+    def work(part: Sequence[int]) -> None:
+        keep(part, _generate(loaded, [ids[i] for i in part], start, max_new_tokens, temperature))
 
-        devices = [loaded.device] if loaded.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            for _ in batches.over(order, work):
-                pass
-    return replies
+    devices = [loaded.device] if loaded.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for _ in BatchSize(batch_size).over(order, work):
+            pass
 
 
 def first_turn(text: str) -> str:

@@ -254,7 +254,7 @@ def _attack(
     handle: ModelHandle,
     open_model: OpenModel,
 ) -> None:
-    """The attacks on one model, without their baselines: every prompt is replayed on every model."""
+    """The attacks on one model. No baselines: every prompt is replayed on every model."""
     plans = [
         Plan(attack, config, (handle,) if attack.sources != "none" else ())
         for attack, config in attacks.values()

@@ -1,0 +1,334 @@
+"""Replies of many prompts, decoded side by side: packed prefill, buffers of keys and values.
+
+1. What all prompts begin with goes through the model once. What follows of each prompt lies in one
+   flat batch, without padding (``core/packed.py``).
+2. Each row has a place in buffers of keys and values that are allocated once. A step feeds one
+   token of every row as one flat batch, so that every matrix product is one. Attention is one call
+   a layer, over the buffers as they lie, each key-value head with all query heads that use it.
+3. When a quarter of the rows have ended they leave, the buffers are packed again, and new prompts
+   come in.
+
+A row's tokens do not depend on the rows beside it, but for rounding. Sampling draws from a stream
+of the row's own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from core.head import Head, head_of
+from core.models import LoadedModel
+from core.packed import UNUSUAL, Group, PackedDecoder, grouped_sdpa
+from core.prefix import keeps_keys_and_values_only
+from core.records import stream_seed
+
+log = logging.getLogger(__name__)
+KEPT = "_attack_plane_decodes"
+"""Where a model keeps whether it can be decoded here."""
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+"""By how much logits may differ from a plain pass, as a share of the largest."""
+ROOM = 0.25
+"""Rows that have ended leave when they are this share of all."""
+
+
+@dataclass
+class Row:
+    """One prompt on its way.
+
+    Attributes:
+        number: of the prompt among all.
+        rest: its tokens behind the shared start.
+        reply: token ids so far.
+    """
+
+    number: int
+    rest: list[int]
+    reply: list[int] = field(default_factory=list)
+    ended: bool = False
+    generator: torch.Generator | None = None
+
+
+class Lane:
+    """Rows that are decoded together, with their buffers.
+
+    Attributes:
+        keys, values: by module, (row, key-value heads, capacity, head dim) each.
+        lengths: (row,) tokens in the buffers.
+        first: the row that a prefill begins with; None in a step.
+        capacity: tokens that a buffer must hold.
+        seen: (row, tokens) which tokens a step sees.
+        masks: the same for attention, by sliding window.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.keys: dict[nn.Module, Tensor] = {}
+        self.values: dict[nn.Module, Tensor] = {}
+        self.lengths = torch.zeros(0, dtype=torch.long)
+        self.first: int | None = None
+        self.capacity = 0
+        self.seen = torch.zeros(0, 0, dtype=torch.bool)
+        self.masks: dict[int | None, Tensor] = {}
+
+
+class RowDecoder(PackedDecoder):
+    """Decodes prompts of one model that begin alike.
+
+    Args:
+        start: tokens that all prompts begin with.
+        stops: ids that end a reply.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        head: Head,
+        start: Sequence[int],
+        *,
+        stops: Sequence[int],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch: int = 96,
+    ) -> None:
+        super().__init__(loaded)
+        self.head, self.start, self.stops = head, list(start), frozenset(stops)
+        self.most, self.temperature, self.seed = max_new_tokens, temperature, seed
+        self.batch = batch
+        self._embed = loaded.model.get_input_embeddings()
+        self._lane: Lane | None = None
+        self.logits: list[Tensor] | None = None
+        """Of every choice, (row, vocabulary) each, where a list is given."""
+
+    @torch.no_grad()
+    def replies(self, rests: Mapping[int, Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
+        """(number, reply ids) of each prompt as it ends; the stop token is left out.
+
+        Args:
+            rests: what follows the shared start, by the prompts' numbers.
+        """
+        device = self.loaded.device
+        if self.start:
+            ids = torch.tensor(self.start, device=device)
+            self.hidden(self._embed(ids), [Group(0, len(ids), 1)], keep=len(ids))
+        rows = [Row(n, list(rest)) for n, rest in rests.items()]
+        if self.temperature:
+            for row in rows:
+                seed = stream_seed(self.seed, "reply", row.number)
+                row.generator = torch.Generator().manual_seed(seed)
+        waiting = sorted(rows, key=lambda row: len(row.rest))
+        lane = self._lane = Lane()
+        token = torch.zeros(0, dtype=torch.long)
+        with self._installed():
+            while waiting or lane.rows:
+                free = self.batch - len(lane.rows)
+                if waiting and free >= max(1, int(ROOM * self.batch)):
+                    fresh, waiting = waiting[:free], waiting[free:]
+                    token = torch.cat([token, self._enter(lane, fresh)])
+                    yield from self._note(fresh, token[-len(fresh) :])
+                else:
+                    token = self._step(lane, token)
+                    yield from self._note(lane.rows, token)
+                kept = [n for n, row in enumerate(lane.rows) if not row.ended]
+                if len(kept) <= (1 - ROOM) * len(lane.rows):
+                    token = self._leave(lane, kept, token)
+
+    def _note(self, rows: Sequence[Row], token: Tensor) -> Iterator[tuple[int, list[int]]]:
+        """Add each row's new token to its reply; those that end by it."""
+        for row, chosen in zip(rows, token.tolist(), strict=True):
+            if row.ended:
+                continue
+            if chosen not in self.stops:
+                row.reply.append(chosen)
+            row.ended = chosen in self.stops or len(row.reply) >= self.most
+            if row.ended:
+                yield row.number, row.reply
+
+    # --- rows come and go -------------------------------------------------------------------------
+    def _enter(self, lane: Lane, fresh: list[Row]) -> Tensor:
+        """Read new prompts and make room for them; (new row,) their first reply tokens."""
+        device, shared = self.loaded.device, len(self.start)
+        lengths = torch.tensor([len(row.rest) for row in fresh])
+        sizes, counts = lengths.unique_consecutive(return_counts=True)
+        groups = [Group(shared, n, c) for n, c in zip(sizes.tolist(), counts.tolist(), strict=True)]
+        ids = torch.tensor([i for row in fresh for i in row.rest], device=device)
+        lane.first = len(lane.rows)
+        lane.rows += fresh
+        lane.lengths = torch.cat([lane.lengths, lengths + shared])
+        lane.capacity = int(lane.lengths.max()) + self.most
+        hidden = self._run(self._embed(ids), groups, 0, False)
+        last = torch.cumsum(lengths, 0) - 1
+        return self._choose(fresh, hidden[last.to(device)])
+
+    def _leave(self, lane: Lane, kept: list[int], token: Tensor) -> Tensor:
+        """Go on with some rows, moved together in the buffers."""
+        which = torch.tensor(kept, dtype=torch.long)
+        lane.rows = [lane.rows[n] for n in kept]
+        lane.lengths = lane.lengths[which]
+        for buffers in (lane.keys, lane.values):
+            for module, buffer in buffers.items():
+                buffers[module] = buffer[which.to(buffer.device)]
+        return token[which]
+
+    # --- one step ---------------------------------------------------------------------------------
+    def _step(self, lane: Lane, token: Tensor) -> Tensor:
+        """Feed (row,) tokens; (row,) the next ones."""
+        device = self.loaded.device
+        top = int(lane.lengths.max()) + 1
+        lane.first, lane.masks = None, {}
+        lane.seen = (torch.arange(top) <= lane.lengths[:, None]).to(device)
+        output = self.loaded.decoder(
+            inputs_embeds=self._embed(token.to(device))[None],
+            position_ids=lane.lengths.to(device)[None],
+            use_cache=False,
+        )
+        lane.lengths = lane.lengths + 1
+        return self._choose(lane.rows, output.last_hidden_state[0])
+
+    def _choose(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
+        """(row, d_model) -> (row,) next tokens, on the CPU."""
+        logits = self.head.logits(hidden)
+        if self.logits is not None:
+            self.logits.append(logits)
+        if not self.temperature:
+            return logits.argmax(-1).cpu()
+        chances = (logits / self.temperature).softmax(-1).cpu()
+        drawn = [
+            torch.multinomial(p, 1, generator=row.generator)
+            for p, row in zip(chances, rows, strict=True)
+        ]
+        return torch.cat(drawn)
+
+    # --- attention --------------------------------------------------------------------------------
+    def _attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        lane = self._lane
+        if lane is None:
+            return super()._attend(module, query, key, value, attention_mask, **options)
+        if lane.first is not None:
+            self._keep(lane, lane.first, module, key, value)
+            return super()._attend(module, query, key, value, attention_mask, **options)
+        return self._attend_rows(lane, module, query, key, value, **options)
+
+    def _keep(self, lane: Lane, first: int, module: nn.Module, key: Tensor, value: Tensor) -> None:
+        """Put what a prefill has computed into the buffers, from row ``first`` on."""
+        count, capacity = len(lane.rows), lane.capacity
+        known = self._known.get(module)
+        for buffers, states, start in (
+            (lane.keys, key, known and known[0]),
+            (lane.values, value, known and known[1]),
+        ):
+            before = buffers.get(module)
+            _, heads, _, width = states.shape
+            buffer = states.new_zeros(count, heads, capacity, width)
+            if before is not None and first:
+                room = min(before.shape[2], capacity)
+                buffer[:first, :, :room] = before[:, :, :room]
+            row, fed = first, 0
+            for group in self._now.groups:
+                rows = slice(row, row + group.count)
+                tokens = states[0, :, fed : fed + group.tokens]
+                if group.shared:
+                    assert start is not None
+                    buffer[rows, :, : group.shared] = start[:, :, : group.shared]
+                buffer[rows, :, group.shared : group.shared + group.length] = tokens.unflatten(
+                    1, (group.count, group.length)
+                ).transpose(0, 1)
+                row, fed = row + group.count, fed + group.tokens
+            buffers[module] = buffer
+
+    def _attend_rows(
+        self,
+        lane: Lane,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        """(1, heads, row, head dim) each -> (1, row, heads, head dim): one token of every row."""
+        at = lane.lengths.to(query.device)
+        rows = torch.arange(len(at), device=query.device)
+        keys, values = lane.keys[module], lane.values[module]
+        keys[rows, :, at], values[rows, :, at] = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        top = lane.seen.shape[1]
+        k, v = keys[:, :, :top], values[:, :, :top]
+        mask = self._row_mask(lane, options.get("sliding_window"), at, query.dtype)
+        own = self._own_attention(module)
+        unusual = any(options.get(name) is not None for name in UNUSUAL)
+        if (
+            own is grouped_sdpa and not unusual
+        ):  # query heads of one key-value head as rows of one product
+            q = query[0].transpose(0, 1).unflatten(1, (k.shape[1], -1))
+            attended = nn.functional.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=scaling
+            )
+            return attended.flatten(1, 2)[None], None
+        q = query[0].transpose(0, 1)[:, :, None]  # (row, heads, 1, head dim)
+        own = ALL_ATTENTION_FUNCTIONS["sdpa"] if own is grouped_sdpa else own
+        attended, _ = own(module, q, k, v, mask, scaling=scaling, **options)
+        return attended.transpose(0, 1), None
+
+    def _row_mask(self, lane: Lane, window: int | None, at: Tensor, dtype: torch.dtype) -> Tensor:
+        """(row, 1, 1, seen) 0 where a row sees a token, -inf where it does not."""
+        if window not in lane.masks:
+            seen = lane.seen
+            if window:
+                distance = at[:, None] - torch.arange(seen.shape[1], device=at.device)
+                seen = seen & (distance < window)
+            zeros = torch.zeros(seen.shape, dtype=dtype, device=at.device)
+            lane.masks[window] = zeros.masked_fill(~seen, float("-inf"))[:, None, None]
+        return lane.masks[window]
+
+
+def decodes(loaded: LoadedModel, prompt: Sequence[int]) -> bool:
+    """Whether this model can be decoded so; found once, by comparing with plain passes.
+
+    The logits of two tokens after ``prompt`` are compared.
+    """
+    known: bool | None = vars(loaded).get(KEPT)
+    if known is None:
+        known = vars(loaded)[KEPT] = _agrees(loaded, list(prompt))
+    return known
+
+
+def _agrees(loaded: LoadedModel, prompt: list[int]) -> bool:
+    if not keeps_keys_and_values_only(loaded) or len(prompt) < 2:
+        return False
+    ids = torch.tensor(prompt, device=loaded.device)
+    head = head_of(loaded, ids)
+    if not head.usable:
+        return False
+    decoder = RowDecoder(loaded, head, prompt[:1], stops=(), max_new_tokens=2)
+    decoder.logits = []
+    try:
+        ((_, reply),) = decoder.replies({0: prompt[1:]})
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError) as error:
+        log.warning("%s: decoded by transformers (%s)", loaded.spec, type(error).__name__)
+        return False
+    whole = torch.cat([ids, ids.new_tensor(reply[:1])])[None]
+    with torch.no_grad():
+        plain = loaded.last_logits(2, input_ids=whole, use_cache=False)[0]
+    worst = float((torch.cat(decoder.logits) - plain).abs().max())
+    limit = TOLERANCE[loaded.dtype] * float(plain.abs().max())
+    if worst > limit:
+        log.warning("%s: decoded by transformers (logits differ by %.2g)", loaded.spec, worst)
+    return worst <= limit

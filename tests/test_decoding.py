@@ -1,0 +1,106 @@
+"""Our decoder: replies of a plain loop, whatever the batch; each prompt samples its own stream."""
+
+import pytest
+import torch
+
+import core.generate
+from core.conversation import Conversation
+from core.decoding import KEPT, RowDecoder, decodes
+from core.generate import complete, stop_ids
+from core.head import head_of
+from core.models import load
+from core.prompt import Renderer
+
+REQUESTS = (
+    "Brew some tea",
+    "Say hello to the people of the village now",
+    "Tell me about the tea and about the pot that it was made in, and about the cup",
+    "Hello",
+    "Write about the tea",
+    "Now tell me about the village",
+    "Tea",
+)
+
+
+def prompts_of(loaded):
+    renderer = Renderer(loaded)
+    return [list(renderer.render(Conversation.build(r)).ids) for r in REQUESTS]
+
+
+@torch.no_grad()
+def plain(loaded, prompt, new, stops=()):
+    """One prompt alone, whole sequences, no cache."""
+    ids = list(prompt)
+    for _ in range(new):
+        token = int(loaded.model(torch.tensor([ids])).logits[0, -1].float().argmax())
+        if token in stops:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+def decoded(loaded, prompts, new, *, shared, **options):
+    head = head_of(loaded, torch.tensor(prompts[0]))
+    decoder = RowDecoder(loaded, head, prompts[0][:shared], max_new_tokens=new, **options)
+    return dict(decoder.replies({n: p[shared:] for n, p in enumerate(prompts)}))
+
+
+@pytest.mark.parametrize("batch", [1, 3, 96])
+def test_replies_are_those_of_a_plain_greedy_loop(tiny, batch):
+    prompts = prompts_of(tiny)
+    shared = next(n for n in range(99) if len({p[n] for p in prompts}) > 1)
+    expected = {n: plain(tiny, p, 20) for n, p in enumerate(prompts)}
+    assert decodes(tiny, prompts[0])
+    assert decoded(tiny, prompts, 20, shared=shared, stops=(), batch=batch) == expected
+    stops = {expected[0][4], expected[2][9]}  # some rows end early, and others come in
+    early = {n: plain(tiny, p, 20, stops) for n, p in enumerate(prompts)}
+    assert any(len(reply) < 20 for reply in early.values())
+    assert decoded(tiny, prompts, 20, shared=shared, stops=stops, batch=batch) == early
+    assert decoded(tiny, prompts, 20, shared=0, stops=stops, batch=batch) == early
+
+
+def test_samples_do_not_depend_on_the_rows_beside_them(qwen):
+    prompts = prompts_of(qwen)
+    options = {"shared": 1, "stops": (), "temperature": 1.0}
+    one, three = (decoded(qwen, prompts, 12, **options, seed=4, batch=b) for b in (1, 3))
+    assert one == three != decoded(qwen, prompts, 12, **options, seed=5)
+    own = decoded(qwen, [prompts[0]] * 2, 12, **options, seed=4)
+    assert own[0] != own[1]  # each prompt has a stream of its own
+
+
+def test_a_short_memory_halves_the_batch_and_loses_nothing(qwen, monkeypatch):
+    renderer = Renderer(qwen)
+    texts = [renderer.render(Conversation.build(r)).text for r in REQUESTS]
+    expected = complete(renderer, texts, max_new_tokens=6)
+    enter, asked = RowDecoder._enter, []
+
+    def full(self, lane, fresh):
+        asked.append(self.batch)
+        if self.batch > 2:
+            raise torch.OutOfMemoryError
+        return enter(self, lane, fresh)
+
+    monkeypatch.setattr(RowDecoder, "_enter", full)
+    assert complete(renderer, texts, max_new_tokens=6, batch_size=7) == expected
+    assert asked[:3] == [7, 3, 1]
+
+
+def test_a_model_that_it_would_decode_wrongly_goes_to_transformers(tiny_folders, monkeypatch):
+    loaded = load(str(tiny_folders["llama"]), "cpu")
+    renderer = Renderer(loaded)
+    texts = [renderer.render(Conversation.build(r)).text for r in REQUESTS]
+    expected = complete(renderer, texts, max_new_tokens=5)
+    vars(loaded).pop(KEPT)
+    keep = RowDecoder._keep
+    monkeypatch.setattr(RowDecoder, "_keep", lambda self, *a: keep(self, *a[:-1], a[-1] * 2))
+    assert not decodes(loaded, renderer.tokenise(texts)[0])
+    assert complete(renderer, texts, max_new_tokens=5) == expected
+
+
+def test_both_ways_give_the_same_text(qwen, monkeypatch):
+    renderer = Renderer(qwen)
+    texts = [renderer.render(Conversation.build(r)).text for r in REQUESTS]
+    ours = complete(renderer, texts, max_new_tokens=8)
+    monkeypatch.setattr(core.generate, "decodes", lambda *_: False)
+    assert complete(renderer, texts, max_new_tokens=8) == ours
+    assert stop_ids(qwen)
