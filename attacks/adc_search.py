@@ -95,6 +95,7 @@ def run_adc(
     """
     generator = torch.Generator().manual_seed(seed)
     initial = torch.tensor(slot.initial_ids)
+    objective.take_operations()  # what was prepared is no part of the search
     first = float(objective.losses(initial[None])[0])
     best = ADCResult(initial.tolist(), first, [first])
     ids = allowed.nonzero()[:, 0]  # weights are of allowed tokens alone

@@ -224,6 +224,7 @@ def run_gcg(
     """
     _check(slot, config, draft)
     generator = torch.Generator().manual_seed(seed)
+    objective.take_operations()  # what was prepared is no part of the search
     if state is None:
         state = GCGState(list(slot.initial_ids), [], objective.batch.value)
         state.screening = Screening() if screened else None

@@ -134,7 +134,7 @@ def _traces(
                     x += [r["plain_x"], r["x"], None]
                     y += [r["plain_y"], r["y"], None]
             traces.append(_line(x, y, colour, shown, 1, dash="dot", arrows=True))
-            if centre and centre["displaced"] >= FEW and (start := centre_start(centre)):
+            if centre and centre.get("displaced", FEW) >= FEW and (start := centre_start(centre)):
                 (x0, y0), (x1, y1) = start, centre["centroid"]
                 traces.append(_line([x0, x1], [y0, y1], colour, shown, 3, arrows=True))
                 if centre["wrapper"]:

@@ -160,7 +160,7 @@ def _panel(
             )
         else:
             panel.plot(x, y, ".", color=colour, markersize=3, zorder=4)
-        if (start := centre_start(c)) and c["displaced"] >= FEW:
+        if (start := centre_start(c)) and c.get("displaced", FEW) >= FEW:
             _arrow(panel, start, (x, y), colour, 2.0, 0.9)
             if c["wrapper"]:
                 end = start[0] + c["wrapper"][0], start[1] + c["wrapper"][1]

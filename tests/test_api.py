@@ -123,11 +123,11 @@ def test_a_text_in_place_of_a_list_is_refused(estimated, qwen):
 
 def test_nothing_is_drawn_and_progress_is_told(estimated, qwen, capfd):
     told = []
-    many = [f"Say {n}" for n in range(70)]  # more than a batch
+    many = [f"Say {n}" for n in range(100)]  # more than a batch
     ap.replay(many, qwen, max_new_tokens=2, on_progress=lambda *a: told.append(a))
     ap.project(["Say hi"], estimated)
     ap.gcg(qwen, REQUEST, TARGET, SMALL)
-    assert told == [("replies", 64, 70), ("replies", 70, 70)]
+    assert told == [("replies", 96, 100), ("replies", 100, 100)]
     assert capfd.readouterr() == ("", "")
 
 

@@ -24,7 +24,7 @@ def classes_table(
         def fill(c: Row) -> str:
             if not c["displacement"]:
                 return ""
-            if c["displaced"] < FEW:
+            if c.get("displaced", FEW) < FEW:  # rows of earlier versions do not say
                 return TOO_FEW
             value = c["displacement"][axis]
             return f"{value:+.1f} {ends(c['displacement_interval'][axis], '+.1f')}"
