@@ -65,8 +65,9 @@ def sparsified(z: Tensor, sparsity: Tensor, generator: torch.Generator) -> Tenso
     Which positions keep one more is drawn. A position without a weight above 0 keeps its largest.
     """
     starts, length, vocabulary = z.shape
-    low = sparsity.clamp(1, vocabulary).floor()
-    more = ((sparsity.clamp(1, vocabulary) - low) * length).round()
+    sparsity = sparsity.clamp(1, vocabulary)
+    low = sparsity.floor()
+    more = ((sparsity - low) * length).round()
     rank = torch.rand(starts, length, generator=generator).argsort(1).argsort(1)
     kept = (low[:, None] + (rank < more[:, None])).clamp_max(vocabulary).long()
     most = int(kept.max())

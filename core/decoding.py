@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from core.head import Head, head_of
 from core.models import LoadedModel
-from core.packed import UNUSUAL, Group, PackedDecoder, grouped_sdpa
+from core.packed import Group, PackedDecoder
 from core.prefix import keeps_keys_and_values_only
 from core.records import stream_seed
 
@@ -39,7 +38,7 @@ ROOM = 0.25
 
 
 @dataclass
-class Row:
+class PromptRow:
     """One prompt on its way.
 
     Attributes:
@@ -68,7 +67,7 @@ class Lane:
     """
 
     def __init__(self) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[PromptRow] = []
         self.keys: dict[nn.Module, Tensor] = {}
         self.values: dict[nn.Module, Tensor] = {}
         self.lengths = torch.zeros(0, dtype=torch.long)
@@ -118,7 +117,7 @@ class RowDecoder(PackedDecoder):
         if self.start:
             ids = torch.tensor(self.start, device=device)
             self.hidden(self._embed(ids), [Group(0, len(ids), 1)], keep=len(ids))
-        rows = [Row(n, list(rest)) for n, rest in rests.items()]
+        rows = [PromptRow(n, list(rest)) for n, rest in rests.items()]
         if self.temperature:
             for row in rows:
                 seed = stream_seed(self.seed, "reply", row.number)
@@ -140,7 +139,7 @@ class RowDecoder(PackedDecoder):
                 if len(kept) <= (1 - ROOM) * len(lane.rows):
                     token = self._leave(lane, kept, token)
 
-    def _note(self, rows: Sequence[Row], token: Tensor) -> Iterator[tuple[int, list[int]]]:
+    def _note(self, rows: Sequence[PromptRow], token: Tensor) -> Iterator[tuple[int, list[int]]]:
         """Add each row's new token to its reply; those that end by it."""
         for row, chosen in zip(rows, token.tolist(), strict=True):
             if row.ended:
@@ -152,7 +151,7 @@ class RowDecoder(PackedDecoder):
                 yield row.number, row.reply
 
     # --- rows come and go -------------------------------------------------------------------------
-    def _enter(self, lane: Lane, fresh: list[Row]) -> Tensor:
+    def _enter(self, lane: Lane, fresh: list[PromptRow]) -> Tensor:
         """Read new prompts and make room for them; (new row,) their first reply tokens."""
         device, shared = self.loaded.device, len(self.start)
         lengths = torch.tensor([len(row.rest) for row in fresh])
@@ -192,7 +191,7 @@ class RowDecoder(PackedDecoder):
         lane.lengths = lane.lengths + 1
         return self._choose(lane.rows, output.last_hidden_state[0])
 
-    def _choose(self, rows: Sequence[Row], hidden: Tensor) -> Tensor:
+    def _choose(self, rows: Sequence[PromptRow], hidden: Tensor) -> Tensor:
         """(row, d_model) -> (row,) next tokens, on the CPU."""
         logits = self.head.logits(hidden)
         if self.logits is not None:
@@ -258,8 +257,6 @@ class RowDecoder(PackedDecoder):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        *,
-        scaling: float | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
         """(1, heads, row, head dim) each -> (1, row, heads, head dim): one token of every row."""
@@ -270,19 +267,8 @@ class RowDecoder(PackedDecoder):
         top = lane.seen.shape[1]
         k, v = keys[:, :, :top], values[:, :, :top]
         mask = self._row_mask(lane, options.get("sliding_window"), at, query.dtype)
-        own = self._own_attention(module)
-        unusual = any(options.get(name) is not None for name in UNUSUAL)
-        if (
-            own is grouped_sdpa and not unusual
-        ):  # query heads of one key-value head as rows of one product
-            q = query[0].transpose(0, 1).unflatten(1, (k.shape[1], -1))
-            attended = nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, scale=scaling
-            )
-            return attended.flatten(1, 2)[None], None
         q = query[0].transpose(0, 1)[:, :, None]  # (row, heads, 1, head dim)
-        own = ALL_ATTENTION_FUNCTIONS["sdpa"] if own is grouped_sdpa else own
-        attended, _ = own(module, q, k, v, mask, scaling=scaling, **options)
+        attended, _ = self._own_attention(module)(module, q, k, v, mask, **options)
         return attended.transpose(0, 1), None
 
     def _row_mask(self, lane: Lane, window: int | None, at: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,10 +60,8 @@ def complete(
         bar.update(len(part))
 
     with progress_bar(len(ids), description, "reply") as bar:
-        if decodes(loaded, ids[0]):
-            _decode(loaded, ids, keep, max_new_tokens, temperature, seed, batch_size)
-        else:
-            _by_transformers(loaded, ids, keep, max_new_tokens, temperature, seed, batch_size)
+        made_by = _decode if decodes(loaded, ids[0]) else _by_transformers
+        made_by(loaded, ids, keep, How(max_new_tokens, temperature, seed, batch_size))
     return replies
 
 
@@ -70,22 +69,32 @@ Keep = Callable[[Sequence[int], Any], None]
 """Takes numbers of prompts, and the token ids of their replies."""
 
 
+@dataclass(frozen=True)
+class How:
+    """How replies are made; see ``complete``."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    batch_size: int
+
+
 def _decode(
     loaded: LoadedModel,
     ids: list[list[int]],
     keep: Keep,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    batch_size: int,
+    how: How,
 ) -> None:
     """By our own decoder; it goes on with fewer rows where the memory ends."""
     shared = shared_length(ids, min(map(len, ids)) - 1) if len(ids) > 1 else 0
     head = head_of(loaded, torch.tensor(ids[0]))
-    missing, batch = list(range(len(ids))), min(batch_size, _fitting(loaded, ids, max_new_tokens))
+    missing, batch = (
+        list(range(len(ids))),
+        min(how.batch_size, _fitting(loaded, ids, how.max_new_tokens)),
+    )
     while missing:
-        options: Row = {"stops": stop_ids(loaded), "max_new_tokens": max_new_tokens}
-        options |= {"temperature": temperature, "seed": seed, "batch": batch}
+        options: Row = {"stops": stop_ids(loaded), "max_new_tokens": how.max_new_tokens}
+        options |= {"temperature": how.temperature, "seed": how.seed, "batch": batch}
         decoder = RowDecoder(loaded, head, ids[0][:shared], **options)
         numbers, done = list(missing), set()
         try:
@@ -114,22 +123,20 @@ def _by_transformers(
     loaded: LoadedModel,
     ids: list[list[int]],
     keep: Keep,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    batch_size: int,
+    how: How,
 ) -> None:
     """By transformers' ``generate``, for models that keep other states than keys and values."""
     order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     start = _common_start(loaded, ids)
 
     def work(part: Sequence[int]) -> None:
-        keep(part, _generate(loaded, [ids[i] for i in part], start, max_new_tokens, temperature))
+        own = [ids[i] for i in part]
+        keep(part, _generate(loaded, own, start, how.max_new_tokens, how.temperature))
 
     devices = [loaded.device] if loaded.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        for _ in BatchSize(batch_size).over(order, work):
+        torch.manual_seed(how.seed)
+        for _ in BatchSize(how.batch_size).over(order, work):
             pass
 
 

@@ -33,8 +33,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from core.models import LoadedModel
 
 NAME = "attack_plane_packed"
-UNUSUAL = ("position_bias", "softcap", "s_aux")
-"""Options of attention that torch's own function does not know."""
 MASKS = 256
 """Attention masks that are kept."""
 
@@ -68,7 +66,7 @@ def grouped_sdpa(
     heads of one key-value head become more rows of the same product. ``attention_mask`` must hold
     one copy for each of them. Calls with unusual options go to transformers' own function.
     """
-    if any(options.get(name) is not None for name in UNUSUAL):
+    if any(options.get(name) is not None for name in ("position_bias", "softcap", "s_aux")):
         whole = ALL_ATTENTION_FUNCTIONS["sdpa"]
         mask = attention_mask[:, :, : query.shape[2]]
         return whole(module, query, key, value, mask, scaling=scaling, **options)
