@@ -23,8 +23,7 @@ Options that make it another algorithm are off by default:
                    the worst of them if the winner is better (ACG and nanogcg; theirs begins with
                    random suffixes, ours with the initial one)
 ``final_width``, ``final_n_replace``  step 3's numbers go linearly from their first values to these
-                                      (ACG anneals the
-                   positions from many to one)
+                   (ACG anneals the positions from many to one)
 and those of ``attacks/selection.py`` in steps 5 and 6.
 """
 
@@ -110,11 +109,9 @@ class GCGConfig(SuffixSearchConfig):
         return self._annealed(self.n_replace, self.final_n_replace, step)
 
     def _annealed(self, first: int, last: int | None, step: int) -> int:
-        return (
-            first
-            if last is None
-            else round(first + (last - first) * step / max(1, self.num_steps - 1))
-        )
+        if last is None:
+            return first
+        return round(first + (last - first) * step / max(1, self.num_steps - 1))
 
 
 @dataclass
@@ -226,14 +223,9 @@ def run_gcg(
     generator = torch.Generator().manual_seed(seed)
     objective.take_operations()  # what was prepared is no part of the search
     if state is None:
-        state = GCGState(list(slot.initial_ids), [], objective.batch.value)
-        state.screening = Screening() if screened else None
-        state.note(_loss_of(state.suffix_ids, objective), config.buffer)
+        state = _begun(objective, slot, config, screened)
     else:
-        generator.set_state(torch.tensor(state.generator_state, dtype=torch.uint8))
-        objective.batch.value = state.batch_size
-        while growth and growth.active < state.active and growth.grow():
-            pass
+        _go_on(state, objective, generator, growth)
     while state.step < config.num_steps and not _low_enough(state, config, growth):
         suffix = torch.tensor(state.suffix_ids)
         _, gradient = objective.token_gradient(suffix)
@@ -266,6 +258,24 @@ def run_gcg(
         if objective.matches:
             state.best_step, state.best_ids = state.current_step, list(state.suffix_ids)
     return state
+
+
+def _begun(objective: SuffixLoss, slot: SuffixPlace, config: GCGConfig, screened: bool) -> GCGState:
+    """The state before the first step."""
+    state = GCGState(list(slot.initial_ids), [], objective.batch.value)
+    state.screening = Screening() if screened else None
+    state.note(_loss_of(state.suffix_ids, objective), config.buffer)
+    return state
+
+
+def _go_on(
+    state: GCGState, objective: SuffixLoss, generator: torch.Generator, growth: Growth | None
+) -> None:
+    """Bring the rest of a search to where a saved state left it."""
+    generator.set_state(torch.tensor(state.generator_state, dtype=torch.uint8))
+    objective.batch.value = state.batch_size
+    while growth and growth.active < state.active and growth.grow():
+        pass
 
 
 def _check(slot: SuffixPlace, config: GCGConfig, draft: SuffixLoss | None) -> None:
