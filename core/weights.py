@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from core.cards import CARD
 from core.embedded import convert_gguf, embedded_folder
@@ -28,7 +27,9 @@ from core.specs import FORMS, ModelSpec
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HARMLESS_KEYS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.masked_bias")
 """Ends of the names of buffers that some checkpoints hold and newer models compute anew."""
-UNREADABLE = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+UNREADABLE = (Exception,)
+"""What other people's readers raise from a folder that is no model: anything."""
+MOST_LAYERS = 10_000
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 SETTINGS_BYTES = 1 << 18
 """A larger JSON file is a tokenizer, and is hashed as weights are."""
@@ -65,6 +66,8 @@ def load_base(spec: ModelSpec, device: torch.device) -> tuple[Any, Any]:
     }
     if spec.load == "4bit":
         options |= _four_bit(spec, device)
+    where = f"model spec {spec.text!r}"
+    config = _readable_config("model", name, where, spec.revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=spec.revision, trust_remote_code=False
@@ -72,19 +75,20 @@ def load_base(spec: ModelSpec, device: torch.device) -> tuple[Any, Any]:
         with _no_bars():
             made: Any = AutoModelForCausalLM.from_pretrained(
                 name,
+                config=config,
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **options,
             )
     except UNREADABLE as error:
-        raise _unloadable("model", f"model spec {spec.text!r}", error) from error
+        raise _unloadable("model", where, error) from error
     model, report = made
     if model.config.is_encoder_decoder:
         raise AttackPlaneError(
             "not a decoder-only model", where=spec.text, got=type(model).__name__
         )
-    _require_all_weights(report, f"model spec {spec.text!r}")
+    _require_all_weights(report, where)
     return (model if spec.load else model.to(device)), tokenizer
 
 
@@ -108,14 +112,37 @@ def _no_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _unloadable(what: str, where: str, error: Exception) -> AttackPlaneError:
-    """What a failure to load is told as; a folder with code of its own gets its own remedy."""
-    message = first_line(error)
-    remedy = "check the name, the network and, for a gated model, your access token; " + FORMS
+def _readable_config(what: str, name: str, where: str, revision: str | None = None) -> Any:
+    """The config of a folder or hub id. One that needs code of its own is refused."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    asked: Any = None
+    try:
+        asked = PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("auto_map")
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if layers > MOST_LAYERS:  # they are made before the weights are looked at
+            raise ValueError(f"its config.json speaks of {layers} layers")
+    except UNREADABLE as error:
+        raise _unloadable(what, where, error, asked) from error
+    return config
+
+
+def _unloadable(what: str, where: str, error: Exception, asked: Any = None) -> AttackPlaneError:
+    """What a failure to load is told as. ``asked``: the classes of its own that a config names."""
     if "trust_remote_code" in str(error):
-        message = "it brings Python code of its own, which this suite never runs"
-        remedy = "use a model whose architecture transformers itself has"
-    return AttackPlaneError(f"cannot load the {what}", where=where, got=message, remedy=remedy)
+        return AttackPlaneError(
+            f"cannot load the {what}: it asks for Python code of its own, which never runs here",
+            where=where,
+            got=", ".join(map(str, asked.values())) if isinstance(asked, dict) else None,
+            remedy="use a model whose architecture transformers itself has",
+        )
+    return AttackPlaneError(
+        f"cannot load the {what}",
+        where=where,
+        got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+        remedy="check the name, the network and, for a gated model, your access token; " + FORMS,
+    )
 
 
 def _require_all_weights(report: Row, where: str) -> None:
@@ -179,11 +206,13 @@ def load_classifier(name: str) -> tuple[Any, Any]:
     """A sequence classifier (hub id or folder) and its tokenizer, for a judge."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    config = _readable_config("classifier", name, name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         with _no_bars():
             made: Any = AutoModelForSequenceClassification.from_pretrained(
                 name,
+                config=config,
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
 from core.rows import Row
+
+DEEPEST = 100
+"""Levels of a JSON document; no prompt of another tool lies deeper than six."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,18 @@ def json_lines(path: Path) -> Iterator[tuple[str, Row | Reject]]:
             )
 
 
+def _not_too_deep(events: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """These events of a JSON document. Each level keeps its whole path in memory."""
+    import ijson
+
+    depth = 0
+    for event in events:
+        depth += event[0].startswith("start_") - event[0].startswith("end_")
+        if depth > DEEPEST:
+            raise ijson.JSONError(f"more than {DEEPEST} levels deep")
+        yield event
+
+
 def json_items(path: Path, prefix: str, *, pairs: bool = False) -> Iterator[tuple[str, Any]]:
     """(place, value or reject) of each item of a JSON document under ``prefix``, streamed; with
     ``pairs`` (key, value) items.
@@ -123,8 +138,9 @@ def json_items(path: Path, prefix: str, *, pairs: bool = False) -> Iterator[tupl
         if file.read(3) != b"\xef\xbb\xbf":
             file.seek(0)
         read = ijson.kvitems if pairs else ijson.items
+        events = _not_too_deep(ijson.basic_parse(file, use_float=True))
         try:
-            for number, item in enumerate(read(file, prefix, use_float=True), start=1):
+            for number, item in enumerate(read(ijson.parse(events), prefix), start=1):
                 yield f"item {number}", item
         except (ijson.JSONError, UnicodeDecodeError) as error:
             place = f"after item {number}"

@@ -26,6 +26,7 @@ import cli
 from commands.root import AttackStub
 from commands.types import FilePath
 from core.errors import AttackPlaneError
+from core.models import load
 from core.readings import Directions
 from core.records import AttackArtifact, Behaviour, Replay
 from interchange.readers import READERS
@@ -489,6 +490,42 @@ def test_broken_directions_and_states_of_trainings_are_one_error(tmp_path, data)
     except AttackPlaneError as error:
         assert path.name in str(error)
         COUNTED["broken tensors"] += 1
+
+
+@hostile
+@given(data=st.data())
+def test_settings_of_a_model_are_taken_or_refused(tiny_folders, tmp_path, data):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folders["llama"], folder, dirs_exist_ok=True)
+    name = data.draw(st.sampled_from(["config", "tokenizer_config", "generation_config"]))
+    file = folder / f"{name}.json"
+    values = json.loads(file.read_text())
+    values[data.draw(st.sampled_from(sorted(values)))] = data.draw(
+        anything | st.just(10**30) | st.just(-1)
+    )
+    file.write_text(json.dumps(values))
+    content = file.read_bytes()
+    begun = time.monotonic()
+    try:
+        load(str(folder), "cpu")
+    except AttackPlaneError as error:
+        assert str(folder) in str(error)
+        COUNTED["settings of models"] += 1
+    assert time.monotonic() - begun < PATIENCE and file.read_bytes() == content
+
+
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_deep_documents_fail_at_once(house, tmp_path, opening):
+    deep = tmp_path / "deep.json"
+    deep.write_text(opening * 200_000)
+    for kind in sorted(READERS):
+        arguments = ["import", "--run", tmp_path / "run", deep, "--format", kind]
+        refused([*arguments, "--prompt", "x", "--model", "m"], kind="deep")
+    for arguments in (
+        ["templates", "--behaviours", deep, "--run", tmp_path / "run"],
+        ["judge", "calibrate", "--run", house / "run", "--labels", deep],
+    ):
+        refused(arguments, unchanged=[house], kind="deep")
 
 
 def test_huge_and_endless_files_of_settings_fail_at_once(house, tmp_path):
