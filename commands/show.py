@@ -43,7 +43,8 @@ def show(run: Path) -> None:
     folder = RunFolder.existing(run)
     for stage, settings in folder.manifest["stages"].items():
         short = {k: v for k, v in settings.items() if not isinstance(v, list) or len(v) < 9}
-        click.echo(f"{stage}: {', '.join(f'{k}={v}' for k, v in short.items())}")
+        told = ", ".join(f"{key}={value}" for key, value in short.items())
+        click.echo(f"{stage}: {told}" if told else stage)
     artifacts = each_artifact(folder)
     few = list(islice(artifacts, LISTED))
     more = next(artifacts, None)

@@ -29,6 +29,7 @@ def sweep(config: Path, dry_run: bool) -> None:
 
     Behaviours x attacks x sources, imports, then transfer, directions and plane, in one run folder.
     The plan is printed first; the same command goes on after a stop and tries failed cells again.
+    Exit code 4 says that cells failed.
 
     \b
     Examples:

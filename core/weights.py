@@ -198,10 +198,6 @@ def merged_adapter(spec: ModelSpec, model: Any) -> Any:
     return wrapped.get_base_model() if spec.load else wrapped.merge_and_unload()
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def load_classifier(name: str) -> tuple[Any, Any]:
     """A sequence classifier (hub id or folder) and its tokenizer, for a judge."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
