@@ -18,7 +18,10 @@ def declared_commands() -> dict[str, str]:
     """Name -> summary of each attack of the package that has a command of its own."""
     summaries = {}
     for path in sorted(Path(attacks.__path__[0]).glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if "= ATTACKS.add(" not in text:
+            continue
+        tree = ast.parse(text)
         constants = {
             target.id: node.value.value
             for node in tree.body
