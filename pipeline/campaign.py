@@ -224,7 +224,7 @@ class Cells:
             len(behaviours) * steps,
             attack.name,
             attack.unit,
-            disable=not missing,
+            disable=None if missing else True,
             leave=None,
             initial=(len(behaviours) - len(missing)) * steps,
         )

@@ -63,6 +63,11 @@ def run(tmp_path_factory, tiny_folders):
     return path, model, outputs
 
 
+def test_no_bar_is_drawn_where_standard_error_is_no_terminal(run):
+    _, _, outputs = run
+    assert not [stage for stage, text in outputs.items() if "%|" in text]
+
+
 def test_the_stages_write_the_run_folder_of_the_design(run):
     path, _, outputs = run
     for name in (
