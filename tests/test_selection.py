@@ -77,21 +77,30 @@ class Rough(Table):
 
 
 def test_a_screening_learns_errors_in_its_first_step_and_stops_where_none_can_be_lower():
-    candidates = torch.arange(16)[:, None]
-    errors = [-0.01, -0.03] * 8  # mean -0.02, deviation 0.01 sqrt(16 / 15)
+    candidates = torch.arange(32)[:, None]
+    errors = [-0.01, -0.03] * 16  # mean -0.02, deviation 0.01 sqrt(32 / 31)
     screening = Screening()
-    first = Rough([float(n) for n in range(16)], errors)
-    assert screening.lowest(first, candidates) == [(0, 0.0)] and first.asked == [16]
+    first = Rough([float(n) for n in range(32)], errors)
+    assert screening.lowest(first, candidates) == [(0, 0.0)] and first.asked == [32]
     assert screening.mean == pytest.approx(-0.02, abs=1e-6)
-    assert screening.deviation == pytest.approx(0.01 * (16 / 15) ** 0.5, abs=1e-6)
-    # rough + 0.02 - 3 x 0.0103 is 0.04 - 0.011 for the fifth: above the lowest exact loss, 0.0
-    steps = Rough([0.0, 0.01, 0.02, 0.03, 0.04, *[1.0] * 11], [-0.02] * 16)
+    assert screening.deviation == pytest.approx(0.01 * (32 / 31) ** 0.5, abs=1e-6)
+    # rough + 0.02 - 2.5 x 0.0102 is 0.04 - 0.025 for the fifth: above the lowest exact loss, 0.0
+    steps = Rough([0.0, 0.01, 0.02, 0.03, 0.04, *[1.0] * 27], [-0.02] * 32)
     assert screening.lowest(steps, candidates) == [(0, 0.0)] and steps.asked == [4]
-    near = Rough([0.0, 0.001, 0.002, 0.003, 0.004, *[1.0] * 11], [-0.02] * 16)
+    near = Rough([0.0, 0.001, 0.002, 0.003, 0.004, *[1.0] * 27], [-0.02] * 32)
     assert screening.lowest(near, candidates) == [(0, 0.0)] and near.asked == [4, 4]
-    assert screening.exactly == 16 + 4 + 8
-    two = Rough([0.5, 0.25, *[1.0] * 14], [0.0] * 16)
+    assert screening.exactly == 32 + 4 + 8
+    two = Rough([0.5, 0.25, *[1.0] * 30], [0.0] * 32)
     assert screening.lowest(two, candidates, 2) == [(1, 0.25), (0, 0.5)]
+
+
+def test_a_first_step_scores_some_of_many_candidates_from_the_best_to_the_worst():
+    candidates = torch.arange(320)[:, None]
+    first = Rough([float(n) for n in range(320)], [-0.01, -0.03] * 160)
+    screening = Screening()
+    assert screening.lowest(first, candidates) == [(0, 0.0)] and first.asked == [32]
+    middle = Rough([abs(n - 5.4) for n in range(320)], [0.0] * 320)
+    assert Screening().lowest(middle, candidates) == [(5, pytest.approx(0.4))]
 
 
 def test_a_screening_finds_the_exact_winner_and_leaves_the_model_as_it_was(qwen):
