@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from core.progress import OnProgress
     from core.records import Behaviour
     from core.rows import Row
+    from core.served import Server as Server
     from evaluation.judges import Judge
     from geometry.steering import ablate as ablate
     from geometry.steering import steer as steer
@@ -59,6 +60,7 @@ LAZY = {
     "core.errors": ("AttackPlaneError",),
     "core.models": ("LoadedModel", "load", "wrap"),
     "core.records": ("AttackArtifact", "Behaviour", "Directions"),
+    "core.served": ("Server",),
     "evaluation.judges": ("JUDGES", "Exchange", "Judge", "JudgeKind"),
     "geometry.steering": ("ablate", "steer"),
     "pipeline.in_memory": ("ModelDirections",),
@@ -229,7 +231,7 @@ def templates(
 
 def replay(
     prompts: Sequence[Prompt],
-    target: LoadedModel,
+    target: LoadedModel | Server,
     *,
     judges: Sequence[str | Judge] | str | None = None,
     max_new_tokens: int | None = None,
@@ -242,13 +244,12 @@ def replay(
 
     Args:
         prompts: results, artifacts, behaviours (their plain requests) or texts.
-        target: the model that replies.
+        target: the model that replies, or ``Server("http://HOST/v1#MODEL")``.
         judges: specs or objects. The first one decides ``jailbroken``. None is the default judge,
             ``three_way``.
         max_new_tokens: length of the replies; None is 64, and more for attack classes that ask for
             copying.
-        temperature: 0 is greedy.
-        seed: of the sampling.
+        temperature, seed: of the sampling; a temperature of 0 is greedy.
         system_prompt: stands before texts and behaviours; attacks bring their own.
         on_progress: called with (what, done, total).
 

@@ -50,7 +50,7 @@ def report(run: Path, attack: str | None, target: str | None, prompts: bool) -> 
     rows = [{n: getattr(r, n) for n in names} | r.certificate for r in replays if r.certificate]
     echo_table(certificates_table, replays, rows=rows)
     for r in replays:
-        if prompts and r.certificate and not r.certificate["sent_as_meant"]:
+        if prompts and r.certificate and r.certificate["sent_as_meant"] is False:
             where = f"{r.artifact_id}  {r.attack}  {r.behaviour_id}  {r.target_model}"
             click.echo(f"{where}: {difference(r.certificate)}")
 

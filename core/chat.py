@@ -1,33 +1,15 @@
-"""Models that write text for an attack: a local model, or a server with OpenAI's chat protocol.
-
-Specs: a model spec (see ``core/models.py``), or ``http://HOST:PORT/v1#MODEL`` (https too; the key
-is read from the variable OPENAI_API_KEY and sent over https, or to this machine, only).
-"""
+"""Models that write text for an attack: a local model, or a served one (``core/served.py``)."""
 
 from __future__ import annotations
 
-import http.client
-import json
-import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Protocol
 
-from core.errors import AttackPlaneError
 from core.generate import complete
 from core.models import ModelHandle, OpenModel
 from core.prompt import Conversation, Renderer
-from core.rows import Row
-
-Message = tuple[str, str]
-"""(role, content); roles are system, user and assistant."""
-TRIES = 3
-LOCAL = ("localhost", "127.0.0.1", "[::1]")
-"""Hosts that get the key without encryption."""
+from core.served import Message, Question, Server, Unanswered
 
 
 class ChatModel(Protocol):
@@ -91,18 +73,11 @@ class LocalChat:
 
 
 class ServerChat:
-    """A server with ``POST /chat/completions``. Failing requests are repeated at first."""
+    """A served model as a chat model."""
 
-    def __init__(self, spec: str, *, timeout: float = 120.0, pause: float = 1.0) -> None:
-        self.spec = self.identity = spec
-        self.url, _, self.model = spec.partition("#")
-        self.timeout, self.pause = timeout, pause
-        if not self.model:
-            raise AttackPlaneError(
-                "a server spec needs its model's name",
-                got=spec,
-                remedy="write http://HOST:PORT/v1#MODEL",
-            )
+    def __init__(self, server: Server) -> None:
+        self.server, self.spec = server, server.spec
+        self.identity = server.spec
 
     def replies(
         self,
@@ -113,64 +88,22 @@ class ServerChat:
         seed: int = 0,
         opening: str = "",
     ) -> list[str]:
-        def one(number: int, messages: Sequence[Message]) -> str:
-            return self._ask(
-                {
-                    "model": self.model,
-                    "messages": [{"role": role, "content": text} for role, text in messages],
-                    "max_tokens": max_new_tokens,
-                    "temperature": temperature,
-                    "seed": seed + number,  # the same question twice shall not get the same reply
-                }
-            )
-
-        with ThreadPoolExecutor(4) as pool:
-            return list(pool.map(one, range(len(conversations)), conversations))
-
-    def _ask(self, body: Row) -> str:
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
-        )
-        key = os.environ.get("OPENAI_API_KEY")
-        if key and (self.url.startswith("https://") or request.host.split(":")[0] in LOCAL):
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
-        fault: object = None
-        for attempt in range(TRIES):
-            if attempt:
-                time.sleep(self.pause * 2**attempt)
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                    return str(json.load(answer)["choices"][0]["message"]["content"] or "").strip()
-            except urllib.error.HTTPError as error:
-                fault = f"HTTP {error.code}: {error.read(200).decode(errors='replace')}"
-                if error.code < 500 and error.code != 429:
-                    break
-            except (
-                urllib.error.URLError,
-                http.client.HTTPException,
-                TimeoutError,
-                ConnectionError,
-            ) as error:
-                fault = error
-            except (ValueError, KeyError, IndexError, TypeError) as error:
-                fault = f"not an answer of OpenAI's chat protocol ({type(error).__name__}: {error})"
-        raise AttackPlaneError(
-            "the server gave no reply",
-            where=self.spec,
-            got=fault,
-            remedy=(
-                "check address, model name and OPENAI_API_KEY; the same command goes on from here"
-            ),
-        )
+        questions = [  # the same question twice shall not get the same reply
+            Question(messages, max_new_tokens, temperature, seed + number)
+            for number, messages in enumerate(conversations)
+        ]
+        texts = [""] * len(questions)
+        for part in self.server.ask_all(questions):
+            for number, answer in part:
+                if isinstance(answer, Unanswered):
+                    raise answer
+                texts[number] = answer.text
+        return texts
 
 
 def open_chat(
     spec: str, have: Sequence[ModelHandle] = (), open_model: OpenModel = ModelHandle
 ) -> ChatModel:
     """The chat model of a spec; a model that is named already is not loaded twice."""
-    if spec.startswith(("http://", "https://")):
-        return ServerChat(spec)
-    return LocalChat(
-        next((model for model in have if model.spec == spec), None) or open_model(spec)
-    )
+    model = next((model for model in have if model.spec == spec), None) or open_model(spec)
+    return ServerChat(model.server) if model.server else LocalChat(model)

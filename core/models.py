@@ -20,7 +20,8 @@ from torch import nn
 
 from core.cast import SETTINGS, attach, load_cast
 from core.errors import AttackPlaneError
-from core.specs import ModelSpec, parse_spec
+from core.served import Server
+from core.specs import ModelSpec, parse_spec, require_weights
 from core.weights import (
     at_cached_commit,
     default_device,
@@ -163,6 +164,7 @@ def load(spec: str | ModelSpec, device: torch.device | str | None = None) -> Loa
             unexpected or wrongly shaped, code in the folder, not decoder-only, missing extra.
     """
     parsed = parse_spec(spec) if isinstance(spec, str) else spec
+    require_weights(parsed)
     model, tokenizer = load_base(parsed, torch.device(device) if device else default_device())
     if parsed.adapter and (Path(parsed.adapter) / SETTINGS).is_file():
         cast = load_cast(Path(parsed.adapter))
@@ -257,11 +259,17 @@ class ModelHandle:
         *,
         have: LoadedModel | None = None,
     ) -> None:
-        self.spec = spec
         self._parsed = None if have else parse_spec(spec)
+        self.spec = self._parsed.text if self._parsed else spec
         self._on_load = on_load
         if have:
             self.loaded = have
+
+    @cached_property
+    def server(self) -> Server | None:
+        """Whom to ask for replies, where the model is a served one: its weights are not here."""
+        served = self._parsed is not None and self._parsed.kind == "served"
+        return Server(self._parsed.base) if self._parsed and served else None
 
     @cached_property
     def loaded(self) -> LoadedModel:
@@ -290,6 +298,8 @@ class ModelHandle:
 
     def known_fingerprint(self) -> str | None:
         """The fingerprint, or None where it takes loading the weights to know it."""
+        if self.server:
+            return self.server.fingerprint
         if "loaded" in vars(self):
             return self.loaded.fingerprint
         if "fingerprint" in vars(self):

@@ -8,6 +8,7 @@ ANY+ADAPTER              any of them with a LoRA adapter folder, merged into the
                          folder of `train cast`, a hook at inference time
 ANY?dtype=bfloat16       another precision (float32, bfloat16, float16)
 ANY?load=4bit            4-bit weights by bitsandbytes (CUDA; extra `quantised`)
+http://HOST/v1#MODEL     a served model, as a target (``core/served.py``; extra `servers`)
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import AttackPlaneError
+from core.served import is_served, parse_server
 
 FORMS = (
     "embedded, ORG/NAME[@REVISION], a folder, a .gguf file; each optionally +ADAPTER_FOLDER, "
-    "then ?dtype=float32|bfloat16|float16 or ?load=4bit"
+    "then ?dtype=float32|bfloat16|float16 or ?load=4bit; as a target http://HOST/v1#MODEL too"
 )
 ADAPTERS = ("adapter_config.json", "cast.json")
 """Files by which a folder is known as a LoRA adapter or as a CAST hook."""
@@ -28,7 +30,10 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A parsed spec. ``kind`` is embedded, hub, folder or gguf; ``base`` its name or path."""
+    """A parsed spec.
+
+    ``kind`` is embedded, hub, folder, gguf or served; ``base`` its name, path or address.
+    """
 
     text: str
     kind: str
@@ -50,6 +55,9 @@ def parse_spec(text: str) -> ModelSpec:
             what, where=f"model spec {text!r}", got=got, remedy=f"forms: {FORMS}"
         )
 
+    if is_served(text):
+        named = parse_server(text)
+        return ModelSpec(named.text, "served", text.strip())
     rest, _, query = text.strip().partition("?")
     options: dict[str, str] = {}
     for pair in filter(None, query.split("&")):
@@ -87,6 +95,17 @@ def parse_spec(text: str) -> ModelSpec:
     if name.count("/") == 1 and all(name.split("/")) and not name.startswith((".", "/", "~")):
         return spec("hub", name, revision or None)
     raise fault("not a model spec, and no such file or folder", base or "nothing")
+
+
+def require_weights(spec: ModelSpec) -> None:
+    """Refuse a served model where weights are read."""
+    if spec.kind == "served":
+        raise AttackPlaneError(
+            "the weights of a served model are not here, and this needs them",
+            where=f"model spec {spec.text!r}",
+            remedy="transfer, sweep, evaluate and pair take it as a target; here name a folder or "
+            "ORG/NAME",
+        )
 
 
 def canonical_name(spec: str) -> str:

@@ -108,7 +108,7 @@ def evaluate(
     Raises:
         AttackPlaneError: over-refusal would be measured on what a model was trained on.
     """
-    check_specs(models)
+    check_specs(models, served=True)
     base = base or base_of(models[0])
     held_out = load_held_out(asked.behaviours)
     requests = _requests(asked, held_out)

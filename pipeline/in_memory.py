@@ -7,6 +7,7 @@ put into evaluation mode while it is used, and left as it was.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from core.prompt import Conversation, Prompt, Renderer
 from core.readings import Directions, PlanePoint
 from core.records import HARMFUL, PLAIN, AttackArtifact, Behaviour, Replay
 from core.rows import Row
+from core.served import Server
 from evaluation.judges import DEFAULT_JUDGE, QUICK_JUDGE, Exchange, Judge, make_judge, refusals
 from geometry.activations import collect
 from geometry.classes import describe_classes
@@ -30,7 +32,8 @@ from geometry.plane import PromptInfo, points
 from pipeline.attack_in_memory import behaviour_of, listed
 from pipeline.contrast_reading import rendered
 from plots import plane_png
-from transfer.replay import ReplayConfig, replay
+from transfer.replay import ReplayConfig
+from transfer.served import replies_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,7 +121,7 @@ def artifact_of(prompt: Any, number: int) -> AttackArtifact:
 
 def replayed(
     prompts: Sequence[Any],
-    target: LoadedModel,
+    target: LoadedModel | Server,
     judges: Sequence[str | Judge] | str | None,
     config: ReplayConfig,
     system_prompt: str | None,
@@ -130,10 +133,11 @@ def replayed(
     entries = [_entry(p, n, system_prompt) for n, p in enumerate(listed(prompts, "prompts"))]
     artifacts = [artifact for artifact, _ in entries]
     batches: list[list[Replay]] = []
-    with evaluating(target), reporting(on_progress):
+    here = nullcontext() if isinstance(target, Server) else evaluating(target)
+    with here, reporting(on_progress):
         bar = progress_bar(len(artifacts), "replies", "reply")
         with bar, reporting(None):  # one count over all batches
-            for batch in replay(target, artifacts, made, config):
+            for batch in replies_of(target, artifacts, made, config):
                 batches.append(batch)
                 bar.update(len(batch))
     records = {record.artifact_id: record for batch in batches for record in batch}

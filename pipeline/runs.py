@@ -9,7 +9,7 @@ from pathlib import Path
 from core.files import write_atomically
 from core.records import AttackArtifact, Replay
 from core.rows import Row
-from core.specs import parse_spec
+from core.specs import parse_spec, require_weights
 from core.store import ATTACKS, REPLAYS, RunFolder
 
 
@@ -41,10 +41,12 @@ def each_replay(run: RunFolder) -> Iterator[Replay]:
     return run.each_record(REPLAYS, Replay, lambda r: r.replay_id)
 
 
-def check_specs(specs: Sequence[str]) -> None:
-    """Refuse a mistyped spec before hours of work on the others."""
+def check_specs(specs: Sequence[str], *, served: bool = False) -> None:
+    """Refuse a mistyped spec before hours of work on the others; served models only if allowed."""
     for spec in specs:
-        parse_spec(spec)
+        parsed = parse_spec(spec)
+        if not served:
+            require_weights(parsed)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> Path:

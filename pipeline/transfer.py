@@ -18,7 +18,8 @@ from pipeline.plain import add_plain_requests
 from pipeline.runs import artifacts_of, check_specs, replays_of
 from transfer.agreement import Agreement, agreements
 from transfer.matrix import Cell
-from transfer.replay import NotSent, ReplayConfig, replay, replay_id
+from transfer.replay import NotSent, ReplayConfig, replay_id
+from transfer.served import replies_of
 
 
 @dataclass
@@ -67,8 +68,8 @@ class Transfer:
         if not missing:
             return 0
         self._judges = self._judges or [make_judge(spec) for spec in self._specs]
-        batches = replay(
-            target.loaded,
+        batches = replies_of(
+            target.server or target.loaded,
             missing,
             self._judges,
             self.config,
@@ -108,7 +109,7 @@ def transfer(
     The plain requests of ``behaviours`` under ``system_prompt`` are sent too; with them the run may
     be new. Every attacked request gets its plain request.
     """
-    check_specs(targets)
+    check_specs(targets, served=True)
     result = TransferResult()
     with RunFolder(path) if behaviours else RunFolder.existing(path) as run:
         stage = Transfer(

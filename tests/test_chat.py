@@ -1,44 +1,24 @@
 """Chat models: a local one, and a server that speaks OpenAI's protocol, with its faults."""
 
 import json
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
+from core import served
 from core.chat import LocalChat, ServerChat, open_chat
 from core.errors import AttackPlaneError
 from core.models import handle_of
+from core.served import Server
+from tests.servers import server
 
 
-@contextmanager
-def server(*answers):
-    """A server that gives these (status, body) answers in turn, the last one for ever; yields its
-    address and what it was sent."""
-    sent = []
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(served, "PAUSE", 0.0)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            sent.append((self.path, dict(self.headers), body))
-            status, text = answers[min(len(sent), len(answers)) - 1]
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(text.encode())
 
-        def log_message(self, *arguments):
-            pass
-
-    http = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{http.server_port}/v1", sent
-    finally:
-        http.shutdown()
-        thread.join()
-        http.server_close()
+def chat_of(spec):
+    return ServerChat(Server(spec))
 
 
 GOOD = (200, json.dumps({"choices": [{"message": {"content": " hello "}}]}))
@@ -55,7 +35,10 @@ def test_a_server_is_asked_in_openais_protocol(monkeypatch):
     # two are asked at once: whichever came first
     path, headers, body = min(sent, key=lambda request: request[2]["seed"])
     assert sorted(request[2]["seed"] for request in sent) == [3, 4]
-    assert path == "/v1/chat/completions" and headers["Authorization"] == "Bearer secret"
+    assert (
+        path == "/v1/chat/completions"
+        and {k.lower(): v for k, v in headers.items()}["authorization"] == "Bearer secret"
+    )
     assert body["messages"] == [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "u"},
@@ -70,13 +53,11 @@ def test_a_server_is_asked_in_openais_protocol(monkeypatch):
 
 def test_a_busy_server_is_asked_again_and_a_refusing_one_is_not():
     with server((500, "busy"), (429, "slow"), GOOD) as (url, sent):
-        assert ServerChat(f"{url}#m", pause=0).replies([[("user", "u")]], max_new_tokens=1) == [
-            "hello"
-        ]
+        assert chat_of(f"{url}#m").replies([[("user", "u")]], max_new_tokens=1) == ["hello"]
         assert len(sent) == 3
     with server((404, "no such model")) as (url, sent):
         with pytest.raises(AttackPlaneError, match="HTTP 404: no such model"):
-            ServerChat(f"{url}#m", pause=0).replies([[("user", "u")]], max_new_tokens=1)
+            chat_of(f"{url}#m").replies([[("user", "u")]], max_new_tokens=1)
         assert len(sent) == 1
 
 
@@ -86,15 +67,13 @@ def test_an_answer_of_another_protocol_is_an_error_with_the_server_in_it(body):
         server((200, body)) as (url, _),
         pytest.raises(AttackPlaneError, match="protocol") as error,
     ):
-        ServerChat(f"{url}#m", pause=0).replies([[("user", "u")]], max_new_tokens=1)
+        chat_of(f"{url}#m").replies([[("user", "u")]], max_new_tokens=1)
     assert url in str(error.value)
 
 
 def test_a_server_that_is_not_there_and_a_spec_without_a_model_are_errors():
     with pytest.raises(AttackPlaneError, match="gave no reply"):
-        ServerChat("http://127.0.0.1:9/v1#m", pause=0, timeout=1).replies(
-            [[("user", "u")]], max_new_tokens=1
-        )
+        chat_of("http://127.0.0.1:9/v1#m?timeout=1").replies([[("user", "u")]], max_new_tokens=1)
     with pytest.raises(AttackPlaneError, match="model's name"):
         open_chat("http://127.0.0.1:9/v1")
 

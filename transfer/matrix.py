@@ -64,8 +64,7 @@ class Cell:
     """Prompts of this attack and source that have no reply on this target: failed or not yet made,
     never counted as refused."""
     sent_as_meant: int | None = None
-    """Replies whose certificate says so (``transfer/certificate.py``); None for rows without
-    certificates."""
+    """Replies of which no other is known (``transfer/certificate.py``); None where nothing is."""
 
     def to_row(self) -> Row:
         return asdict(self)
@@ -139,7 +138,7 @@ def _cell(
     gains = _gains(key, group, won, plain) if values else []
     declined = _mean(list(refused.values())) or 0.0
     estimate = corrected(values, errors, refused=declined, seed=seed) if values and errors else None
-    certificates = [r.certificate for r in group if r.certificate]
+    meant = [r.certificate["sent_as_meant"] for r in group if r.certificate]
     leanings = _means(group, lambda r: r.d)
     return Cell(
         attack=attack,
@@ -162,7 +161,7 @@ def _cell(
         gain_bootstrap=bootstrap_mean(gains, seed=seed),
         paired=len(gains),
         missing=max(0, expected - len(group)),
-        sent_as_meant=sum(c["sent_as_meant"] for c in certificates) if certificates else None,
+        sent_as_meant=None if set(meant) <= {None} else sum(m is not False for m in meant),
     )
 
 

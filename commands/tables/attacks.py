@@ -230,8 +230,8 @@ def certificates_table(replays: Sequence[Replay]) -> str:
         return fill
 
     def tokens(item: tuple[Any, list[Row]]) -> str:
-        counts = [c["content_tokens"] for c in item[1] if "content_tokens" in c] or [0]
-        return f"{min(counts)} to {max(counts)}"
+        counts = [c["content_tokens"] for c in item[1] if c.get("content_tokens") is not None]
+        return f"{min(counts)} to {max(counts)}" if counts else "not known"
 
     def hashes(name: str, length: int) -> Callable[[Any], str]:
         def fill(item: tuple[Any, list[Row]]) -> str:
