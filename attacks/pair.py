@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from attacks.baselines import SUFFIX_BASELINES, SuffixBaselinesConfig
+from attacks.plain import PlainConfig
 from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
 from attacks.result import AttackResult, prompt_result, rendering_of
 from attacks.workbench import Progress, Task, Workbench
@@ -137,9 +137,9 @@ class PAIR:
     """The search on one target model."""
 
     def __init__(self, bench: Workbench, config: PAIRConfig) -> None:
-        self.config, self.seed, self.source = config, bench.seed, bench.source
-        self.target = LocalChat(bench.sources[0])
-        self.attacker = bench.chat(config.attacker or self.source.spec)
+        self.config, self.seed, own = config, bench.seed, bench.sources[0].spec
+        self.target = bench.chat(own)
+        self.attacker = bench.chat(config.attacker or own)
         self.judge_model = bench.chat(config.judge_model) if config.judge_model else None
         self.judge = bench.judge(config.judge)
         self.unreadable = 0
@@ -234,12 +234,15 @@ def run(bench: Workbench, task: Task, config: PAIRConfig) -> Iterator[AttackResu
             remedy="use a larger instruct model as the attacker",
         )
     best = max(tries, key=lambda t: t.score)  # the first of equals
-    conversation = Conversation(best.prompt, system=config.system_prompt)
-    rendered = bench.renderer.render(conversation, allow_trim=True)
+    rendering = None
+    if not bench.sources[0].server:
+        conversation = Conversation(best.prompt, system=config.system_prompt)
+        rendered = bench.renderer.render(conversation, allow_trim=True)
+        rendering = rendering_of(bench.renderer, rendered)
     yield replace(
         prompt_result(behaviour, NAME, best.prompt, system=config.system_prompt),
-        source_model=bench.source.spec,
-        rendering=rendering_of(bench.renderer, rendered),
+        source_model=bench.sources[0].spec,
+        rendering=rendering,
         loss_history=[(10 - score) / 10 for score in rounds],
         best_step=best.round,
         provenance={
@@ -304,12 +307,8 @@ ATTACK = ATTACKS.add(
         },
         sources="one",
         identity=identity,
-        baselines=lambda config: [
-            (
-                SUFFIX_BASELINES,
-                SuffixBaselinesConfig(names=(PLAIN,), system_prompt=config.system_prompt),
-            )
-        ],
+        reads_weights=False,
+        baselines=lambda config: [(PLAIN, PlainConfig(config.system_prompt))],
         steps=lambda config: config.depth,
         unit="round",
         describe=describe,

@@ -59,6 +59,7 @@ class Attack:
         presets: settings by preset name; ``paper`` is the defaults, ``quick`` suits a CPU.
         forms: further names that a sweep may use, each with settings that it fixes.
         sources: how many source models it needs: none, one or several.
+        reads_weights: whether it needs its source's weights; else a served one will do.
         needs_target: whether a request without a target string is refused.
         keys: (config, request, workbench) -> the prompts that it makes for one request.
         identity: (workbench, config, name in the artifacts) -> what its artifacts depend on
@@ -84,6 +85,7 @@ class Attack:
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {PAPER: {}})
     forms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sources: str = "none"
+    reads_weights: bool = True
     needs_target: bool = False
     keys: Callable[[Config, Behaviour, Workbench], Sequence[Key]] | None = None
     identity: Callable[[Workbench, Config, str], Row] = lambda bench, config, name: asdict(config)

@@ -24,7 +24,9 @@ def attacks() -> None:
         {
             "attack": a.name.replace("_", "-"),
             "in a sweep": ", ".join(a.forms) or a.name,
-            "needs": sources[a.sources] + (", target strings" if a.needs_target else ""),
+            "needs": sources[a.sources]
+            + ("" if a.reads_weights or a.sources == "none" else ", served or not")
+            + (", target strings" if a.needs_target else ""),
             "presets": ", ".join(a.presets),
             "what it does": a.summary,
         }

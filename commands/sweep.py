@@ -44,8 +44,7 @@ def sweep(config: Path, dry_run: bool) -> None:
     grid = read_config(config)
     with faults_of(config):
         count = len(behaviours_of(grid))
-    first = open_model((grid.sources or grid.targets)[0])
-    speed = speed_of(first, Path(grid.run), keep=not dry_run)
+    speed = speed_of(open_model(grid.calibrated), Path(grid.run), keep=not dry_run)
     parts = plan(grid, count, speed)
     show_plan(grid, parts, count)
     if not dry_run:

@@ -9,7 +9,7 @@ from typing import Protocol
 from core.generate import complete
 from core.models import ModelHandle, OpenModel
 from core.prompt import Conversation, Renderer
-from core.served import Message, Question, Server, Unanswered
+from core.served import Message, Question, Server
 
 
 class ChatModel(Protocol):
@@ -92,13 +92,7 @@ class ServerChat:
             Question(messages, max_new_tokens, temperature, seed + number)
             for number, messages in enumerate(conversations)
         ]
-        texts = [""] * len(questions)
-        for part in self.server.ask_all(questions):
-            for number, answer in part:
-                if isinstance(answer, Unanswered):
-                    raise answer
-                texts[number] = answer.text
-        return texts
+        return [answer.text for answer in self.server.answers(questions)]
 
 
 def open_chat(

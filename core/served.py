@@ -216,6 +216,19 @@ class Server:
         if fault:
             raise fault
 
+    def answers(self, questions: Sequence[Question]) -> list[Answer]:
+        """The answers to all questions, in their order.
+
+        Raises:
+            AttackPlaneError: one is refused, or the server does not answer.
+        """
+        found: dict[int, Answer] = {}
+        for number, answer in (pair for part in self.ask_all(questions) for pair in part):
+            if isinstance(answer, Unanswered):
+                raise answer
+            found[number] = answer
+        return [found[number] for number in range(len(questions))]
+
     # --- one question -----------------------------------------------------------------------------
     def ask(self, question: Question) -> Answer:
         """The answer to one question.

@@ -27,6 +27,7 @@ from core.records import PLAIN, AttackArtifact, Behaviour, content_hash
 from core.rows import Row
 from core.store import ATTACKS as ATTACKS_FILE
 from core.store import RunFolder
+from pipeline.runs import check_specs
 
 OnFailure = Callable[[Behaviour, Exception], None]
 
@@ -193,6 +194,8 @@ class Cells:
                 where="campaign",
                 got=f"{count} source models",
             )
+        if self.plan.attack.reads_weights:
+            check_specs([source.spec for source in self.plan.sources])
         self.plan.attack.check(self.bench, self.plan.config)
         behaviours = self.bench.behaviours
         names = dict.fromkeys(name for b in behaviours for name, _ in self.keys(b))

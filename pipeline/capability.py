@@ -28,6 +28,7 @@ from core.models import LoadedModel, ModelHandle
 from core.prompt import Renderer
 from core.records import HARMFUL, HARMLESS
 from core.rows import Row
+from core.served import Question
 from core.statistics import wilson
 from core.store import RunFolder
 from evaluation.behaviours import CONTRAST_SPLITS, HELD_OUT_SPLITS, load_behaviours, spread
@@ -66,13 +67,17 @@ class Measures:
         self.kept = Kept(run, KEPT)
 
     def of(self, handle: ModelHandle) -> Row:
-        """All measurements of one model, from the run where it has them."""
+        """All measurements of one model that can be made, from the run where it has them."""
         config = self.config
         values: Row = {}
         if config.instructions:
             chosen = _every(instructions(), config.instructions)
             about = [[i.id, i.instruction, i.check, i.value] for i in chosen]
-            values |= self._kept("instructions", handle, about, lambda m: followed(m, chosen))
+            values |= dict(
+                self.kept.get("instructions", handle, about, lambda: followed(handle, chosen))
+            )
+        if handle.server:  # the rest takes weights
+            return values
         values |= self._kept("perplexity", handle, paragraphs(), _read_prose)
         own: list[Any] = [self.base.fingerprint, config.kl_prompts, KL_TOKENS]
         if config.kl_prompts:
@@ -171,20 +176,12 @@ def _every(chosen: Sequence[Instruction], count: int) -> list[Instruction]:
     return [chosen[i * len(chosen) // n] for i in range(n)]
 
 
-def followed(loaded: LoadedModel, chosen: Sequence[Instruction]) -> Row:
+def followed(model: ModelHandle, chosen: Sequence[Instruction]) -> Row:
     """Share of instructions whose reply passes, with Wilson's interval, and by kind."""
-    renderer = Renderer(loaded)
-    prompts = [renderer.text(Conversation.build(i.instruction)) for i in chosen]
-    replies = complete(
-        renderer,
-        prompts,
-        max_new_tokens=INSTRUCTION_TOKENS,
-        description="instructions",
-    )
-    lengths = [len(ids) for ids in renderer.tokenise(replies)]
+    replies = _replies(model, [i.instruction for i in chosen])
     passed = [
         i.passed(reply, cut=length >= INSTRUCTION_TOKENS - 1)
-        for i, reply, length in zip(chosen, replies, lengths, strict=True)
+        for i, (reply, length) in zip(chosen, replies, strict=True)
     ]
     by_kind: dict[str, list[bool]] = {}
     for i, ok in zip(chosen, passed, strict=True):
@@ -195,6 +192,21 @@ def followed(loaded: LoadedModel, chosen: Sequence[Instruction]) -> Row:
         "instructions_wilson": wilson(sum(passed), len(passed)),
         "instructions_by_kind": {k: sum(v) / len(v) for k, v in by_kind.items()},
     }
+
+
+def _replies(model: ModelHandle, requests: Sequence[str]) -> list[tuple[str, int]]:
+    """A reply to each request, and its length in tokens."""
+    if model.server:
+        questions = [Question([("user", text)], INSTRUCTION_TOKENS) for text in requests]
+        answers = model.server.answers(questions)
+        return [(answer.text, answer.reply_tokens or 0) for answer in answers]
+    renderer = Renderer(model.loaded)
+    prompts = [renderer.text(Conversation.build(text)) for text in requests]
+    replies = complete(
+        renderer, prompts, max_new_tokens=INSTRUCTION_TOKENS, description="instructions"
+    )
+    lengths = map(len, renderer.tokenise(replies))
+    return list(zip(replies, lengths, strict=True))
 
 
 def harness(loaded: LoadedModel, task: str, limit: int | None) -> Row:

@@ -33,6 +33,7 @@ from core.records import (
     content_hash,
 )
 from core.rows import Row
+from core.served import is_served
 from core.specs import canonical_name, short_spec
 from core.statistics import wilson
 from core.store import ATTACKS, RunFolder
@@ -60,6 +61,8 @@ STAGE, ADAPTIVE = "evaluate", "adaptive"
 ADAPTIVE_TOPK = 64
 FIXED = "fixed"
 """All fixed-source attacks together."""
+UNKNOWN = "adaptive ASR, D, perplexity, KL, tasks and change inside"
+"""What is not known of a served model: it takes weights."""
 
 
 @dataclass
@@ -109,7 +112,8 @@ def evaluate(
         AttackPlaneError: over-refusal would be measured on what a model was trained on.
     """
     check_specs(models, served=True)
-    base = base or base_of(models[0])
+    here = [spec for spec in models if not is_served(spec)]
+    base = base or base_of([*here, *models][0])
     held_out = load_held_out(asked.behaviours)
     requests = _requests(asked, held_out)
     for spec in models:
@@ -129,11 +133,15 @@ def evaluate(
 
         wanted = attacked | _plain_ids(run, requests)
         before = {row["model"]: row for row in run.rows(ROWS)}
-        for spec in models:
+        for handle in map(open_model, models):
+            spec = handle.spec
             on_model(spec)
-            handle = open_model(spec)
             stage.replay_on(handle, not_sent)
-            own = _attack_anew(path, handle, asked, held_out, replays)
+            own: list[Replay] = []
+            if handle.server:
+                result.notes.append(f"{spec} is served: {UNKNOWN} are not known")
+            else:
+                own = _attack_anew(path, handle, asked, held_out, replays)
             measured = measures.of(handle)
             replies = [
                 r for r in replays_of(run) if r.target_model == spec and r.artifact_id in wanted

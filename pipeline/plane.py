@@ -19,6 +19,7 @@ from core.prompt import Conversation, Prompt, Renderer
 from core.readings import Activations, Directions, PlanePoint
 from core.records import HARMFUL, PLAIN, AttackArtifact, Behaviour, content_hash
 from core.rows import Row
+from core.served import is_served
 from core.specs import short_spec
 from core.store import RunFolder
 from evaluation.behaviours import DEMONSTRATION, HELD_OUT_SPLITS, counterparts, load_behaviours
@@ -104,7 +105,8 @@ class PlaneStage:
         self.run, self.config, self.result = run, config, PlaneResult()
         add_plain_requests(run)  # displacements are measured from them
         self.artifacts = artifacts_of(run)
-        self.targets = list(targets or dict.fromkeys(r.target_model for r in replays_of(run)))
+        replayed = dict.fromkeys(r.target_model for r in replays_of(run))
+        self.targets = list(targets or (spec for spec in replayed if not is_served(spec)))
         if not self.targets:
             raise AttackPlaneError(
                 "no targets", where=run.path, remedy="name some, or replay on some first"

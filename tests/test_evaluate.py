@@ -185,7 +185,7 @@ def test_checkpoints_are_evaluated_drawn_and_not_measured_twice(tmp_path, checkp
     (run / "evaluation.jsonl").unlink()
     monkeypatch.setattr(capability, "followed", never)
     monkeypatch.setattr(capability, "perplexity", never)
-    monkeypatch.setattr("pipeline.transfer.replay", never)
+    monkeypatch.setattr("transfer.served.replay", never)
     again = call(*arguments)
     for line in (line for line in again.splitlines() if "refusal" in line):
         assert line in output  # beside progress bars

@@ -295,3 +295,56 @@ def test_what_a_server_refuses_is_told_and_the_rest_is_kept(run):
     long = sum(len(p) > 300 for p in prompts)
     assert 0 < long < len(prompts) and output.count("not sent:") == long
     assert len(lines_of(run / "replays.jsonl")) == len(prompts) - long
+
+
+def test_a_sweep_takes_served_targets_and_draws_those_that_are_here(tmp_path, tiny_folders):
+    config = tmp_path / "sweep.toml"
+    with server(by_path={"/v1/chat/completions": echo}) as (url, _):
+        config.write_text(
+            f'run = "{tmp_path / "run"}"\nsources = []\njudges = ["rules"]\n'
+            f'targets = ["{url}#m?at_once=2", "{tiny_folders["qwen2"]}"]\n'
+            '[behaviours]\nlimit = 3\n[attacks.templates]\nclasses = ["persona"]\n'
+            "[replay]\nmax_new_tokens = 4\n[directions]\nreply_tokens = 4\nresamples = 20\n"
+            'judge = "rules"\n'
+        )
+        output = call("sweep", config)
+    rows = lines_of(tmp_path / "run" / "replays.jsonl")
+    assert {r["target_model"] for r in rows} == {f"{url}#m", str(tiny_folders["qwen2"])}
+    assert "missing" not in output
+    shown = {r["target"] for r in lines_of(tmp_path / "run" / "plane.jsonl")}
+    assert shown == {str(tiny_folders["qwen2"])}
+
+
+def test_evaluate_says_what_it_can_of_a_served_model(tmp_path):
+    behaviours = tmp_path / "goals.csv"
+    behaviours.write_text(
+        "goal,label,split,target\n"
+        + "".join(
+            f"Do thing {n},{label},test,Sure\n"
+            for n, label in enumerate(["harmful", "harmless", "pseudo_harmful"] * 2)
+        )
+    )
+    with server(by_path={"/v1/chat/completions": echo}) as (url, sent):
+        spec = f"{url}#m"
+        options = ["--judge", "rules", "--behaviours", behaviours, "--instructions", 6]
+        output = call("evaluate", "--run", tmp_path / "run", "--model", spec, *options)
+        asked = len(sent)
+        call("evaluate", "--run", tmp_path / "run", "--model", spec, *options)
+        assert len(sent) == asked
+    (row,) = lines_of(tmp_path / "run" / "evaluation.jsonl")
+    assert "adaptive ASR, D, perplexity" in output and row["model"] == spec
+    assert row["instructions_n"] == 6 and "perplexity" not in row
+    assert row["robustness"]["plain"]["behaviours"] == 2 and row["robustness"]["plain"]["d"] is None
+
+
+def test_pair_attacks_a_served_model(tmp_path):
+    def both(body):
+        system = body["messages"][0]["content"] if body["messages"][0]["role"] == "system" else ""
+        wish = json.dumps({"improvement": "i", "prompt": "please bake"})
+        return reply(wish) if "test how robust" in system else reply("Sure, here is a cake")
+
+    with server(by_path={"/v1/chat/completions": both}) as (url, _):
+        call("pair", "--model", f"{url}#m", "--run", tmp_path / "run", "--limit", 1, "--streams", 2)
+    rows = {r["attack"]: r for r in lines_of(tmp_path / "run" / "attacks.jsonl")}
+    assert rows["pair"]["prompt"] == "please bake" and rows["pair"]["rendering"] is None
+    assert rows["pair"]["source_model"] == f"{url}#m" and "plain" in rows

@@ -213,7 +213,7 @@ def test_mistakes_in_the_file_are_named_before_any_work(tmp_path, change, fault)
 def test_the_example_and_the_results_config_are_valid(monkeypatch):
     root = Path(__file__).parent.parent
     monkeypatch.setattr(
-        "pipeline.sweep.config.parse_spec", lambda spec: spec
+        "pipeline.sweep.config.check_specs", lambda specs, **more: None
     )  # no checkpoints in a fresh clone
     config = read_config(root / "examples" / "sweep.toml")
     assert {"gcg", "autodan_ga", "autodan_hga", "templates"} <= set(config.attacks)

@@ -2,7 +2,7 @@
 
 run = "runs/classes"
 sources = ["embedded"]                      # attacks that need a model are made on each
-targets = ["embedded", "embedded+runs/demo/checkpoints/step-12"]
+targets = ["embedded", "embedded+runs/demo/checkpoints/step-12"]    # http://HOST/v1#MODEL too
 base = "embedded"                           # the plane's base frame [default: the first target]
 judges = ["refusal_phrases", "target_prefix"]
 seed = 0
@@ -38,8 +38,8 @@ from attacks.workbench import Workbench
 from core.errors import AttackPlaneError, nearest
 from core.records import LABELS, SPLITS, Behaviour
 from core.rows import Row
+from core.served import is_served
 from core.settings import LARGEST, check_settings, setting
-from core.specs import parse_spec
 from evaluation.behaviours import (
     BUILT_IN,
     DEMONSTRATION,
@@ -54,6 +54,7 @@ from geometry.directions import ESTIMATORS
 from interchange.readers import READERS
 from pipeline.contrast_reading import DirectionsConfig, contrast_set
 from pipeline.plane import PlaneConfig
+from pipeline.runs import check_specs
 from pipeline.toml_file import AttackChoice, attack_of, faults_of, read_toml, table_of
 from transfer.replay import ReplayConfig
 
@@ -145,8 +146,19 @@ class SweepConfig:
 
     @property
     def read_models(self) -> list[str]:
-        """The targets, and the model of the base frame first where it is none of them."""
-        return list(dict.fromkeys([*([self.base] if self.base else []), *self.targets]))
+        """The targets whose weights are here, and before them the model of the base frame."""
+        return list(dict.fromkeys([*([self.base] if self.base else []), *self.targets_here]))
+
+    @property
+    def calibrated(self) -> str:
+        """The model that the plan's speed is measured on: one that is here, if any is."""
+        specs = [*self.sources, *self.targets]
+        return next((spec for spec in specs if not is_served(spec)), specs[0])
+
+    @property
+    def targets_here(self) -> list[str]:
+        """The targets that are not served: only these have directions and a plane."""
+        return [spec for spec in self.targets if not is_served(spec)]
 
 
 TABLES: dict[str, type[Any]] = {
@@ -211,8 +223,10 @@ def _check(config: SweepConfig, where: str) -> None:
     if not config.attacks and not config.imports:
         raise AttackPlaneError("nothing to do: no attacks and no imports", where=where)
     _check_baselines(config, where)
-    for spec in [*config.sources, *config.read_models]:
-        parse_spec(spec)
+    check_specs([*config.sources, *config.targets], served=True)
+    check_specs(config.read_models)
+    if any(attack.reads_weights for attack, _ in config.attacks.values()):
+        check_specs(config.sources)
     contrast_set(config.directions)
     load_behaviours(config.plane.anchors, splits=config.plane.anchor_splits)
     for judge in [*config.judges, config.directions.judge]:

@@ -29,6 +29,7 @@ from core.generate import complete
 from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Renderer
 from core.records import NO_SOURCE, PLAIN
+from core.served import is_served
 from core.weights import default_device
 from evaluation.behaviours import load_behaviours
 from pipeline.contrast_reading import contrast_set
@@ -79,8 +80,10 @@ def calibrate(loaded: LoadedModel) -> Speed:
 def speed_of(model: ModelHandle, run: Path, *, keep: bool) -> Speed:
     """What ``calibrate`` measured on this model here, now or in an earlier command of this run.
 
-    The model is released again.
+    The model is released again. Of a served model nothing is known.
     """
+    if model.server:
+        return Speed(0.0, 0.0, 0.0)
     path, here = run / SPEED, f"{default_device()}, {torch.get_num_threads()} threads"
     try:
         kept = read_object(path, "a measured speed")
@@ -180,8 +183,10 @@ def _readings(config: SweepConfig, made: Sequence[Part], speed: Speed) -> list[P
     reading = plain * own + READING_SECONDS + read
     parts = []
     for target in config.targets:
-        parts.append(Part("replays", target, prompts, replies))
-        parts.append(Part("directions, plane", target, prompts, reading))
+        served = is_served(target)
+        parts.append(Part("replays", target, prompts, 0.0 if served else replies))
+        if not served:
+            parts.append(Part("directions, plane", target, prompts, reading))
     return parts
 
 

@@ -20,6 +20,7 @@ from core.models import ModelHandle, OpenModel
 from core.progress import bar as progress_bar
 from core.records import NO_SOURCE, AttackArtifact, Behaviour
 from core.rows import Row
+from core.specs import parse_spec
 from core.store import ATTACKS, FAILURES, RunFolder
 from interchange.foreign import Hints
 from interchange.importer import ImportResult, import_file
@@ -62,18 +63,10 @@ def sweep(
             work.attack()
             work.import_prompts()
             work.replay()
-            result.matrix = write_matrix(run, config.targets)
+            result.matrix = write_matrix(run, [parse_spec(spec).text for spec in config.targets])
             result.agreements = agreements(replays_of(run), labels_of(run))
-        with work.failures.guard("plane", targets=", ".join(config.targets)):
-            estimators = (config.plane.estimator,)
-            read = directions(
-                path, config.read_models, estimators, config.directions, open_model=open_model
-            )
-            drawn = plane(path, config.targets, config.plane_config, open_model=open_model)
-            result.notes += [*read.notes, *drawn.notes]
-            result.files, result.has_plane = drawn.files, True
-        for spec in config.targets:
-            progress.done("directions, plane", spec)
+        if config.targets_here:
+            work.plane()
     work.failures.close()
     result.failures = work.failures.rows
     result.files = [path / MATRIX, *result.files]
@@ -247,6 +240,20 @@ class Sweep:
             with self.failures.guard("replay", target=spec):
                 stage.replay_on(self.open_model(spec), self._not_sent(spec))
             self.progress.done("replays", spec)
+
+    def plane(self) -> None:
+        """Directions and plane of the targets whose weights are here."""
+        config, path, open_model = self.config, self.run.path, self.open_model
+        targets = config.targets_here
+        with self.failures.guard("plane", targets=", ".join(targets)):
+            estimators = (config.plane.estimator,)
+            models = config.read_models
+            read = directions(path, models, estimators, config.directions, open_model=open_model)
+            drawn = plane(path, targets, config.plane_config, open_model=open_model)
+            self.result.notes += [*read.notes, *drawn.notes]
+            self.result.files, self.result.has_plane = drawn.files, True
+        for spec in targets:
+            self.progress.done("directions, plane", spec)
 
     def _not_sent(self, target: str) -> Callable[[AttackArtifact, Exception], None]:
         def note(artifact: AttackArtifact, error: Exception, target: str) -> None:
