@@ -2,7 +2,14 @@
 
 import json
 import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -10,6 +17,7 @@ from click.testing import CliRunner
 import attack_plane as ap
 from cli import cli
 from core import served
+from core.embedded import embedded_folder
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, load
 from core.served import Answer, Question, Server, Unanswered, parse_server
@@ -140,9 +148,6 @@ def test_a_refused_question_does_not_stop_the_others_and_a_wrong_key_does():
 
 
 def test_questions_keep_to_the_rate_and_no_more_are_asked_at_once():
-    import threading
-    import time
-
     now, most, lock = [], [0, 0], threading.Lock()
 
     def slow(body):
@@ -348,3 +353,44 @@ def test_pair_attacks_a_served_model(tmp_path):
     rows = {r["attack"]: r for r in lines_of(tmp_path / "run" / "attacks.jsonl")}
     assert rows["pair"]["prompt"] == "please bake" and rows["pair"]["rendering"] is None
     assert rows["pair"]["source_model"] == f"{url}#m" and "plain" in rows
+
+
+@pytest.fixture
+def transformers_serve(tmp_path):
+    """The address of transformers' own server with the embedded model, on this machine."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    folder = embedded_folder()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "transformers"), "serve", str(folder)]
+    command += ["--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    log = tmp_path / "log.txt"
+    with open(log, "wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        try:
+            for _ in range(240):
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                    break
+                except OSError:
+                    assert process.poll() is None, log.read_text()[-2000:]
+                    time.sleep(1)
+            yield f"http://127.0.0.1:{port}/v1#{folder}"
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_greedy_replies_of_a_real_server_are_those_of_the_model_here(tmp_path, transformers_serve):
+    run = tmp_path / "run"
+    call("templates", "--class", "persona", "--class", "persuasion", "--limit", 10, "--run", run)
+    targets = ["--target", "embedded", "--target", f"{transformers_serve}?at_once=1"]
+    call("transfer", "--run", run, *targets, "--judge", "rules", "--max-new-tokens", 24)
+    replies: dict[str, dict[str, str]] = {}
+    for row in lines_of(run / "replays.jsonl"):
+        replies.setdefault(row["artifact_id"], {})[row["target_model"]] = row["reply"]
+    same = [len(set(own.values())) == 1 for own in replies.values()]
+    print(f"{sum(same)} of {len(same)} replies are the same")
+    assert all(len(own) == 2 for own in replies.values()) and len(same) >= 30
+    assert sum(same) >= 0.95 * len(same)
