@@ -18,15 +18,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
+import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from attacks.protocols import SuffixLoss
+from core.embedded import cache_folder
+from core.errors import AttackPlaneError
+from core.files import read_object, write_atomically
 from core.models import LoadedModel
+from core.records import content_hash
+
+if TYPE_CHECKING:
+    from attacks.objective import TargetLoss
 
 MARGIN = 2.5
 """Standard deviations of the error that the next candidate is given."""
@@ -64,22 +74,42 @@ def rough_copy(loaded: LoadedModel) -> LoadedModel | None:
     return dataclasses.replace(loaded, model=model)
 
 
-def gains(objective: SuffixLoss, initial: Tensor) -> bool:
-    """Whether a rough pass is so much faster than an exact one, on suffixes like this one."""
+def gains(objective: TargetLoss, initial: Tensor) -> bool:
+    """Whether a rough pass is so much faster than an exact one, on suffixes like this one.
+
+    It is measured once for a model on this machine, and kept in the cache folder: the same command
+    shall search in the same way, whatever else the machine does at the time.
+    """
+    loaded = objective.loaded
+    machine = [platform.node(), torch.backends.cpu.get_cpu_capability(), str(loaded.device)]
+    about = [loaded.fingerprint, *machine, torch.get_num_threads(), torch.__version__]
+    path = cache_folder() / "screening" / f"{content_hash(about)}.json"
+    try:
+        return bool(read_object(path, "a measured speed")["gains"])
+    except (AttackPlaneError, KeyError):
+        seconds = _seconds(objective, initial)
+        found = {**seconds, "gains": seconds["rough"] <= GAIN * seconds["exact"]}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(found) + "\n")
+        return bool(found["gains"])
+
+
+def _seconds(objective: TargetLoss, initial: Tensor) -> dict[str, float]:
+    """Of a rough and of an exact pass over the same candidates, the faster of two."""
     objective.share(initial)
     candidates = initial.repeat(TRIED, 1)
     rows = torch.arange(TRIED)
     candidates[rows, rows % len(initial)] = initial.flip(0)[rows % len(initial)] ^ 1
 
-    def seconds(of: str) -> float:
-        best = math.inf
+    def best(score: Callable[[Tensor], Tensor]) -> float:
+        seconds = math.inf
         for _ in range(2):
             start = time.perf_counter()
-            getattr(objective, of)(candidates)
-            best = min(best, time.perf_counter() - start)
-        return best
+            score(candidates)
+            seconds = min(seconds, time.perf_counter() - start)
+        return seconds
 
-    return seconds("rough_losses") <= GAIN * seconds("losses")
+    return {"rough": best(objective.rough_losses), "exact": best(objective.losses)}
 
 
 @dataclasses.dataclass
