@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("config", type=FilePath())
 @click.option("--dry-run", is_flag=True, help="Print the plan and the estimated time only.")
+@click.option("--shard", help="Only the i-th of n parts, such as 2/7; merge joins them.")
 @json_option
 @quiet_libraries
-def sweep(config: Path, dry_run: bool) -> None:
+def sweep(config: Path, dry_run: bool, shard: str | None) -> None:
     """Run a whole grid from a TOML file.
 
     Behaviours x attacks x sources, imports, then transfer, directions and plane, in one run folder.
@@ -35,21 +37,29 @@ def sweep(config: Path, dry_run: bool) -> None:
     Examples:
       python cli.py sweep examples/sweep.toml --dry-run
       python cli.py sweep examples/sweep.toml
+      python cli.py sweep examples/sweep.toml --shard 2/7
     """
     from pipeline.sweep.config import behaviours_of, read_config
     from pipeline.sweep.plan import plan, speed_of
     from pipeline.sweep.run import sweep as whole
+    from pipeline.sweep.shards import parse_shard
     from pipeline.toml_file import faults_of
 
-    grid = read_config(config)
+    grid, part = read_config(config), parse_shard(shard) if shard else None
+    if part:
+        grid = replace(grid, run=part.folder(grid.run))
     with faults_of(config):
         count = len(behaviours_of(grid))
     speed = speed_of(open_model(grid.calibrated), Path(grid.run), keep=not dry_run)
     parts = plan(grid, count, speed)
+    if part:
+        parts = [
+            replace(p, prompts=p.prompts // part.of, seconds=p.seconds / part.of) for p in parts
+        ]
     show_plan(grid, parts, count)
     if not dry_run:
         start = time.monotonic()
-        result = whole(grid, parts, open_model=open_model)
+        result = whole(grid, parts, open_model=open_model, shard=part)
         show_result(grid, result)
         minutes = (time.monotonic() - start) / 60
         estimated = sum(part.seconds for part in parts) / 60

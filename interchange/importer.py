@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,6 +92,7 @@ def import_file(
     *,
     behaviours: list[Behaviour] | None = None,
     only_these: bool = False,
+    keep: Callable[[str], bool] | None = None,
 ) -> ImportResult:
     """Append a file's prompts to the run's artifacts.
 
@@ -99,6 +100,7 @@ def import_file(
         behaviours: where requests and targets are looked up by id or by request, besides the run's
         own.
         only_these: leave out prompts of other behaviours.
+        keep: given an artifact's id, whether it is taken; None: all are.
 
     Raises:
         AttackPlaneError: see ``check_file``.
@@ -143,6 +145,8 @@ def import_file(
             if behaviour.behaviour_id not in noted:
                 add_behaviour(behaviour.to_row())
                 noted[behaviour.behaviour_id] = behaviour
+            if keep and not keep(artifact.artifact_id):
+                continue
             if artifact.artifact_id in seen:
                 result.known += 1
                 continue

@@ -46,6 +46,7 @@ class Transfer:
         *,
         behaviours: Sequence[Behaviour] = (),
         system_prompt: str | None = None,
+        add_plain: bool = True,
     ) -> None:
         for spec in judges:
             judge_kind(spec)
@@ -53,7 +54,7 @@ class Transfer:
         self.settings = {**asdict(config), "judges": list(judges)}
         self._specs, self._judges = judges, list[Judge]()
         run.begin_stage(TRANSFER, self.settings, {})
-        self.added = add_plain_requests(run, behaviours, system_prompt)
+        self.added = add_plain_requests(run, behaviours, system_prompt) if add_plain else 0
         self.artifacts = artifacts_of(run)
 
     def replay_on(self, target: ModelHandle, not_sent: NotSent | None = None) -> int:

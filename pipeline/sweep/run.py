@@ -31,6 +31,7 @@ from pipeline.plane import plane
 from pipeline.runs import replays_of
 from pipeline.sweep.config import SweepConfig, behaviours_of
 from pipeline.sweep.plan import Part, Step, attack_steps, total_seconds
+from pipeline.sweep.shards import Shard
 from pipeline.transfer import Transfer, length_notes
 from transfer.agreement import Agreement, agreements
 from transfer.matrix import Cell
@@ -52,20 +53,29 @@ class SweepResult:
 
 
 def sweep(
-    config: SweepConfig, parts: Sequence[Part], *, open_model: OpenModel = ModelHandle
+    config: SweepConfig,
+    parts: Sequence[Part],
+    *,
+    open_model: OpenModel = ModelHandle,
+    shard: Shard | None = None,
 ) -> SweepResult:
-    """Do what is missing of a sweep; ``parts`` is its plan, for the progress bar."""
+    """Do what is missing of a sweep; ``parts`` is its plan, for the progress bar.
+
+    With a ``shard`` only its prompts and their replies are made; the config names its run folder.
+    """
     path, result = Path(config.run), SweepResult()
     with Progress(parts) as progress:
         with RunFolder(path) as run:
             begin_directions(run, config.directions)  # a refusal comes before hours of work
-            work = Sweep(config, run, open_model, progress, result)
+            if shard:
+                shard.mark(path)
+            work = Sweep(config, run, open_model, progress, result, shard)
             work.attack()
             work.import_prompts()
             work.replay()
             result.matrix = write_matrix(run, [parse_spec(spec).text for spec in config.targets])
             result.agreements = agreements(replays_of(run), labels_of(run))
-        if config.targets_here:
+        if config.targets_here and not shard:
             work.plane()
     work.failures.close()
     result.failures = work.failures.rows
@@ -140,6 +150,7 @@ class Sweep:
     open_model: OpenModel
     progress: Progress
     result: SweepResult
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
         self.behaviours = behaviours_of(self.config)
@@ -177,9 +188,21 @@ class Sweep:
         cells = self._cells(step, (source,))
         try:
             done = set(self.run.each(ATTACKS, "artifact_id"))
-            return bool(cells.missing(cells.fitting(), done))
+            return bool(cells.missing(self._mine(cells, cells.fitting()), done))
         except AttackPlaneError:
             return True
+
+    def _mine(self, cells: Cells, behaviours: Sequence[Behaviour]) -> list[Behaviour]:
+        """The behaviours whose prompts fall to this shard: all of them, where there is none.
+
+        An attack that optimises for several requests at once is one cell.
+        """
+        shard = self.shard
+        if shard is None or not behaviours:
+            return list(behaviours)
+        if cells.plan.attack.sources == "several":
+            return list(behaviours) if shard.holds(cells.ids(behaviours[0])[0]) else []
+        return [b for b in behaviours if shard.holds(cells.ids(b)[0])]
 
     def _attack_with(self, step: Step, sources: tuple[ModelHandle, ...]) -> None:
         attack, config = step
@@ -217,7 +240,8 @@ class Sweep:
         for behaviour in self.behaviours:
             if behaviour not in fit:
                 failed(behaviour, AttackPlaneError("no target string"))
-        cells.attack(fit, on_failure=failed)
+        if mine := self._mine(cells, fit):
+            cells.attack(mine, on_failure=failed)
 
     def import_prompts(self) -> None:
         for choice in self.config.imports:
@@ -230,10 +254,12 @@ class Sweep:
                     hints,
                     behaviours=list(self.behaviours),
                     only_these=True,
+                    keep=self.shard.holds if self.shard else None,
                 )
 
     def replay(self) -> None:
-        stage = Transfer(self.run, self.config.judges, self.config.replay)
+        whole = self.shard is None
+        stage = Transfer(self.run, self.config.judges, self.config.replay, add_plain=whole)
         self.result.notes += length_notes(stage.artifacts, self.config.replay)
         self.result.notes += error_notes(self.run)
         for spec in self.config.targets:

@@ -1,0 +1,132 @@
+"""Join run folders: prompts and replies by id, behaviours, settings and provenance.
+
+Nothing is written before all folders have been read and found to agree. A row that several folders
+hold alike is taken once; two different rows of one id are refused. What stages make of all rows
+together (directions, plane, matrix) is not joined: the stages make it anew.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from core.errors import AttackPlaneError
+from core.files import each_row, write_atomically
+from core.records import content_hash
+from core.rows import Row
+from core.store import ATTACKS, BEHAVIOURS, FAILURES, REPLAYS, RunFolder
+from pipeline.sweep.shards import shard_of
+
+JOINED = {BEHAVIOURS: "behaviour_id", ATTACKS: "artifact_id", REPLAYS: "replay_id"}
+"""The files that are joined, and the ids of their rows."""
+
+
+@dataclass
+class MergeResult:
+    """Rows that were added, by file, and what the reader should know."""
+
+    added: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def merge(path: Path, folders: Sequence[Path]) -> MergeResult:
+    """Join ``folders`` into the run at ``path``, which may hold rows already; may be repeated.
+
+    Raises:
+        AttackPlaneError: no run, the run itself among them, other settings of a stage, other files
+            of a model, shards of other numbers, or two rows of one id.
+    """
+    result = MergeResult()
+    runs = [RunFolder.existing(folder) for folder in folders]
+    if path.resolve() in [folder.resolve() for folder in folders]:
+        raise AttackPlaneError("a run cannot be merged into itself", where=path)
+    result.notes += _shards(folders)
+    with RunFolder(path) as run:
+        manifest = _manifest([run, *runs])
+        hashes = {name: _agreeing(name, key, [run, *runs]) for name, key in JOINED.items()}
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        for name, key in JOINED.items():
+            result.added[name] = _join(name, key, run, runs, set(hashes[name]))
+        failures = {json.dumps(row): None for one in [run, *runs] for row in one.rows(FAILURES)}
+        if failures:
+            write_atomically(path / FAILURES, "".join(f"{row}\n" for row in failures))
+            result.notes.append(f"{len(failures)} cells failed; the sweep tries them again")
+    for folder in folders:
+        if any((folder / "state").glob("*.json")):
+            result.notes.append(f"{folder} has searches in progress: finish it, and merge again")
+    return result
+
+
+def _shards(folders: Sequence[Path]) -> list[str]:
+    """What is to be said of the shards among the folders."""
+    shards = {folder: shard for folder in folders if (shard := shard_of(folder))}
+    counts = {shard.of for shard in shards.values()}
+    if len(counts) > 1:
+        raise AttackPlaneError(
+            "shards of different numbers",
+            got=", ".join(f"{s.number}/{s.of}" for s in shards.values()),
+        )
+    there = {shard.number for shard in shards.values()}
+    missing = [str(n) for n in range(1, max(counts, default=0) + 1) if n not in there]
+    if not missing:
+        return []
+    return [f"shards {', '.join(missing)} of {counts.pop()} are missing: merge them too"]
+
+
+def _manifest(runs: Sequence[RunFolder]) -> Row:
+    """One manifest of all; the settings of each stage and the files of each model must agree."""
+    manifests = [run.manifest for run in runs]
+    whole: Row = {**manifests[0], "stages": {}, "models": {}, "history": []}
+    for run, one in zip(runs, manifests, strict=True):
+        for kind in ("stages", "models"):
+            for name, value in one[kind].items():
+                if whole[kind].setdefault(name, value) != value:
+                    what = "settings" if kind == "stages" else "files"
+                    raise AttackPlaneError(
+                        f"the runs have other {what} of {name}",
+                        where=run.path,
+                        got=str(value)[:200],
+                        remedy=f"the others have {str(whole[kind][name])[:200]}",
+                    )
+        whole["history"] += [entry for entry in one["history"] if entry not in whole["history"]]
+    return whole
+
+
+def _agreeing(name: str, key: str, runs: Sequence[RunFolder]) -> dict[str, str]:
+    """Hash of each row by its id, over the first of the runs; rows of one id must be alike."""
+    known: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for run in runs:
+        for line, row in each_row(run.path / name):
+            place = f"{run.path / name}, line {line}"
+            if key not in row:
+                raise AttackPlaneError(f"a row lacks {key}", where=place, got=[*row])
+            found = content_hash(row)
+            if known.setdefault(row[key], found) != found:
+                raise AttackPlaneError(
+                    "two different rows of one id",
+                    where=place,
+                    got=row[key],
+                    remedy="the runs were made from different things: merge only one of them",
+                )
+        if run is runs[0]:
+            first = dict(known)
+    return first
+
+
+def _join(name: str, key: str, run: RunFolder, runs: Sequence[RunFolder], have: set[str]) -> int:
+    """Append the rows that the run lacks; how many."""
+    count = 0
+    if not any((one.path / name).exists() for one in runs):
+        return 0
+    with run.appending(name) as add:
+        for one in runs:
+            for _, row in each_row(one.path / name):
+                if row[key] not in have:
+                    have.add(row[key])
+                    add(row)
+                    count += 1
+    return count
