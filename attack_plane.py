@@ -237,6 +237,7 @@ def replay(
     max_new_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    replies: int = 1,
     system_prompt: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[Row]:
@@ -247,23 +248,22 @@ def replay(
         target: the model that replies, or ``Server("http://HOST/v1#MODEL")``.
         judges: specs or objects. The first one decides ``jailbroken``. None is the default judge,
             ``three_way``.
-        max_new_tokens: length of the replies; None is 64, and more for attack classes that ask for
-            copying.
-        temperature, seed: of the sampling; a temperature of 0 is greedy.
+        max_new_tokens: of a reply; None is 64, and more for attack classes that ask for copying.
+        temperature, seed, replies: of the sampling, 0 is greedy; replies to each prompt.
         system_prompt: stands before texts and behaviours; attacks bring their own.
         on_progress: called with (what, done, total).
 
     Returns:
-        One row per prompt, in their order: attack, request, prompt, target_model, reply, outcome
-        (refused, complied, neither, or None where the judge cannot say), jailbroken (whether that
-        is complied), d (how far the model leans towards refusing, nats per token, see
+        One row per reply, in the prompts' order: attack, request, prompt, target_model, reply,
+        outcome (refused, complied, neither, or None where the judge cannot say), jailbroken
+        (whether that is complied), d (how far the model leans towards refusing, nats per token, see
         ``evaluation/refusal_score.py``), and one score per judge under its name. A score is 1 where
         the model did what was asked, 0 where it did not.
     """
     from pipeline.in_memory import replayed
     from transfer.replay import ReplayConfig
 
-    config = ReplayConfig(max_new_tokens, temperature, seed)
+    config = ReplayConfig(max_new_tokens, temperature, seed, replies)
     return replayed(prompts, target, judges, config, system_prompt, on_progress)
 
 

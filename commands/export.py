@@ -43,7 +43,7 @@ def export(
     from core.records import BASELINES
     from core.store import RunFolder
     from interchange import exporter
-    from pipeline.runs import artifacts_of, replays_of
+    from pipeline.runs import artifacts_of, first_replies
 
     folder = RunFolder.existing(run)
     chosen = [
@@ -64,7 +64,9 @@ def export(
         text = exporter.harmbench(chosen)
     else:
         on = target or (chosen[0].source_model if chosen else None)
-        verdicts = {r.artifact_id: r.jailbroken for r in replays_of(folder) if r.target_model == on}
+        verdicts = {
+            r.artifact_id: r.jailbroken for r in first_replies(folder) if r.target_model == on
+        }
         attacked = {a.behaviour_id for a in artifacts_of(folder)}
         behaviours = {k: b for k, b in folder.behaviours().items() if k in attacked}
         text = exporter.jailbreakbench(chosen, behaviours, verdicts, target=target)

@@ -45,6 +45,9 @@ from evaluation.judges.registry import DEFAULT_JUDGES
 )
 @click.option("--temperature", type=Finite(0), default=0.0, help="0: greedy.")
 @click.option("--seed", type=SEED_RANGE, default=0, help="Random seed of the sampling.")
+@click.option(
+    "--replies", type=count(), default=1, help="Replies to each prompt; needs a temperature."
+)
 @click.option("--batch-size", type=count(), default=16)
 @file_options
 @json_option
@@ -60,6 +63,7 @@ def transfer(
     max_new_tokens: int | None,
     temperature: float,
     seed: int,
+    replies: int,
     batch_size: int,
 ) -> None:
     """Replay frozen prompts on targets and judge.
@@ -80,7 +84,7 @@ def transfer(
 
     if not behaviours and (label != "any" or splits or system):
         raise click.UsageError("--label, --split and --system need --behaviours")
-    config = ReplayConfig(max_new_tokens, temperature, seed)
+    config = ReplayConfig(max_new_tokens, temperature, seed, replies)
     result = stage(
         run,
         targets,

@@ -26,7 +26,6 @@ from core.head import Head, head_of
 from core.models import LoadedModel
 from core.packed import Group, PackedDecoder
 from core.prefix import keeps_keys_and_values_only
-from core.records import stream_seed
 
 log = logging.getLogger(__name__)
 KEPT = "_attack_plane_decodes"
@@ -94,12 +93,12 @@ class RowDecoder(PackedDecoder):
         stops: Sequence[int],
         max_new_tokens: int,
         temperature: float = 0.0,
-        seed: int = 0,
+        seeds: Sequence[int] = (),
         batch: int = 96,
     ) -> None:
         super().__init__(loaded)
         self.head, self.start, self.stops = head, list(start), frozenset(stops)
-        self.most, self.temperature, self.seed = max_new_tokens, temperature, seed
+        self.most, self.temperature, self.seeds = max_new_tokens, temperature, seeds
         self.batch = batch
         self._embed = loaded.model.get_input_embeddings()
         self._lane: Lane | None = None
@@ -120,8 +119,7 @@ class RowDecoder(PackedDecoder):
         rows = [PromptRow(n, list(rest)) for n, rest in rests.items()]
         if self.temperature:
             for row in rows:
-                seed = stream_seed(self.seed, "reply", row.number)
-                row.generator = torch.Generator().manual_seed(seed)
+                row.generator = torch.Generator().manual_seed(self.seeds[row.number])
         waiting = sorted(rows, key=lambda row: len(row.rest))
         lane = self._lane = Lane()
         token = torch.zeros(0, dtype=torch.long)

@@ -22,6 +22,7 @@ from core.models import LoadedModel
 from core.prefix import SharedPrefix, shared_length, shares_a_start
 from core.progress import bar as progress_bar
 from core.prompt import Renderer
+from core.records import stream_seed
 from core.rows import Row
 
 OWN_NAME = re.compile(r"^\s*Assistant:")
@@ -37,15 +38,16 @@ def complete(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     batch_size: int = BATCH,
     description: str = "generate",
 ) -> list[str]:
     """Replies to whole rendered texts (BOS included), in their order. Greedy without a temperature.
 
     The reply of a model without a chat template ends where it invents a next turn. What all prompts
-    begin with runs once. Sampling draws from streams started from ``seed``; the global one is left
-    as it was.
+    begin with runs once. Each reply is sampled from a stream of its own, started from ``seed`` and
+    its number, or from a seed of its own where several are given: whatever shares its batch, it is
+    the same. The global stream is left as it was.
     """
     loaded = renderer.loaded
     ids = renderer.tokenise(texts)
@@ -60,8 +62,11 @@ def complete(
         bar.update(len(part))
 
     with progress_bar(len(ids), description, "reply") as bar:
+        seeds = [seed] * len(ids) if isinstance(seed, int) else list(seed)
+        numbers = range(len(ids)) if isinstance(seed, int) else [0] * len(ids)
+        own = [stream_seed(s, "reply", n) for s, n in zip(seeds, numbers, strict=True)]
         made_by = _decode if decodes(loaded, ids[0]) else _by_transformers
-        made_by(loaded, ids, keep, How(max_new_tokens, temperature, seed, batch_size))
+        made_by(loaded, ids, keep, How(max_new_tokens, temperature, own, batch_size))
     return replies
 
 
@@ -75,7 +80,7 @@ class How:
 
     max_new_tokens: int
     temperature: float
-    seed: int
+    seeds: Sequence[int]
     batch_size: int
 
 
@@ -94,7 +99,7 @@ def _decode(
     )
     while missing:
         options: Row = {"stops": stop_ids(loaded), "max_new_tokens": how.max_new_tokens}
-        options |= {"temperature": how.temperature, "seed": how.seed, "batch": batch}
+        options |= {"temperature": how.temperature, "seeds": how.seeds, "batch": batch}
         decoder = RowDecoder(loaded, head, ids[0][:shared], **options)
         numbers, done = list(missing), set()
         try:
@@ -134,10 +139,14 @@ def _by_transformers(
         keep(part, _generate(loaded, own, start, how.max_new_tokens, how.temperature))
 
     devices = [loaded.device] if loaded.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(how.seed)
+    if not how.temperature:
         for _ in BatchSize(how.batch_size).over(order, work):
             pass
+        return
+    with torch.random.fork_rng(devices=devices):  # it has one stream: so one reply at a time
+        for index in order:
+            torch.manual_seed(how.seeds[index])
+            work([index])
 
 
 def first_turn(text: str) -> str:

@@ -208,6 +208,7 @@ class Replay(Record):
     that is complied. None means not judged, never False.
     ``d`` and ``log_odds`` say how far the model leans towards refusing before it writes
     (``evaluation/refusal_score.py``); None in rows of earlier versions.
+    ``sample`` is the reply's number, from 0, where a prompt has several.
     ``certificate`` says what was sent, compared with what the source model saw; see
     ``transfer/certificate.py``.
     """
@@ -226,4 +227,5 @@ class Replay(Record):
     outcome: str | None = None
     d: float | None = None
     log_odds: float | None = None
+    sample: int = 0
     schema_version: int = SCHEMA_VERSION

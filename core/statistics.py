@@ -50,6 +50,15 @@ def bootstrap_mean(
     return float(low), float(high)
 
 
+def at_least_one(tried: int, won: int, k: int) -> float:
+    """Unbiased chance that one of ``k`` tries wins, from ``won`` of ``tried`` (k <= tried).
+
+    1 - C(tried - won, k) / C(tried, k): the share of all choices of k tries that hold a win (Chen
+    et al., arXiv 2107.03374, pass@k).
+    """
+    return 1.0 - math.comb(tried - won, k) / math.comb(tried, k)
+
+
 def bootstrap_columns(
     values: NDArray[np.float64], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> list[list[float]] | None:

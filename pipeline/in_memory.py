@@ -32,7 +32,7 @@ from geometry.plane import PromptInfo, points
 from pipeline.attack_in_memory import behaviour_of, listed
 from pipeline.contrast_reading import rendered
 from plots import plane_png
-from transfer.replay import ReplayConfig
+from transfer.replay import ReplayConfig, sendings
 from transfer.served import replies_of
 
 if TYPE_CHECKING:
@@ -135,25 +135,28 @@ def replayed(
     batches: list[list[Replay]] = []
     here = nullcontext() if isinstance(target, Server) else evaluating(target)
     with here, reporting(on_progress):
-        bar = progress_bar(len(artifacts), "replies", "reply")
+        sent = sendings(artifacts, config)
+        bar = progress_bar(len(sent), "replies", "reply")
         with bar, reporting(None):  # one count over all batches
-            for batch in replies_of(target, artifacts, made, config):
+            for batch in replies_of(target, sent, made, config):
                 batches.append(batch)
                 bar.update(len(batch))
-    records = {record.artifact_id: record for batch in batches for record in batch}
+    records = {(r.artifact_id, r.sample): r for batch in batches for r in batch}
+    shown = [(s.artifact, records[s.artifact.artifact_id, s.sample]) for s in sent]
+    shown.sort(key=lambda pair: int(pair[0].artifact_id))  # all replies to a prompt together
     return [
         {
-            "attack": a.attack,
-            "request": a.request,
-            "prompt": a.prompt,
-            "target_model": records[a.artifact_id].target_model,
-            "reply": records[a.artifact_id].reply,
-            "outcome": records[a.artifact_id].outcome,
-            "jailbroken": records[a.artifact_id].jailbroken,
-            "d": records[a.artifact_id].d,
-            **records[a.artifact_id].judgements,
+            "attack": artifact.attack,
+            "request": artifact.request,
+            "prompt": artifact.prompt,
+            "target_model": record.target_model,
+            "reply": record.reply,
+            "outcome": record.outcome,
+            "jailbroken": record.jailbroken,
+            "d": record.d,
+            **record.judgements,
         }
-        for a in artifacts
+        for artifact, record in shown
     ]
 
 

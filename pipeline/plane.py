@@ -30,7 +30,7 @@ from pipeline.contrast_reading import rendered
 from pipeline.directions_files import directions_path, load_directions
 from pipeline.plain import add_plain_requests
 from pipeline.plane_files import export
-from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows
+from pipeline.runs import artifacts_of, check_specs, first_replies, replays_of, write_rows
 from pipeline.trajectories import trajectory_rows
 from plots import plane_html, plane_png, trajectories_png
 
@@ -176,7 +176,7 @@ class PlaneStage:
         self._begin(model)
         renderer = Renderer(model.loaded)
         prompts, infos = self._rendered(renderer)
-        replays = [r for r in replays_of(self.run) if r.target_model == spec]
+        replays = [r for r in first_replies(self.run) if r.target_model == spec]
         verdicts = {r.artifact_id: r.jailbroken for r in replays}
         judged = [replace(i, jailbroken=verdicts.get(i.prompt_id)) for i in infos]
         others, wrappers = self._counterparts(renderer, infos)

@@ -36,6 +36,11 @@ def replays_of(run: RunFolder) -> list[Replay]:
     return list(each_replay(run))
 
 
+def first_replies(run: RunFolder) -> list[Replay]:
+    """One reply to each prompt: the first, where prompts have several."""
+    return [r for r in each_replay(run) if r.sample == 0]
+
+
 def each_replay(run: RunFolder) -> Iterator[Replay]:
     """The same one after another, for runs that are larger than the memory."""
     return run.each_record(REPLAYS, Replay, lambda r: r.replay_id)

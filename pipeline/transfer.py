@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import AttackPlaneError
@@ -18,7 +18,7 @@ from pipeline.plain import add_plain_requests
 from pipeline.runs import artifacts_of, check_specs, replays_of
 from transfer.agreement import Agreement, agreements
 from transfer.matrix import Cell
-from transfer.replay import NotSent, ReplayConfig, replay_id
+from transfer.replay import NotSent, ReplayConfig, sendings
 from transfer.served import replies_of
 
 
@@ -51,7 +51,7 @@ class Transfer:
         for spec in judges:
             judge_kind(spec)
         self.run, self.config, self.batch_size = run, config, batch_size
-        self.settings = {**asdict(config), "judges": list(judges)}
+        self.settings = {**config.of_one, "judges": list(judges)}
         self._specs, self._judges = judges, list[Judge]()
         run.begin_stage(TRANSFER, self.settings, {})
         self.added = add_plain_requests(run, behaviours, system_prompt) if add_plain else 0
@@ -61,10 +61,11 @@ class Transfer:
         """Make the replies that the run lacks on one target; returns how many those are."""
         self.run.begin_stage(TRANSFER, self.settings, {target.spec: target.fingerprint})
         done = set(self.run.each(REPLAYS, "replay_id"))
+        wanted = sendings(self.artifacts, self.config)
         missing = [
-            a
-            for a in self.artifacts
-            if replay_id(a, target.spec, target.fingerprint, self.config) not in done
+            sending
+            for sending in wanted
+            if sending.replay_id(target.spec, target.fingerprint, self.config) not in done
         ]
         if not missing:
             return 0
@@ -78,10 +79,10 @@ class Transfer:
             not_sent=not_sent,
         )
         bar = progress_bar(
-            len(self.artifacts),
+            len(wanted),
             f"replay on {target.spec[-40:]}",
             "reply",
-            initial=len(self.artifacts) - len(missing),
+            initial=len(wanted) - len(missing),
             leave=None,
         )
         count = 0

@@ -16,7 +16,7 @@ from core.store import REPLAYS, RunFolder
 from pipeline.transfer import Transfer
 from tests.test_gcg import run_attacker
 from transfer.matrix import matrix
-from transfer.replay import ReplayConfig
+from transfer.replay import ReplayConfig, sendings
 from transfer.replay import replay as replay_prompts
 
 
@@ -228,11 +228,12 @@ def test_a_prompt_that_does_not_fit_is_named_before_any_reply(qwen):
     ]
     assert qwen.positions == 512
     told = []
-    replies = replay_prompts(
-        qwen, prompts, [], ReplayConfig(4), not_sent=lambda a, error: told.append((a, str(error)))
-    )
+    config = ReplayConfig(4)
+    sent = sendings(prompts, config)
+    not_sent = lambda a, error: told.append((a, str(error)))  # noqa: E731
+    replies = replay_prompts(qwen, sent, [], config, not_sent=not_sent)
     assert [r.artifact_id for part in replies for r in part] == ["id-0"]
     (artifact, why) = told[0]
     assert artifact.artifact_id == "id-1" and "512 positions" in why and "persona b id-1" in why
     with pytest.raises(AttackPlaneError, match="too long for the model"):
-        list(replay_prompts(qwen, prompts, [], ReplayConfig(4)))
+        list(replay_prompts(qwen, sent, [], config))

@@ -40,9 +40,17 @@ class ReplayConfig:
     )
     temperature: float = setting(0.0, "0: greedy.", low=0)
     seed: int = setting(0, "Random seed of the sampling.", low=0, high=LARGEST)
+    replies: int = setting(1, "Replies to each prompt, sampled.", low=1)
 
     def __post_init__(self) -> None:
         check_settings(self, "replay")
+        if self.replies > 1 and not self.temperature:
+            raise AttackPlaneError(
+                "several greedy replies would be one and the same",
+                where="replay",
+                got=f"replies {self.replies}, temperature 0",
+                remedy="give a temperature above 0",
+            )
 
     def of(self, attack: str) -> ReplayConfig:
         """The settings for prompts of one class, with the length of its replies."""
@@ -50,18 +58,45 @@ class ReplayConfig:
             return self
         return replace(self, max_new_tokens=reply_tokens_by_class().get(attack, REPLY_TOKENS))
 
+    @property
+    def of_one(self) -> Row:
+        """What one reply depends on; how many there are is none of it."""
+        return {name: value for name, value in asdict(self).items() if name != "replies"}
 
-def replay_id(artifact: AttackArtifact, spec: str, fingerprint: str, config: ReplayConfig) -> str:
-    """Stands for one reply: prompt, target model and settings."""
-    settings = asdict(config.of(artifact.attack))
-    return content_hash([artifact.artifact_id, spec, fingerprint, settings])
+
+@dataclass(frozen=True)
+class Sending:
+    """One prompt on its way to one reply: the ``sample``-th of this prompt."""
+
+    artifact: AttackArtifact
+    sample: int = 0
+
+    def replay_id(self, spec: str, fingerprint: str, config: ReplayConfig) -> str:
+        """Stands for the reply: prompt, target model, settings and number."""
+        about = [
+            self.artifact.artifact_id,
+            spec,
+            fingerprint,
+            config.of(self.artifact.attack).of_one,
+        ]
+        return content_hash([*about, self.sample] if self.sample else about)
+
+    def seed(self, config: ReplayConfig) -> int:
+        """Of the reply's own stream, so that a resumed run draws alike."""
+        about = [config.seed, self.artifact.artifact_id]
+        return int(content_hash([*about, self.sample] if self.sample else about, 12), 16)
+
+
+def sendings(artifacts: Sequence[AttackArtifact], config: ReplayConfig) -> list[Sending]:
+    """All replies that are wanted, the first of every prompt first."""
+    return [Sending(a, sample) for sample in range(config.replies) for a in artifacts]
 
 
 @dataclass(frozen=True)
 class _Outgoing:
     """A prompt as it will be sent, and how its reply is made."""
 
-    artifact: AttackArtifact
+    sending: Sending
     text: str
     certificate: Row
     config: ReplayConfig
@@ -69,7 +104,7 @@ class _Outgoing:
 
 def _outgoing(
     renderer: Renderer,
-    artifacts: Sequence[AttackArtifact],
+    sendings: Sequence[Sending],
     config: ReplayConfig,
     not_sent: NotSent | None,
 ) -> list[_Outgoing]:
@@ -78,28 +113,40 @@ def _outgoing(
     What the template refuses, and what is too long for the model, is told to ``not_sent``.
     """
     ready = []
-    for artifact in artifacts:
-        try:
-            text = renderer.text(Conversation(artifact.prompt, system=artifact.system_prompt))
-            new = config.of(artifact.attack).max_new_tokens or REPLY_TOKENS
-            what = f"{artifact.attack} {artifact.behaviour_id} {artifact.artifact_id}"
-            renderer.require_room(len(renderer.tokenise([text])[0]), new, what)
-        except AttackPlaneError as error:
-            if not_sent is None:
-                raise
-            not_sent(artifact, error)
-            continue
-        try:
-            sent = certificate(renderer, artifact)
-        except AttackPlaneError as error:  # sent all the same, as the template makes of it
-            sent = {"sent_as_meant": False, "fault": " ".join(str(error).split())}
-        ready.append(_Outgoing(artifact, text, sent, config.of(artifact.attack)))
+    rendered: dict[str, tuple[str, Row] | None] = {}
+    for sending in sendings:
+        artifact = sending.artifact
+        if artifact.artifact_id not in rendered:
+            try:
+                own = _rendered(renderer, artifact, config)
+            except AttackPlaneError as error:
+                if not_sent is None:
+                    raise
+                not_sent(artifact, error)
+                own = None
+            rendered[artifact.artifact_id] = own
+        if sent := rendered[artifact.artifact_id]:
+            ready.append(_Outgoing(sending, *sent, config.of(artifact.attack)))
     return sorted(ready, key=lambda item: (item.config.max_new_tokens or 0, len(item.text)))
+
+
+def _rendered(
+    renderer: Renderer, artifact: AttackArtifact, config: ReplayConfig
+) -> tuple[str, Row]:
+    """The text that is sent, and its certificate."""
+    text = renderer.text(Conversation(artifact.prompt, system=artifact.system_prompt))
+    new = config.of(artifact.attack).max_new_tokens or REPLY_TOKENS
+    what = f"{artifact.attack} {artifact.behaviour_id} {artifact.artifact_id}"
+    renderer.require_room(len(renderer.tokenise([text])[0]), new, what)
+    try:
+        return text, certificate(renderer, artifact)
+    except AttackPlaneError as error:  # sent all the same, as the template makes of it
+        return text, {"sent_as_meant": False, "fault": " ".join(str(error).split())}
 
 
 def replay(
     loaded: LoadedModel,
-    artifacts: Sequence[AttackArtifact],
+    sendings: Sequence[Sending],
     judges: Sequence[Judge],
     config: ReplayConfig,
     *,
@@ -112,26 +159,36 @@ def replay(
     model, is told to it and the others go on; without it the refusal is raised.
     """
     renderer = Renderer(loaded)
-    ready = _outgoing(renderer, artifacts, config, not_sent)
-    if config.temperature > 0:  # each from a stream of its own, so that a resumed run draws alike
-        batch_size = 1
-    for part in _batches(ready, batch_size):
+    for part in _batches(_outgoing(renderer, sendings, config, not_sent), batch_size):
         texts = [item.text for item in part]
         replies = complete(
             renderer,
             texts,
             max_new_tokens=part[0].config.max_new_tokens or REPLY_TOKENS,
             temperature=config.temperature,
-            seed=int(content_hash([config.seed, part[0].artifact.artifact_id], 12), 16),
+            seed=[item.sending.seed(config) for item in part],
             batch_size=batch_size,
         )
         exchanges = [
             Exchange(a.request, reply, a.target_string, a.prompt)
-            for a, reply in zip((item.artifact for item in part), replies, strict=True)
+            for a, reply in zip((item.sending.artifact for item in part), replies, strict=True)
         ]
         judged = judge_all(judges, exchanges)
-        leanings = refusal_scores(renderer, renderer.tokenise(texts), batch_size=batch_size)
-        yield [_record(loaded, *row) for row in zip(part, replies, judged, leanings, strict=True)]
+        once = list(dict.fromkeys(texts))  # the same for all replies to one prompt
+        scores = refusal_scores(renderer, renderer.tokenise(once), batch_size=batch_size)
+        leanings = dict(zip(once, scores, strict=True))
+        yield [
+            record_of(
+                item.sending,
+                (loaded.spec, loaded.fingerprint),
+                config,
+                reply,
+                said,
+                item.certificate,
+                leanings[item.text],
+            )
+            for item, reply, said in zip(part, replies, judged, strict=True)
+        ]
 
 
 def _batches(items: Sequence[_Outgoing], size: int) -> Iterator[list[_Outgoing]]:
@@ -142,27 +199,31 @@ def _batches(items: Sequence[_Outgoing], size: int) -> Iterator[list[_Outgoing]]
             yield same[start : start + size]
 
 
-def _record(
-    loaded: LoadedModel,
-    item: _Outgoing,
+def record_of(
+    sending: Sending,
+    target: tuple[str, str],
+    config: ReplayConfig,
     reply: str,
     judged: Judgement,
-    leaning: RefusalScore,
+    sent: Row,
+    leaning: RefusalScore | None = None,
 ) -> Replay:
-    artifact, config = item.artifact, item.config
+    """A reply as it is kept; ``target`` is its spec and fingerprint, ``sent`` the certificate."""
+    artifact, own = sending.artifact, config.of(sending.artifact.attack)
     return Replay(
-        replay_id=replay_id(artifact, loaded.spec, loaded.fingerprint, config),
+        replay_id=sending.replay_id(*target, config),
         artifact_id=artifact.artifact_id,
         behaviour_id=artifact.behaviour_id,
         attack=artifact.attack,
         source_model=artifact.source_model,
-        target_model=loaded.spec,
+        target_model=target[0],
         reply=reply,
         judgements=judged.scores,
         jailbroken=judged.jailbroken,
-        config_hash=content_hash(asdict(config)),
-        certificate=item.certificate,
+        config_hash=content_hash(own.of_one),
+        certificate=sent,
         outcome=judged.outcome,
-        d=leaning.d,
-        log_odds=leaning.log_odds,
+        d=leaning.d if leaning else None,
+        log_odds=leaning.log_odds if leaning else None,
+        sample=sending.sample,
     )

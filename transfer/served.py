@@ -6,7 +6,6 @@ Outcome D, the refusal log-odds and, in the certificate, what the server does no
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 
 from core.generate import BATCH
 from core.models import LoadedModel
@@ -14,7 +13,7 @@ from core.records import AttackArtifact, Replay, content_hash
 from core.rows import Row
 from core.served import Answer, Question, Server
 from evaluation.judges import Exchange, Judge, judge_all
-from transfer.replay import REPLY_TOKENS, NotSent, ReplayConfig, replay, replay_id
+from transfer.replay import REPLY_TOKENS, NotSent, ReplayConfig, Sending, record_of, replay
 
 SEEDS = 2**31
 """Servers take a seed of 32 bits."""
@@ -22,46 +21,44 @@ SEEDS = 2**31
 
 def replay_served(
     server: Server,
-    artifacts: Sequence[AttackArtifact],
+    sendings: Sequence[Sending],
     judges: Sequence[Judge],
     config: ReplayConfig,
     *,
     not_sent: NotSent | None = None,
 ) -> Iterator[list[Replay]]:
     """Replies to all prompts as they come; see ``transfer/replay.py``."""
-    for answers in server.ask_all(_question(artifact, config) for artifact in artifacts):
-        answered: list[tuple[AttackArtifact, Answer]] = []
+    target = server.spec, server.fingerprint
+    for answers in server.ask_all(_question(sending, config) for sending in sendings):
+        answered: list[tuple[Sending, Answer]] = []
         for number, answer in answers:
             if isinstance(answer, Answer):
-                answered.append((artifacts[number], answer))
+                answered.append((sendings[number], answer))
             elif not_sent is None:
                 raise answer
             else:
-                not_sent(artifacts[number], answer)
-        exchanges = [Exchange(a.request, r.text, a.target_string, a.prompt) for a, r in answered]
+                not_sent(sendings[number].artifact, answer)
+        exchanges = [
+            Exchange(a.request, answer.text, a.target_string, a.prompt)
+            for a, answer in ((sending.artifact, answer) for sending, answer in answered)
+        ]
         judged = judge_all(judges, exchanges) if exchanges else []
         yield [
-            Replay(
-                replay_id=replay_id(artifact, server.spec, server.fingerprint, config),
-                artifact_id=artifact.artifact_id,
-                behaviour_id=artifact.behaviour_id,
-                attack=artifact.attack,
-                source_model=artifact.source_model,
-                target_model=server.spec,
-                reply=answer.text,
-                judgements=said.scores,
-                jailbroken=said.jailbroken,
-                config_hash=content_hash(asdict(config.of(artifact.attack))),
-                certificate=served_certificate(artifact, answer),
-                outcome=said.outcome,
+            record_of(
+                sending,
+                target,
+                config,
+                answer.text,
+                said,
+                served_certificate(sending.artifact, answer),
             )
-            for (artifact, answer), said in zip(answered, judged, strict=True)
+            for (sending, answer), said in zip(answered, judged, strict=True)
         ]
 
 
 def replies_of(
     target: LoadedModel | Server,
-    artifacts: Sequence[AttackArtifact],
+    sendings: Sequence[Sending],
     judges: Sequence[Judge],
     config: ReplayConfig,
     *,
@@ -70,18 +67,19 @@ def replies_of(
 ) -> Iterator[list[Replay]]:
     """Replies of a model that is here, or of a served one."""
     if isinstance(target, Server):
-        return replay_served(target, artifacts, judges, config, not_sent=not_sent)
-    return replay(target, artifacts, judges, config, batch_size=batch_size, not_sent=not_sent)
+        return replay_served(target, sendings, judges, config, not_sent=not_sent)
+    return replay(target, sendings, judges, config, batch_size=batch_size, not_sent=not_sent)
 
 
-def _question(artifact: AttackArtifact, config: ReplayConfig) -> Question:
+def _question(sending: Sending, config: ReplayConfig) -> Question:
+    artifact = sending.artifact
     own = config.of(artifact.attack)
     system = [("system", artifact.system_prompt)] if artifact.system_prompt else []
     return Question(
         [*system, ("user", artifact.prompt)],
         own.max_new_tokens or REPLY_TOKENS,
         own.temperature,
-        int(content_hash([own.seed, artifact.artifact_id], 12), 16) % SEEDS,
+        sending.seed(config) % SEEDS,
     )
 
 

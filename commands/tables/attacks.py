@@ -128,6 +128,12 @@ def matrix_table(cells: Sequence[Cell]) -> str:
     def gain(c: Cell) -> str:
         return "" if c.gain is None else f"{c.gain:+.2f} {ends(c.gain_bootstrap, '.2f')}"
 
+    def at_k(c: Cell) -> str:
+        if not c.at_k:
+            return ""
+        last = c.at_k[-1]
+        return f"{last['asr']:.2f} {ends(last['bootstrap'], '.2f')} at {last['k']}"
+
     def notes(c: Cell) -> str:
         faults = [f"{c.missing} missing"] if c.missing else []
         if c.sent_as_meant is not None and c.sent_as_meant < c.replays:
@@ -142,6 +148,7 @@ def matrix_table(cells: Sequence[Cell]) -> str:
         ("n", lambda c: f"{c.judged}/{c.replays}"),
         ("ASR, Wilson", success),
         ("corrected", corrected),
+        *([("one of k replies", at_k)] if any(c.at_k for c in cells) else []),
         ("refused", share("refused")),
         ("neither", share("neither")),
         ("D", lambda c: "" if c.d is None else f"{c.d:+.2f}"),
