@@ -64,9 +64,8 @@ def export(
         text = exporter.harmbench(chosen)
     else:
         on = target or (chosen[0].source_model if chosen else None)
-        verdicts = {
-            r.artifact_id: r.jailbroken for r in first_replies(folder) if r.target_model == on
-        }
+        replies = first_replies(folder)
+        verdicts = {r.artifact_id: r.jailbroken for r in replies if r.target_model == on}
         attacked = {a.behaviour_id for a in artifacts_of(folder)}
         behaviours = {k: b for k, b in folder.behaviours().items() if k in attacked}
         text = exporter.jailbreakbench(chosen, behaviours, verdicts, target=target)

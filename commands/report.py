@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,6 +12,9 @@ from commands.options import RUN
 from commands.output import echo_table, json_option
 from core.errors import AttackPlaneError
 from core.rows import Row
+
+if TYPE_CHECKING:
+    from core.records import Replay
 
 
 @click.command()
@@ -32,14 +37,16 @@ def report(run: Path, attack: str | None, target: str | None, prompts: bool) -> 
     """
     from commands.tables.attacks import certificates_table
     from core.store import RunFolder
-    from pipeline.runs import replays_of
+    from pipeline.runs import each_replay
 
-    replays = [
-        r
-        for r in replays_of(RunFolder.existing(run))
-        if attack in (None, r.attack) and target in (None, r.target_model)
-    ]
-    if not replays:
+    folder = RunFolder.existing(run)
+
+    def chosen() -> Iterator[Replay]:
+        for r in each_replay(folder):
+            if r.certificate and attack in (None, r.attack) and target in (None, r.target_model):
+                yield r
+
+    if next(chosen(), None) is None:
         raise AttackPlaneError(
             "no replays to report on",
             where=run,
@@ -47,10 +54,10 @@ def report(run: Path, attack: str | None, target: str | None, prompts: bool) -> 
             remedy="see the run's attacks and targets with show, or replay its prompts first",
         )
     names = ("artifact_id", "behaviour_id", "attack", "source_model", "target_model")
-    rows = [{n: getattr(r, n) for n in names} | r.certificate for r in replays if r.certificate]
-    echo_table(certificates_table, replays, rows=rows)
-    for r in replays:
-        if prompts and r.certificate and r.certificate["sent_as_meant"] is False:
+    rows = ({n: getattr(r, n) for n in names} | r.certificate for r in chosen())
+    echo_table(certificates_table, chosen(), rows=rows)
+    for r in chosen() if prompts else ():
+        if r.certificate["sent_as_meant"] is False:
             where = f"{r.artifact_id}  {r.attack}  {r.behaviour_id}  {r.target_model}"
             click.echo(f"{where}: {difference(r.certificate)}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
@@ -29,7 +30,28 @@ def from_values(cls: type[T], values: Row, where: str, *, of: str = "setting") -
         AttackPlaneError: an unknown field (the nearest known one is named), a missing one, a value
             of a wrong type, or one that the class itself refuses.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    checked = _checked_at_once(cls, values)
+    if checked is None:  # something is wrong: what?
+        checked = _checked_one_by_one(cls, values, where, of)
+    try:
+        return cls(**checked)
+    except AttackPlaneError as error:
+        raise error.at(where) from error
+
+
+def _checked_at_once(cls: Any, values: Row) -> Row | None:
+    """The values, if all are of their types; None where one is not, is unknown or lacks.
+
+    Rows come by the million, and one call takes a fifth of the time of one for each field.
+    """
+    try:
+        return dict(_whole(cls)(values, strict=True))
+    except ValueError:  # pydantic's ValidationError is one
+        return None
+
+
+def _checked_one_by_one(cls: type[Any], values: Row, where: str, of: str) -> Row:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
             raise AttackPlaneError(
@@ -41,11 +63,7 @@ def from_values(cls: type[T], values: Row, where: str, *, of: str = "setting") -
         raise AttackPlaneError(
             f"lacks {', '.join(missing)}", where=where, got=sorted(values) or "{}"
         )
-    checked = {name: _checked(cls, name, value, where) for name, value in values.items()}
-    try:
-        return cls(**checked)
-    except AttackPlaneError as error:
-        raise error.at(where) from error
+    return {name: _checked(cls, name, value, where) for name, value in values.items()}
 
 
 def _checked(cls: Any, name: str, value: Any, where: str) -> Any:
@@ -61,6 +79,21 @@ def _checked(cls: Any, name: str, value: Any, where: str) -> Any:
         raise AttackPlaneError(
             f"{place}: {first['msg'].lower()}", where=where, got=repr(first["input"])[:200]
         ) from None
+
+
+@cache
+def _whole(cls: Any) -> Callable[..., Row]:
+    """Checks all fields of a class in one call. Lists that stand for tuples are not taken."""
+    from pydantic_core import CoreConfig, SchemaValidator, core_schema
+
+    needed = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is MISSING}
+    fields = {
+        name: core_schema.typed_dict_field(adapter.core_schema, required=name in needed)
+        for name, adapter in _adapters(cls).items()
+    }
+    config = CoreConfig(allow_inf_nan=False, strict=True)
+    schema = core_schema.typed_dict_schema(fields, extra_behavior="forbid", config=config)
+    return SchemaValidator(schema).validate_python
 
 
 @cache

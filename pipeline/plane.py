@@ -30,7 +30,7 @@ from pipeline.contrast_reading import rendered
 from pipeline.directions_files import directions_path, load_directions
 from pipeline.plain import add_plain_requests
 from pipeline.plane_files import export
-from pipeline.runs import artifacts_of, check_specs, first_replies, replays_of, write_rows
+from pipeline.runs import artifacts_of, check_specs, each_replay, first_replies, write_rows
 from pipeline.trajectories import trajectory_rows
 from plots import plane_html, plane_png, trajectories_png
 
@@ -105,7 +105,7 @@ class PlaneStage:
         self.run, self.config, self.result = run, config, PlaneResult()
         add_plain_requests(run)  # displacements are measured from them
         self.artifacts = artifacts_of(run)
-        replayed = dict.fromkeys(r.target_model for r in replays_of(run))
+        replayed = dict.fromkeys(r.target_model for r in each_replay(run))
         self.targets = list(targets or (spec for spec in replayed if not is_served(spec)))
         if not self.targets:
             raise AttackPlaneError(
@@ -151,7 +151,7 @@ class PlaneStage:
                 [m.fingerprint for m in models],
                 [note.get("made_from") for note in notes],
                 [a.artifact_id for a in self.artifacts],
-                [(r.replay_id, r.jailbroken) for r in replays_of(self.run)],
+                [(r.replay_id, r.jailbroken) for r in each_replay(self.run)],
                 [b.request for b in self.anchors],
             ]
         )
@@ -176,8 +176,8 @@ class PlaneStage:
         self._begin(model)
         renderer = Renderer(model.loaded)
         prompts, infos = self._rendered(renderer)
-        replays = [r for r in first_replies(self.run) if r.target_model == spec]
-        verdicts = {r.artifact_id: r.jailbroken for r in replays}
+        replies = first_replies(self.run)
+        verdicts = {r.artifact_id: r.jailbroken for r in replies if r.target_model == spec}
         judged = [replace(i, jailbroken=verdicts.get(i.prompt_id)) for i in infos]
         others, wrappers = self._counterparts(renderer, infos)
         ids = [i.prompt_id for i in infos] + [f"counterpart {n}" for n in range(len(others))]

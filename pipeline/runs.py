@@ -36,9 +36,9 @@ def replays_of(run: RunFolder) -> list[Replay]:
     return list(each_replay(run))
 
 
-def first_replies(run: RunFolder) -> list[Replay]:
+def first_replies(run: RunFolder) -> Iterator[Replay]:
     """One reply to each prompt: the first, where prompts have several."""
-    return [r for r in each_replay(run) if r.sample == 0]
+    return (r for r in each_replay(run) if r.sample == 0)
 
 
 def each_replay(run: RunFolder) -> Iterator[Replay]:

@@ -15,7 +15,7 @@ from core.store import REPLAYS, RunFolder
 from evaluation.judges import Judge, judge_kind, make_judge
 from pipeline.matrices import TRANSFER, error_notes, labels_of, write_matrix
 from pipeline.plain import add_plain_requests
-from pipeline.runs import artifacts_of, check_specs, replays_of
+from pipeline.runs import artifacts_of, check_specs, each_replay
 from transfer.agreement import Agreement, agreements
 from transfer.matrix import Cell
 from transfer.replay import NotSent, ReplayConfig, sendings
@@ -134,7 +134,7 @@ def transfer(
         for spec in targets:
             stage.replay_on(open_model(spec), not_sent)
         result.cells = write_matrix(run)
-        result.agreements = agreements(replays_of(run), labels_of(run))
+        result.agreements = agreements(each_replay(run), labels_of(run))
         result.notes += error_notes(run)
     return result
 

@@ -30,7 +30,7 @@ from pipeline.contrast_reading import contrast_set
 from pipeline.directions import begin_directions
 from pipeline.matrices import TRANSFER, labels_of, write_matrix
 from pipeline.plane import PlaneConfig, PlaneStage
-from pipeline.runs import artifacts_of, check_specs, first_replies, replays_of, write_rows
+from pipeline.runs import artifacts_of, check_specs, each_replay, first_replies, write_rows
 from pipeline.transfer import Transfer
 from plots import claims_png
 from study.claims.evidence import CONTROLS, Evidence
@@ -209,7 +209,7 @@ class _Claims:
             if (p.target, p.kind, p.frame) == (spec, "attack", "own") and p.behaviour_id not in out
         ]
         artifacts = [a for a in artifacts_of(self.run) if a.behaviour_id not in out]
-        return artifacts, first_replies(self.run), own
+        return artifacts, list(first_replies(self.run)), own
 
     def _not_sent(self, artifact: AttackArtifact, error: Exception) -> None:
         what = f"{artifact.attack} {artifact.behaviour_id} {artifact.artifact_id}"
@@ -220,7 +220,7 @@ class _Claims:
         result, path = self.result, self.run.path
         if self.plane:
             result.matrix = write_matrix(self.run)
-            result.agreements = agreements(replays_of(self.run), labels_of(self.run))
+            result.agreements = agreements(each_replay(self.run), labels_of(self.run))
             self.plane.write(models)
             result.notes += self.plane.result.notes
         measured = {(c.number, c.model) for c in result.claims}

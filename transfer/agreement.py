@@ -7,7 +7,8 @@ of success by -D. Intervals resample behaviours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,23 +34,16 @@ class Agreement:
 
 
 def agreements(
-    replays: Sequence[Replay], labels: Mapping[str, str], *, seed: int = 0
+    replays: Iterable[Replay], labels: Mapping[str, str], *, seed: int = 0
 ) -> list[Agreement]:
     """One row per target that has judged replies with D."""
-    rows = []
-    for target in dict.fromkeys(r.target_model for r in replays):
-        here = [
-            r
-            for r in replays
-            if r.target_model == target
-            and r.d is not None
-            and r.jailbroken is not None
-            and labels.get(r.behaviour_id, HARMFUL) == HARMFUL
-        ]
-        if here:
-            cells = [(float(r.d or 0.0), bool(r.jailbroken), r.behaviour_id) for r in here]
-            rows.append(agreement_of(target, cells, seed=seed))
-    return rows
+    cells: dict[str, list[tuple[float, bool, str]]] = {}
+    for r in replays:
+        own = cells.setdefault(r.target_model, [])
+        harmful = labels.get(r.behaviour_id, HARMFUL) == HARMFUL
+        if harmful and r.d is not None and r.jailbroken is not None:
+            own.append((r.d, r.jailbroken, sys.intern(r.behaviour_id)))
+    return [agreement_of(target, own, seed=seed) for target, own in cells.items() if own]
 
 
 def agreement_of(

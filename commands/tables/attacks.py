@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from commands.tables.layout import Columns, ends, text_of
@@ -221,43 +223,63 @@ def pivot_table(cells: Sequence[Cell], *, corrected: bool = False) -> str:
     return text_of(columns, rows.values())
 
 
-def certificates_table(replays: Sequence[Replay]) -> str:
+@dataclass
+class Certificates:
+    """What the certificates of one cell say together."""
+
+    replays: int = 0
+    true: Counter[str] = field(default_factory=Counter)
+    known: Counter[str] = field(default_factory=Counter)
+    tokens: tuple[int, int] | None = None
+    hashes: dict[str, set[str]] = field(default_factory=dict)
+
+    def add(self, certificate: Row) -> None:
+        self.replays += 1
+        for name, value in certificate.items():
+            if isinstance(value, bool):
+                self.true[name] += value
+                self.known[name] += 1
+            elif name == "content_tokens" and value is not None:
+                low, high = self.tokens or (value, value)
+                self.tokens = min(low, value), max(high, value)
+        for name in ("template_hash", "system_prompt_hash"):
+            self.hashes.setdefault(name, set()).add((certificate.get(name) or "none")[:8])
+
+
+def certificates_table(replays: Iterable[Replay]) -> str:
     """The transfer report: per attack, source and target, whether the source's prompt was sent."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str], Certificates] = {}
     for r in replays:
         if r.certificate:
             key = (r.attack, r.source_model, r.target_model)
-            groups.setdefault(key, []).append(r.certificate)
+            groups.setdefault(key, Certificates()).add(r.certificate)
 
     def share(name: str) -> Callable[[Any], str]:
-        def fill(item: tuple[Any, list[Row]]) -> str:
-            known = [c[name] for c in item[1] if c.get(name) is not None]
-            return f"{sum(known)}/{len(known)}" if known else "not known"
+        def fill(item: tuple[Any, Certificates]) -> str:
+            known = item[1].known[name]
+            return f"{item[1].true[name]}/{known}" if known else "not known"
 
         return fill
 
-    def tokens(item: tuple[Any, list[Row]]) -> str:
-        counts = [c["content_tokens"] for c in item[1] if c.get("content_tokens") is not None]
-        return f"{min(counts)} to {max(counts)}" if counts else "not known"
+    def tokens(item: tuple[Any, Certificates]) -> str:
+        ends = item[1].tokens
+        return f"{ends[0]} to {ends[1]}" if ends else "not known"
 
-    def hashes(name: str, length: int) -> Callable[[Any], str]:
-        def fill(item: tuple[Any, list[Row]]) -> str:
-            return ", ".join(sorted({(c.get(name) or "none")[:length] for c in item[1]}))
-
-        return fill
+    def hashes(name: str) -> Callable[[Any], str]:
+        return lambda item: ", ".join(sorted(item[1].hashes[name]))
 
     columns: Columns = [
         ("attack", lambda item: item[0][0]),
         ("source", lambda item: item[0][1]),
         ("target", lambda item: item[0][2]),
-        ("replays", lambda item: str(len(item[1]))),
+        ("replays", lambda item: str(item[1].replays)),
         ("as meant", share("sent_as_meant")),
         ("verbatim", share("verbatim")),
         ("same ids", share("same_ids")),
         ("same vocabulary", share("same_vocabulary")),
         ("same template", share("same_template")),
         ("content tokens", tokens),
-        ("template", hashes("template_hash", 8)),
-        ("system prompt", hashes("system_prompt_hash", 8)),
+        ("template", hashes("template_hash")),
+        ("system prompt", hashes("system_prompt_hash")),
     ]
     return text_of(columns, groups.items())

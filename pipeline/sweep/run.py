@@ -28,7 +28,7 @@ from pipeline.campaign import Cells, Plan, make_bench
 from pipeline.directions import begin_directions, directions
 from pipeline.matrices import MATRIX, error_notes, labels_of, write_matrix
 from pipeline.plane import plane
-from pipeline.runs import replays_of
+from pipeline.runs import each_replay
 from pipeline.sweep.config import SweepConfig, behaviours_of
 from pipeline.sweep.plan import Part, Step, attack_steps, total_seconds
 from pipeline.sweep.shards import Shard
@@ -74,7 +74,7 @@ def sweep(
             work.import_prompts()
             work.replay()
             result.matrix = write_matrix(run, [parse_spec(spec).text for spec in config.targets])
-            result.agreements = agreements(replays_of(run), labels_of(run))
+            result.agreements = agreements(each_replay(run), labels_of(run))
         if config.targets_here and not shard:
             work.plane()
     work.failures.close()
