@@ -144,6 +144,8 @@ class Cells:
 
     def __init__(self, run: RunFolder, plan: Plan, bench: Workbench) -> None:
         self.run, self.plan, self.bench = run, plan, bench
+        self.done: Row = {}
+        """The run's prompts by id, while they are added to."""
 
     @property
     def name(self) -> str:
@@ -220,7 +222,7 @@ class Cells:
                 remedy="add a column target ('Sure, here is ...') to the behaviours file",
             )
         self.run.note_behaviours(behaviours)
-        done = {row["artifact_id"]: row for row in self.run.rows(ATTACKS_FILE)}
+        done = self.done = {row["artifact_id"]: row for row in self.run.rows(ATTACKS_FILE)}
         missing = self.missing(behaviours, done)
         steps = attack.steps(self.plan.config)
         bar = progress_bar(

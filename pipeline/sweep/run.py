@@ -6,7 +6,6 @@ its reason, shown as missing in the matrix, and tried again by the same command.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +14,9 @@ from functools import partial
 from pathlib import Path
 
 from core.errors import AttackPlaneError
-from core.files import write_atomically
 from core.models import ModelHandle, OpenModel
 from core.progress import bar as progress_bar
 from core.records import NO_SOURCE, AttackArtifact, Behaviour
-from core.rows import Row
 from core.specs import parse_spec
 from core.store import ATTACKS, FAILURES, RunFolder
 from interchange.foreign import Hints
@@ -28,7 +25,7 @@ from pipeline.campaign import Cells, Plan, make_bench
 from pipeline.directions import begin_directions, directions
 from pipeline.matrices import MATRIX, error_notes, labels_of, write_matrix
 from pipeline.plane import plane
-from pipeline.runs import each_replay
+from pipeline.runs import each_replay, write_rows
 from pipeline.sweep.config import SweepConfig, behaviours_of
 from pipeline.sweep.plan import Part, Step, attack_steps, total_seconds
 from pipeline.sweep.shards import Shard
@@ -84,19 +81,16 @@ def sweep(
 
 
 class Failures:
-    """Cells that failed, with their reason. A cell's row stays until it is tried again."""
+    """Cells that failed, with their reason. A cell's row stays until all have been tried again."""
 
     def __init__(self, run: RunFolder) -> None:
-        self.path = run.path / FAILURES
-        self.before = run.rows(FAILURES)
+        self.run = run
         self.rows: list[dict[str, str]] = []
 
     def note(self, stage: str, error: Exception, **cell: str) -> None:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        row = {"stage": stage, **cell}
-        self.rows.append({**row, "reason": reason})
-        self.before = [r for r in self.before if {**r, "reason": ""} != {**row, "reason": ""}]
-        self._write([*self.rows, *self.before])
+        self.rows.append({"stage": stage, **cell, "reason": reason})
+        self.run.append(FAILURES, self.rows[-1])
         log.warning("%s failed: %s; %s", stage, ", ".join(cell.values()), reason[:200])
 
     @contextmanager
@@ -109,11 +103,7 @@ class Failures:
 
     def close(self) -> None:
         """All cells have been tried: what failed now is what is left."""
-        self.before = []
-        self._write(self.rows)
-
-    def _write(self, rows: list[Row]) -> None:
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(self.run.path / FAILURES, self.rows)
 
 
 class Progress:
@@ -228,15 +218,15 @@ class Sweep:
         """One attack on all behaviours; what fails is noted cell by cell."""
 
         def failed(behaviour: Behaviour, error: Exception) -> None:
-            done = set(self.run.each(ATTACKS, "artifact_id"))
             for name, variant in cells.keys(behaviour):
-                if cells.artifact_id(behaviour, (name, variant)) not in done:
+                if cells.artifact_id(behaviour, (name, variant)) not in cells.done:
                     cell = {"attack": name, "source": source}
                     cell |= {"behaviour": behaviour.behaviour_id}
                     cell |= {"variant": variant} if variant else {}
                     self.failures.note("attack", error, **cell)
 
         fit = cells.fitting()
+        cells.done = dict.fromkeys(self.run.each(ATTACKS, "artifact_id"))
         for behaviour in self.behaviours:
             if behaviour not in fit:
                 failed(behaviour, AttackPlaneError("no target string"))
