@@ -42,6 +42,8 @@ TO_ALL = (401, 403, 404)
 """Refusals that every other question would get too."""
 BUSY = (408, 409, 425, 429)
 """Refusals that a later try may not get."""
+NEWER_LENGTH = "max_completion_tokens"
+"""What newer servers call the length of a reply; they say so when they refuse ``max_tokens``."""
 PAUSE, LONGEST_PAUSE = 0.5, 60.0
 """Seconds before the second try, twice as many before each further one; and at most."""
 T = TypeVar("T")
@@ -246,14 +248,14 @@ class Server:
             except Unanswered:
                 self._takes_ids = False
         said = [{"role": role, "content": text} for role, text in question.messages]
-        body = {"messages": said, self._length_name: question.max_new_tokens, **settings}
+        named = self._length_name
+        body = {"messages": said, named: question.max_new_tokens, **settings}
         try:
             return self._post("/chat/completions", body, self._answer)
         except Unanswered as error:
-            newer = "max_completion_tokens"
-            if newer not in str(error) or self._length_name == newer:
+            if NEWER_LENGTH not in str(error) or named == NEWER_LENGTH:
                 raise
-            self._length_name = newer
+            self._length_name = NEWER_LENGTH
             return self.ask(question)
 
     def _ids(self, question: Question) -> list[int] | None:
@@ -288,6 +290,7 @@ class Server:
 
     def _post(self, path: str, body: Row, read: Callable[[Any], T], tries: int | None = None) -> T:
         """What ``read`` makes of the answer, after as many tries as it takes."""
+        client = self._client  # which says how to install what is missing
         import openai
 
         fault: object = None
@@ -299,7 +302,7 @@ class Server:
             self._wait_for_turn()
             try:
                 whole = {"model": self.parsed.model, **body}
-                said: Any = self._client.post(path, body=whole, cast_to=object)
+                said: Any = client.post(path, body=whole, cast_to=object)
                 return read(json.loads(said) if isinstance(said, str) else said)
             except openai.APIStatusError as error:
                 fault = f"HTTP {error.status_code}: {error.response.text[:200]}"
@@ -335,6 +338,7 @@ REMEDY = "check address, model name and OPENAI_API_KEY; the same command goes on
 def _seconds(header: str | None) -> float:
     """Of a Retry-After header; 0 where it says none, or a date."""
     try:
-        return float(header or 0)
+        seconds = float(header or 0)
     except ValueError:
         return 0.0
+    return seconds if seconds > 0 else 0.0

@@ -202,6 +202,12 @@ def test_the_key_goes_to_this_machine_or_over_https_only(monkeypatch):
         assert Server(f"{url}#m")._client.api_key == key
 
 
+def test_without_the_client_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(AttackPlaneError, match=r"attack-plane\[servers\]"):
+        Server("http://127.0.0.1:9/v1#m").ask(questions(1)[0])
+
+
 # --- token ids ------------------------------------------------------------------------------------
 def test_a_server_that_tokenises_is_sent_ids_and_they_certify_the_prompt(tmp_path, qwen):
     """vLLM's two paths, spoken by a stand-in that renders with the tiny model's own tokenizer."""
