@@ -91,7 +91,9 @@ def import_(
         raise AttackPlaneError(
             "nothing was imported",
             where=file,
-            remedy="see the reasons above, and whether --format and --behaviours fit the file",
+            remedy="see the reasons above, and whether --format and --behaviours fit the file"
+            if result.lines()[1:]
+            else f"it holds no rows of the format {kind}",
         )
 
 
@@ -102,9 +104,10 @@ def columns_of(pairs: tuple[str, ...]) -> dict[str, str]:
     columns = {}
     for pair in pairs:
         field, _, key = pair.partition("=")
-        if field not in FIELDS or not key.strip():
+        if field in columns or field not in FIELDS or not key.strip():
             raise click.BadParameter(
-                f"{pair!r}: expected FIELD=KEY with one of {', '.join(FIELDS)}", param_hint="--map"
+                f"{pair!r}: expected FIELD=KEY, each once, with one of {', '.join(FIELDS)}",
+                param_hint="--map",
             )
         columns[field] = key.strip()
     return columns

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from core.errors import AttackPlaneError
 from core.rows import Row
@@ -16,6 +17,37 @@ log = logging.getLogger(__name__)
 ANEW = "delete it; the same command makes it anew"
 MOST = 64 * 2**20
 """Bytes of a JSON object, or of one line: a larger one is no settings file and no row."""
+
+
+MEND = "mend or remove that line; what a command made, the same command makes anew"
+
+
+def json_once(text: str) -> Any:
+    """JSON of a user's file, in which no object says a key twice.
+
+    Raises:
+        ValueError: no JSON, or a key that stands twice.
+        RecursionError: too deep.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> Row:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"the key {twice!r} stands twice in one object")
+        return row
+
+    return json.loads(text, object_pairs_hook=once)
+
+
+def refuse_twice(names: Sequence[str] | None, where: object) -> None:
+    """Refuse a header that says a column twice: only one of the two would be read."""
+    twice = {name for name in names or () if (names or ()).count(name) > 1}
+    if twice:
+        raise AttackPlaneError(
+            "two columns of one name", where=where, got=", ".join(sorted(map(str, twice)))
+        )
 
 
 def require_regular(path: Path, most: int | None = None) -> None:
@@ -145,7 +177,7 @@ def each_row(path: Path, *, repair: bool = False) -> Iterator[tuple[int, Row]]:
                     "a line is too long",
                     where=f"{path}, line {number}",
                     got=f"more than {MOST / 2**20:.0f} MiB",
-                    remedy="remove that line; its row is made anew by the same command",
+                    remedy=MEND,
                 )
             if not line.endswith(b"\n") and not is_row(line):
                 _warn_of_torn(path, line)
@@ -161,14 +193,14 @@ def row_of_line(line: bytes, where: str) -> Row:
             "a line is not JSON",
             where=where,
             got=f"{line[:80]!r} ({error})",
-            remedy="remove that line; its row is made anew by the same command",
+            remedy=MEND,
         ) from error
     if not isinstance(row, dict):
         raise AttackPlaneError(
             "a line is not a JSON object",
             where=where,
             got=repr(line[:80]),
-            remedy="remove that line; its row is made anew by the same command",
+            remedy=MEND,
         )
     return row
 

@@ -92,9 +92,13 @@ def parse_server(text: str) -> ServerSpec:
             number = float(value) if key not in ("at_once", "tries") else int(value)
         except ValueError:
             number = -1
-        if key not in OPTIONS or not (0 < number < 1e6 or (number == 0 and key in MAY_BE_ZERO)):
+        if (
+            key in options
+            or key not in OPTIONS
+            or not (0 < number < 1e6 or (number == 0 and key in MAY_BE_ZERO))
+        ):
             raise AttackPlaneError(
-                "no option of a server, or no number that it takes",
+                "no option of a server, one given twice, or no number that it takes",
                 where=f"model spec {text!r}",
                 got=pair,
                 remedy=f"options: {', '.join(OPTIONS)}; numbers above 0",

@@ -64,6 +64,8 @@ def parse_spec(text: str) -> ModelSpec:
         key, _, value = pair.partition("=")
         if (key, value) != ("load", "4bit") and not (key == "dtype" and value in PRECISIONS):
             raise fault("unknown option", pair)
+        if key in options:
+            raise fault("an option that is given twice", key)
         options[key] = value
     base, plus, adapter = (rest, "", "") if Path(rest).is_dir() else rest.partition("+")
     if plus and not any((Path(adapter) / name).is_file() for name in ADAPTERS):

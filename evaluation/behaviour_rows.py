@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import AttackPlaneError
+from core.files import MOST, json_once, refuse_twice
 from core.records import (
     HARMFUL,
     HARMLESS,
@@ -24,6 +24,7 @@ from core.records import (
     content_hash,
 )
 from core.rows import Row
+from core.text import is_text
 
 REQUEST_COLUMNS = (
     *("request", "goal", "behavior", "behaviour", "prompt"),
@@ -42,6 +43,7 @@ HEADERS = (
 )
 """Headers of JailbreakBench's two files and of HarmBench's, with the label of their rows."""
 log = logging.getLogger(__name__)
+csv.field_size_limit(MOST)  # prompts are longer than the module's own limit
 
 Numbered = list[tuple[int, Row]]
 
@@ -50,6 +52,7 @@ def read_csv(text: str, path: Path) -> Numbered:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: Numbered = []
     try:
+        refuse_twice(reader.fieldnames, path)
         for row in reader:
             # the reader stands at the row's last line; line breaks inside quotes lie before it
             breaks = sum(value.count("\n") for value in row.values() if isinstance(value, str))
@@ -71,14 +74,16 @@ def read_csv(text: str, path: Path) -> Numbered:
 
 def read_json(text: str, path: Path) -> Numbered:
     try:
-        content = json.loads(text)
+        content = json_once(text)
     except (ValueError, RecursionError) as error:
         raise AttackPlaneError("not a JSON file", where=path, got=error) from error
     if isinstance(content, dict) and len(content) == 1:
         content = next(iter(content.values()))
     if not isinstance(content, list):
         raise AttackPlaneError(
-            "expected a list of objects or of strings", where=path, got=type(content).__name__
+            "expected a list of objects or of strings, or an object with one such list in it",
+            where=path,
+            got=text[:80],
         )
     return [
         (number, row if isinstance(row, dict) else {"request": row})
@@ -91,7 +96,7 @@ def read_jsonl(text: str, path: Path) -> Numbered:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                row = json.loads(line)
+                row = json_once(line)
             except (ValueError, RecursionError) as error:
                 raise AttackPlaneError(
                     "a line is not JSON", where=f"{path}, line {number}", got=error
@@ -202,9 +207,13 @@ class _Rows:
         """The behaviour of a row; None for a fault, or a duplicate that is merged."""
         request = row.get(self.request_column)
         if not isinstance(request, str) or not request.strip():
-            self.fault(line, "empty request")
+            empty = request is None or isinstance(request, str)
+            self.fault(line, "empty request" if empty else f"{request!r} is no text")
             return None
         request = request.strip()
+        if not is_text(request, _value(row, TARGET_COLUMNS), _value(row, ID_COLUMNS)):
+            self.fault(line, "half of a surrogate pair, which is no Unicode text")
+            return None
         if request in self.lines:
             same = f"the same request as {self.unit} {self.lines[request]}"
             if self.merge_duplicates:

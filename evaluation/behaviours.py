@@ -203,6 +203,10 @@ def read_file(
     path: Path, label: str | None, *, benchmark: str | None = None, merge_duplicates: bool = False
 ) -> list[Behaviour]:
     """Behaviours of one file, by its ending; ``label``: of rows without one."""
+    if path.is_dir():
+        raise AttackPlaneError(
+            "a folder, no behaviours file", where=path, remedy="name a .csv, .json, .jsonl or .txt"
+        )
     readers = {".csv": read_csv, ".json": read_json, ".jsonl": read_jsonl, ".txt": read_txt}
     reader = readers.get(path.suffix.lower())
     if reader is None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
+from core.files import json_once
 from core.rows import Row
 
 DEEPEST = 100
@@ -94,7 +94,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Row | Reject]]:
             if not raw.strip():
                 continue
             try:
-                row = json.loads(raw.decode("utf-8"))
+                row = json_once(raw.decode("utf-8"))
             except UnicodeDecodeError as error:
                 bad = error.object[error.start]
                 yield (

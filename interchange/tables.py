@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from core.errors import AttackPlaneError
+from core.files import MOST, refuse_twice
 from core.rows import Row
 from interchange.foreign import Foreign, Found, Hints, Reject, json_items, json_lines
+
+csv.field_size_limit(MOST)  # prompts are longer than the module's own limit
 
 
 def text_of(row: Row, *names: str) -> str | None:
@@ -79,6 +82,7 @@ def csv_file(path: Path, hints: Hints) -> Found:
     """CSV with a column ``prompt`` and the other columns of ``jsonl``."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, strict=True)
+        refuse_twice(reader.fieldnames, path)
         while True:
             try:
                 row = next(reader)

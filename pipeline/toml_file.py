@@ -27,10 +27,10 @@ def read_toml(path: Path, what: str) -> Row:
     """
     require_regular(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise AttackPlaneError(f"cannot read the {what}", where=path, got=error) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise AttackPlaneError("not a TOML file", where=path, got=error) from error
 
 
