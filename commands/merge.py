@@ -23,7 +23,7 @@ def merge(run: Path, folders: tuple[Path, ...]) -> None:
     a stage, are refused; nothing is written then. Directions and planes are made anew by the sweep
     without --shard, or by their commands.
 
-    \\b
+    \b
     Example:
       python cli.py sweep examples/sweep.toml --shard 1/2
       python cli.py sweep examples/sweep.toml --shard 2/2

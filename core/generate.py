@@ -93,10 +93,8 @@ def _decode(
     """By our own decoder; it goes on with fewer rows where the memory ends."""
     shared = shared_length(ids, min(map(len, ids)) - 1) if len(ids) > 1 else 0
     head = head_of(loaded, torch.tensor(ids[0]))
-    missing, batch = (
-        list(range(len(ids))),
-        min(how.batch_size, _fitting(loaded, ids, how.max_new_tokens)),
-    )
+    missing = list(range(len(ids)))
+    batch = min(how.batch_size, _fitting(loaded, ids, how.max_new_tokens))
     while missing:
         options: Row = {"stops": stop_ids(loaded), "max_new_tokens": how.max_new_tokens}
         options |= {"temperature": how.temperature, "seeds": how.seeds, "batch": batch}

@@ -230,7 +230,10 @@ def test_a_prompt_that_does_not_fit_is_named_before_any_reply(qwen):
     told = []
     config = ReplayConfig(4)
     sent = sendings(prompts, config)
-    not_sent = lambda a, error: told.append((a, str(error)))  # noqa: E731
+
+    def not_sent(artifact, error):
+        told.append((artifact, str(error)))
+
     replies = replay_prompts(qwen, sent, [], config, not_sent=not_sent)
     assert [r.artifact_id for part in replies for r in part] == ["id-0"]
     (artifact, why) = told[0]

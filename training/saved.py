@@ -49,7 +49,7 @@ def saved_state(path: Path) -> Row | None:
         return None
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
+    except Exception as error:  # broken bytes stop the unpickler in any way
         raise AttackPlaneError(
             "the saved state of the training cannot be read",
             where=path,

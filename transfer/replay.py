@@ -169,11 +169,7 @@ def replay(
             seed=[item.sending.seed(config) for item in part],
             batch_size=batch_size,
         )
-        exchanges = [
-            Exchange(a.request, reply, a.target_string, a.prompt)
-            for a, reply in zip((item.sending.artifact for item in part), replies, strict=True)
-        ]
-        judged = judge_all(judges, exchanges)
+        judged = judged_replies(judges, [item.sending for item in part], replies)
         once = list(dict.fromkeys(texts))  # the same for all replies to one prompt
         scores = refusal_scores(renderer, renderer.tokenise(once), batch_size=batch_size)
         leanings = dict(zip(once, scores, strict=True))
@@ -197,6 +193,17 @@ def _batches(items: Sequence[_Outgoing], size: int) -> Iterator[list[_Outgoing]]
         same = list(group)
         for start in range(0, len(same), size):
             yield same[start : start + size]
+
+
+def judged_replies(
+    judges: Sequence[Judge], sendings: Sequence[Sending], replies: Sequence[str]
+) -> list[Judgement]:
+    """What the judges say of each reply."""
+    exchanges = [
+        Exchange(a.request, reply, a.target_string, a.prompt)
+        for a, reply in zip((s.artifact for s in sendings), replies, strict=True)
+    ]
+    return judge_all(judges, exchanges) if exchanges else []
 
 
 def record_of(

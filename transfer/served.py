@@ -12,8 +12,16 @@ from core.models import LoadedModel
 from core.records import AttackArtifact, Replay, content_hash
 from core.rows import Row
 from core.served import Answer, Question, Server
-from evaluation.judges import Exchange, Judge, judge_all
-from transfer.replay import REPLY_TOKENS, NotSent, ReplayConfig, Sending, record_of, replay
+from evaluation.judges import Judge
+from transfer.replay import (
+    REPLY_TOKENS,
+    NotSent,
+    ReplayConfig,
+    Sending,
+    judged_replies,
+    record_of,
+    replay,
+)
 
 SEEDS = 2**31
 """Servers take a seed of 32 bits."""
@@ -38,11 +46,8 @@ def replay_served(
                 raise answer
             else:
                 not_sent(sendings[number].artifact, answer)
-        exchanges = [
-            Exchange(a.request, answer.text, a.target_string, a.prompt)
-            for a, answer in ((sending.artifact, answer) for sending, answer in answered)
-        ]
-        judged = judge_all(judges, exchanges) if exchanges else []
+        sent = [sending for sending, _ in answered]
+        judged = judged_replies(judges, sent, [answer.text for _, answer in answered])
         yield [
             record_of(
                 sending,
