@@ -32,7 +32,7 @@ def models(spec: str | None, fetch: bool) -> None:
     if fetch:
         click.echo(embedded_folder())
         return
-    if spec:
+    if spec is not None:
         from core.models import load
 
         loaded = load(spec)

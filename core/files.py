@@ -26,8 +26,7 @@ def json_once(text: str) -> Any:
     """JSON of a user's file, in which no object says a key twice.
 
     Raises:
-        ValueError: no JSON, or a key that stands twice.
-        RecursionError: too deep.
+        ValueError: no JSON, a key that stands twice, or brackets that are nested too deeply.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> Row:
@@ -38,7 +37,19 @@ def json_once(text: str) -> Any:
             raise ValueError(f"the key {twice!r} stands twice in one object")
         return row
 
-    return json.loads(text, object_pairs_hook=once)
+    return json_of(text, object_pairs_hook=once)
+
+
+def json_of(text: str | bytes, **options: Any) -> Any:
+    """JSON.
+
+    Raises:
+        ValueError: it is none, or too deep for Python's reader.
+    """
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("brackets are nested too deeply") from None
 
 
 def refuse_twice(names: Sequence[str] | None, where: object) -> None:
@@ -60,7 +71,8 @@ def require_regular(path: Path, most: int | None = None) -> None:
         AttackPlaneError: it is something else, is not there, or is too large.
     """
     if not path.exists():
-        raise AttackPlaneError("no such file", where=path)
+        leads = "a symbolic link that leads to no file" if path.is_symlink() else None
+        raise AttackPlaneError("no such file", where=path, got=leads)
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise AttackPlaneError(
@@ -144,8 +156,8 @@ def read_object(path: Path, what: str, *, remedy: str | None = None) -> Row:
     """
     require_regular(path, MOST)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = json_of(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise AttackPlaneError(f"not {what}", where=path, got=error, remedy=remedy) from error
     if not isinstance(values, dict):
         kind = type(values).__name__
@@ -187,8 +199,8 @@ def each_row(path: Path, *, repair: bool = False) -> Iterator[tuple[int, Row]]:
 
 def row_of_line(line: bytes, where: str) -> Row:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = json_of(line)
+    except ValueError as error:
         raise AttackPlaneError(
             "a line is not JSON",
             where=where,

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 
 from core.errors import AttackPlaneError
 from core.files import (
+    MEND,
     clear_leftovers,
     each_row,
     read_object,
@@ -82,8 +83,12 @@ class RunFolder:
                 remedy="wait for it, or use another run folder",
             ) from error
         except OSError as error:
+            got = "a file" if self.path.is_file() else error
             raise AttackPlaneError(
-                "cannot write a run there", where=self.path, got=error
+                "cannot write a run there",
+                where=self.path,
+                got=got,
+                remedy="name a folder that can be written, or one that does not exist yet",
             ) from error
         return self
 
@@ -175,14 +180,10 @@ class RunFolder:
                 )
             yield record
 
-    def each(self, name: str, key: str) -> Iterator[Any]:
-        """One field of each row, without holding the rows."""
+    def each_id(self, name: str, key: str) -> Iterator[str]:
+        """The id of each row, without holding the rows."""
         for line, row in self._each_row(name):
-            if key not in row:
-                raise AttackPlaneError(
-                    f"a row lacks {key}", where=f"{self.path / name}, line {line}", got=[*row]
-                )
-            yield row[key]
+            yield id_in(row, key, f"{self.path / name}, line {line}")
 
     def _each_row(self, name: str) -> Iterator[tuple[int, Row]]:
         return each_row(self.path / name, repair=self._lock.is_locked)
@@ -266,6 +267,19 @@ class RunFolder:
         self._state_path(name).unlink(missing_ok=True)
 
 
+def id_in(row: Row, key: str, where: str) -> str:
+    """The id of a row.
+
+    Raises:
+        AttackPlaneError: it has none.
+    """
+    name = row.get(key)
+    if not isinstance(name, str) or not name:
+        got = [*row] if key not in row else repr(name)
+        raise AttackPlaneError(f"a row lacks its {key}", where=where, got=got, remedy=MEND)
+    return name
+
+
 def _manifest(path: Path) -> Row:
     """The manifest of a run.
 
@@ -274,19 +288,13 @@ def _manifest(path: Path) -> Row:
     """
     remedy = "restore the file, or choose another run folder"
     manifest = read_object(path, "the manifest of a run", remedy=remedy)
-    try:
-        tables = {key: dict(manifest[key]) for key in ("stages", "models")}
-        whole = {**manifest, **tables, "history": list(manifest["history"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise AttackPlaneError(
-            "not the manifest of a run",
-            where=path,
-            got=f"{type(error).__name__}: {error}",
-            remedy=remedy,
-        ) from error
+    for key, kind in {"stages": dict, "models": dict, "history": list}.items():
+        if not isinstance(manifest.get(key), kind):
+            got = f"{key} is a {type(manifest[key]).__name__}" if key in manifest else f"no {key}"
+            raise AttackPlaneError("not the manifest of a run", where=path, got=got, remedy=remedy)
     what = "the run was written by another version of the suite"
-    require_version(whole.get("schema_version"), what, path, remedy)
-    return whole
+    require_version(manifest.get("schema_version"), what, path, remedy)
+    return manifest
 
 
 def _short(value: Any) -> str:

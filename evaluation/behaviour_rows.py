@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,8 @@ HEADERS = (
     (frozenset({"behavior", "functionalcategory", "semanticcategory", "behaviorid"}), HARMFUL),
 )
 """Headers of JailbreakBench's two files and of HarmBench's, with the label of their rows."""
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
+"""What no request holds: a lone carriage return is the line end of another age, say."""
 log = logging.getLogger(__name__)
 csv.field_size_limit(MOST)  # prompts are longer than the module's own limit
 
@@ -75,7 +78,7 @@ def read_csv(text: str, path: Path) -> Numbered:
 def read_json(text: str, path: Path) -> Numbered:
     try:
         content = json_once(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise AttackPlaneError("not a JSON file", where=path, got=error) from error
     if isinstance(content, dict) and len(content) == 1:
         content = next(iter(content.values()))
@@ -97,7 +100,7 @@ def read_jsonl(text: str, path: Path) -> Numbered:
         if line.strip():
             try:
                 row = json_once(line)
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 raise AttackPlaneError(
                     "a line is not JSON", where=f"{path}, line {number}", got=error
                 ) from error
@@ -213,6 +216,9 @@ class _Rows:
         request = request.strip()
         if not is_text(request, _value(row, TARGET_COLUMNS), _value(row, ID_COLUMNS)):
             self.fault(line, "half of a surrogate pair, which is no Unicode text")
+            return None
+        if found := CONTROL.search(request + (_value(row, TARGET_COLUMNS) or "")):
+            self.fault(line, f"a control character, {found[0]!r}, in the text")
             return None
         if request in self.lines:
             same = f"the same request as {self.unit} {self.lines[request]}"

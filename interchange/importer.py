@@ -38,6 +38,8 @@ class ImportResult:
     unwrapped: dict[str, int] = field(default_factory=dict)
     marked: int = 0
     """Kept with a fault, such as a chat template that could not be unwrapped."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Behaviour ids of the file that could not be kept -> those that stand for them."""
     first_rejects: list[Reject] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -55,6 +57,14 @@ class ImportResult:
         text += [
             f"{n} unwrapped from the chat template {form}" for form, n in self.unwrapped.items()
         ]
+        if self.renamed:
+            pairs = [f"{own} is {taken}" for own, taken in self.renamed.items()]
+            more = f" and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else ""
+            text.append(
+                "behaviour ids that another request has, or whose request has another id: "
+                + ", ".join(pairs[:SHOWN])
+                + more
+            )
         text += [f"  {r.place}: {r.reason}" for r in self.first_rejects]
         left = self.bad + self.no_prompt - len(self.first_rejects)
         return text + ([f"  ... and {left} more, in {REJECTS}"] if left else [])
@@ -110,7 +120,7 @@ def import_file(
     given = {b.behaviour_id for b in behaviours or []}
     noted = run.behaviours()
     index = Behaviours([*(behaviours or []), *noted.values()])
-    seen = set(run.each(ATTACKS, "artifact_id"))
+    seen = set(run.each_id(ATTACKS, "artifact_id"))
     result = ImportResult()
     forget_rejects(run, path, kind)
     with (
@@ -142,6 +152,8 @@ def import_file(
             except AttackPlaneError as error:
                 reject(Reject(record.place, " ".join(str(error).split())))
                 continue
+            if index.renamed(record, behaviour, kind):
+                result.renamed[record.behaviour_id or ""] = behaviour.behaviour_id
             if behaviour.behaviour_id not in noted:
                 add_behaviour(behaviour.to_row())
                 noted[behaviour.behaviour_id] = behaviour
@@ -177,6 +189,13 @@ class Behaviours:
         if record.request is not None:
             return self.by_request.get(request_key(record.request))
         return self.by_id.get(record.behaviour_id or "")
+
+    @staticmethod
+    def renamed(record: Foreign, behaviour: Behaviour, kind: str) -> bool:
+        """Whether the file's own id of a new behaviour could not be kept."""
+        own = f"{kind}-{record.behaviour_id}"
+        new = behaviour.benchmark == kind
+        return bool(record.behaviour_id) and new and behaviour.behaviour_id != own
 
     def add(self, record: Foreign, kind: str) -> Behaviour:
         """A new behaviour, under the tool's id, or under the request's hash if that id is taken."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from core.errors import AttackPlaneError
+from core.files import json_of
 from core.rows import Row
 from interchange.foreign import Foreign, Found, Hints, Reject, json_items, json_lines
 
@@ -70,8 +70,8 @@ def objects(path: Path) -> Iterator[tuple[str, Row | Reject]]:
             yield place, item if fine else Reject(place, f"a {type(item).__name__}, not an object")
         return
     try:
-        whole = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError):
+        whole = json_of(path.read_text(encoding="utf-8-sig"))
+    except ValueError:
         yield from json_lines(path)  # lines, or one broken object: each line says what is wrong
         return
     yield "item 1", whole if isinstance(whole, dict) else Reject("item 1", "not an object")
@@ -86,10 +86,10 @@ def gcg_log(path: Path, hints: Hints) -> Found:
     another is told from a universal one.
     """
     try:
-        log = json.loads(path.read_text(encoding="utf-8-sig"))
+        log = json_of(path.read_text(encoding="utf-8-sig"))
         params, controls, losses = log["params"], log["controls"], log["losses"]
         goals, targets = list(params["goals"]), list(params.get("targets") or [])
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         yield Reject("the file", f"not a log of llm-attacks: {type(error).__name__}: {error}")
         return
     if not isinstance(controls, list) or not isinstance(losses, list):

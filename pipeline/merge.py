@@ -16,7 +16,7 @@ from core.errors import AttackPlaneError
 from core.files import each_row, write_atomically
 from core.records import content_hash
 from core.rows import Row
-from core.store import ATTACKS, BEHAVIOURS, FAILURES, REPLAYS, RunFolder
+from core.store import ATTACKS, BEHAVIOURS, FAILURES, REPLAYS, RunFolder, id_in
 from pipeline.sweep.shards import shard_of
 
 JOINED = {BEHAVIOURS: "behaviour_id", ATTACKS: "artifact_id", REPLAYS: "replay_id"}
@@ -40,8 +40,14 @@ def merge(path: Path, folders: Sequence[Path]) -> MergeResult:
     """
     result = MergeResult()
     runs = [RunFolder.existing(folder) for folder in folders]
-    if path.resolve() in [folder.resolve() for folder in folders]:
-        raise AttackPlaneError("a run cannot be merged into itself", where=path)
+    for folder in folders:
+        if path.resolve().is_relative_to(folder.resolve()):
+            raise AttackPlaneError(
+                "a run cannot be merged into itself or into a folder in it",
+                where=path,
+                got=f"among the folders to be joined: {folder}",
+                remedy="give --run another folder",
+            )
     result.notes += _shards(folders)
     with RunFolder(path) as run:
         manifest = _manifest([run, *runs])
@@ -102,14 +108,12 @@ def _agreeing(name: str, key: str, runs: Sequence[RunFolder]) -> dict[str, str]:
     for run in runs:
         for line, row in each_row(run.path / name):
             place = f"{run.path / name}, line {line}"
-            if key not in row:
-                raise AttackPlaneError(f"a row lacks {key}", where=place, got=[*row])
-            found = content_hash(row)
-            if known.setdefault(row[key], found) != found:
+            own, found = id_in(row, key, place), content_hash(row)
+            if known.setdefault(own, found) != found:
                 raise AttackPlaneError(
                     "two different rows of one id",
                     where=place,
-                    got=row[key],
+                    got=own,
                     remedy="the runs were made from different things: merge only one of them",
                 )
         if run is runs[0]:

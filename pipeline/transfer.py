@@ -60,7 +60,7 @@ class Transfer:
     def replay_on(self, target: ModelHandle, not_sent: NotSent | None = None) -> int:
         """Make the replies that the run lacks on one target; returns how many those are."""
         self.run.begin_stage(TRANSFER, self.settings, {target.spec: target.fingerprint})
-        done = set(self.run.each(REPLAYS, "replay_id"))
+        done = set(self.run.each_id(REPLAYS, "replay_id"))
         wanted = sendings(self.artifacts, self.config)
         missing = [
             sending

@@ -87,3 +87,75 @@ def test_no_remedy_says_that_hand_made_rows_are_made_anew(tmp_path):
     arguments = ["judge", "calibrate", "--run", str(tmp_path), "--labels", str(labels)]
     result = CliRunner().invoke(cli, arguments)
     assert "mend or remove that line" in result.output, result.output
+
+
+def run_folder(path, **files):
+    path.mkdir()
+    manifest = {"schema_version": 1, "stages": {}, "models": {}, "history": []}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    for name, text in files.items():
+        (path / f"{name}.jsonl").write_text(text)
+    return path
+
+
+def said(*arguments):
+    """What the command line says where it refuses."""
+    result = CliRunner().invoke(cli, [str(a) for a in arguments])
+    assert result.exit_code == 1, result.output
+    assert "unexpected" not in result.output
+    return " ".join(result.output.split())
+
+
+def test_control_characters_are_no_part_of_a_request(tmp_path):
+    assert "'\\r'" in told(tmp_path, "mac.txt", "first\rsecond\r")
+    assert "'\\x00'" in told(tmp_path, "nul.json", '[{"request": "a\\u0000b"}]')
+    assert "nested too deeply" in told(tmp_path, "deep.json", "[" * 100_000)
+    windows = tmp_path / "windows.txt"
+    windows.write_bytes(b"first\r\nsecond\r\n")
+    assert [b.request for b in read_file(windows, "harmful")] == ["first", "second"]
+
+
+def test_a_link_to_itself_is_told(tmp_path):
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    with pytest.raises(AttackPlaneError, match="a symbolic link that leads to no file"):
+        read_file(tmp_path / "loop.json", "harmful")
+
+
+def test_an_empty_spec_is_no_list_of_models():
+    assert "model spec ''" in said("models", "")
+
+
+def test_a_run_is_never_merged_into_a_folder_in_it(tmp_path):
+    source = run_folder(tmp_path / "run", attacks="")
+    before = sorted(source.iterdir())
+    assert "into a folder in it" in said("merge", "--run", source / "inner", source)
+    assert sorted(source.iterdir()) == before
+
+
+def test_rows_without_an_id_and_broken_manifests_say_what_to_do(tmp_path):
+    source = run_folder(tmp_path / "run", attacks='{"artifact_id": null}\n')
+    words = said("merge", "--run", tmp_path / "other", source)
+    assert "lacks its artifact_id" in words and "attacks.jsonl, line 1" in words
+    assert "mend or remove that line" in words
+    (source / "manifest.json").write_text("{}")
+    words = said("show", "--run", source)
+    assert "got: no stages" in words and "restore the file" in words
+    (tmp_path / "file").write_text("x")
+    words = said("merge", "--run", tmp_path / "file", run_folder(tmp_path / "third"))
+    assert "got: a file" in words and "name a folder" in words
+
+
+def test_ids_that_an_import_can_not_keep_are_told(tmp_path):
+    rows = [
+        {"prompt": "p1", "request": "Do a thing", "behaviour_id": "one"},
+        {"prompt": "p2", "request": "do a thing.", "behaviour_id": "two"},
+        {"prompt": "p3", "request": "Do another thing", "behaviour_id": "one"},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["import", "--run", str(tmp_path / "run"), "--format", "jsonl", str(file)]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0 and "3 prompts imported" in result.output, result.output
+    assert "two is jsonl-one, one is jsonl-" in result.output
+    again = CliRunner().invoke(cli, arguments)
+    assert "3 already there" in again.output

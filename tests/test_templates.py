@@ -117,5 +117,5 @@ def test_a_behaviour_that_fails_is_told_and_the_others_are_made(tmp_path):
         assert [a.behaviour_id for a in found] == ["b1"] and failed == [("b0", "no reply")]
         with pytest.raises(AttackPlaneError):
             method().attack(both)
-        done = set(run.each(ATTACKS, "artifact_id"))
+        done = set(run.each_id(ATTACKS, "artifact_id"))
         assert [b.behaviour_id for b in method().missing(both, done)] == ["b0"]

@@ -177,7 +177,7 @@ class Sweep:
         """Whether the run lacks something of an attack, or that cannot be told."""
         cells = self._cells(step, (source,))
         try:
-            done = set(self.run.each(ATTACKS, "artifact_id"))
+            done = set(self.run.each_id(ATTACKS, "artifact_id"))
             return bool(cells.missing(self._mine(cells, cells.fitting()), done))
         except AttackPlaneError:
             return True
@@ -226,7 +226,7 @@ class Sweep:
                     self.failures.note("attack", error, **cell)
 
         fit = cells.fitting()
-        cells.done = dict.fromkeys(self.run.each(ATTACKS, "artifact_id"))
+        cells.done = dict.fromkeys(self.run.each_id(ATTACKS, "artifact_id"))
         for behaviour in self.behaviours:
             if behaviour not in fit:
                 failed(behaviour, AttackPlaneError("no target string"))
