@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,21 +13,25 @@ import click
 
 from commands.options import EXIT_PARTLY, echo_notes, open_model, quiet_libraries
 from commands.output import as_json, echo_table, json_option
-from commands.types import FilePath
+from commands.types import FilePath, count
 
 if TYPE_CHECKING:
     from pipeline.sweep.config import SweepConfig
     from pipeline.sweep.plan import Part
     from pipeline.sweep.run import SweepResult
 
+ENGINES = ("plain", "ray")
+
 
 @click.command()
 @click.argument("config", type=FilePath())
 @click.option("--dry-run", is_flag=True, help="Print the plan and the estimated time only.")
 @click.option("--shard", help="Only the i-th of n parts, such as 2/7; merge joins them.")
+@click.option("--engine", type=click.Choice(ENGINES), default=ENGINES[0], help="ray: on a cluster.")
+@click.option("--workers", type=count(), help="Of ray [default: one per GPU, else per core].")
 @json_option
 @quiet_libraries
-def sweep(config: Path, dry_run: bool, shard: str | None) -> None:
+def sweep(config: Path, dry_run: bool, shard: str | None, engine: str, workers: int | None) -> None:
     """Run a whole grid from a TOML file.
 
     Behaviours x attacks x sources, imports, then transfer, directions and plane, in one run folder.
@@ -38,6 +43,7 @@ def sweep(config: Path, dry_run: bool, shard: str | None) -> None:
       python cli.py sweep examples/sweep.toml --dry-run
       python cli.py sweep examples/sweep.toml
       python cli.py sweep examples/sweep.toml --shard 2/7
+      python cli.py sweep examples/sweep.toml --engine ray --workers 4
     """
     from pipeline.sweep.config import behaviours_of, read_config
     from pipeline.sweep.plan import plan, speed_of
@@ -45,21 +51,31 @@ def sweep(config: Path, dry_run: bool, shard: str | None) -> None:
     from pipeline.sweep.shards import parse_shard
     from pipeline.toml_file import faults_of
 
-    grid, part = read_config(config), parse_shard(shard) if shard else None
+    if workers and engine == "plain":
+        raise click.UsageError("--workers needs --engine ray")
+    if shard is not None and engine != "plain":
+        raise click.UsageError("give either --shard or --engine ray: a cluster shares out the work")
+    grid, part = read_config(config), parse_shard(shard) if shard is not None else None
     if part:
         grid = replace(grid, run=part.folder(grid.run))
     with faults_of(config):
-        count = len(behaviours_of(grid))
+        behaviours = len(behaviours_of(grid))
     speed = speed_of(open_model(grid.calibrated), Path(grid.run), keep=not dry_run)
-    parts = plan(grid, count, speed)
+    parts = plan(grid, behaviours, speed)
     if part:
         parts = [
             replace(p, prompts=p.prompts // part.of, seconds=p.seconds / part.of) for p in parts
         ]
-    show_plan(grid, parts, count)
+    show_plan(grid, parts, behaviours)
     if not dry_run:
         start = time.monotonic()
-        result = whole(grid, parts, open_model=open_model, shard=part)
+        with ExitStack() as stack:
+            make = None
+            if engine == "ray":
+                from pipeline.sweep.cluster import cluster
+
+                make = stack.enter_context(cluster(grid, workers))
+            result = whole(grid, parts, open_model=open_model, shard=part, make=make)
         show_result(grid, result)
         minutes = (time.monotonic() - start) / 60
         estimated = sum(part.seconds for part in parts) / 60

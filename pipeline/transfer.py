@@ -52,14 +52,18 @@ class Transfer:
             judge_kind(spec)
         self.run, self.config, self.batch_size = run, config, batch_size
         self.settings = {**config.of_one, "judges": list(judges)}
-        self._specs, self._judges = judges, list[Judge]()
+        self._specs, self.made_judges = judges, list[Judge]()
         run.begin_stage(TRANSFER, self.settings, {})
         self.added = add_plain_requests(run, behaviours, system_prompt) if add_plain else 0
         self.artifacts = artifacts_of(run)
 
+    def begin(self, target: ModelHandle) -> None:
+        """Write a target into the manifest; one whose files have changed is refused."""
+        self.run.begin_stage(TRANSFER, self.settings, {target.spec: target.fingerprint})
+
     def replay_on(self, target: ModelHandle, not_sent: NotSent | None = None) -> int:
         """Make the replies that the run lacks on one target; returns how many those are."""
-        self.run.begin_stage(TRANSFER, self.settings, {target.spec: target.fingerprint})
+        self.begin(target)
         done = set(self.run.each_id(REPLAYS, "replay_id"))
         wanted = sendings(self.artifacts, self.config)
         missing = [
@@ -69,11 +73,11 @@ class Transfer:
         ]
         if not missing:
             return 0
-        self._judges = self._judges or [make_judge(spec) for spec in self._specs]
+        self.made_judges = self.made_judges or [make_judge(spec) for spec in self._specs]
         batches = replies_of(
             target.server or target.loaded,
             missing,
-            self._judges,
+            self.made_judges,
             self.config,
             batch_size=self.batch_size,
             not_sent=not_sent,

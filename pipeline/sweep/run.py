@@ -28,7 +28,7 @@ from pipeline.plane import plane
 from pipeline.runs import each_replay, write_rows
 from pipeline.sweep.config import SweepConfig, behaviours_of
 from pipeline.sweep.plan import Part, Step, attack_steps, total_seconds
-from pipeline.sweep.shards import Shard
+from pipeline.sweep.shards import Holds, Shard
 from pipeline.transfer import Transfer, length_notes
 from transfer.agreement import Agreement, agreements
 from transfer.matrix import Cell
@@ -55,10 +55,13 @@ def sweep(
     *,
     open_model: OpenModel = ModelHandle,
     shard: Shard | None = None,
+    make: Callable[..., Sweep] | None = None,
 ) -> SweepResult:
     """Do what is missing of a sweep; ``parts`` is its plan, for the progress bar.
 
-    With a ``shard`` only its prompts and their replies are made; the config names its run folder.
+    Args:
+        shard: only its prompts and their replies are made; the config names its run folder.
+        make: another way to do it, such as a cluster's (``cluster.py``).
     """
     path, result = Path(config.run), SweepResult()
     with Progress(parts) as progress:
@@ -66,7 +69,7 @@ def sweep(
             begin_directions(run, config.directions)  # a refusal comes before hours of work
             if shard:
                 shard.mark(path)
-            work = Sweep(config, run, open_model, progress, result, shard)
+            work = (make or Sweep)(config, run, open_model, progress, result, shard)
             work.attack()
             work.import_prompts()
             work.replay()
@@ -80,6 +83,10 @@ def sweep(
     return result
 
 
+def reason_of(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 class Failures:
     """Cells that failed, with their reason. A cell's row stays until all have been tried again."""
 
@@ -88,10 +95,13 @@ class Failures:
         self.rows: list[dict[str, str]] = []
 
     def note(self, stage: str, error: Exception, **cell: str) -> None:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        self.rows.append({"stage": stage, **cell, "reason": reason})
-        self.run.append(FAILURES, self.rows[-1])
-        log.warning("%s failed: %s; %s", stage, ", ".join(cell.values()), reason[:200])
+        self.add({"stage": stage, **cell, "reason": reason_of(error)})
+
+    def add(self, row: dict[str, str]) -> None:
+        self.rows.append(row)
+        self.run.append(FAILURES, row)
+        *_, reason = row.values()
+        log.warning("failed: %s; %s", ", ".join([*row.values()][:-1]), reason[:200])
 
     @contextmanager
     def guard(self, stage: str, **cell: str) -> Iterator[None]:
@@ -140,7 +150,7 @@ class Sweep:
     open_model: OpenModel
     progress: Progress
     result: SweepResult
-    shard: Shard | None = None
+    shard: Holds | None = None
 
     def __post_init__(self) -> None:
         self.behaviours = behaviours_of(self.config)
@@ -151,7 +161,7 @@ class Sweep:
         for spec in self.config.sources:
             self._attack_on(spec)
         for step in attack_steps(self.config, with_source=False):
-            self._attack_with(step, ())
+            self.attack_with(step, ())
 
     def _attack_on(self, spec: str) -> None:
         """All attacks of one source; its model is gone when this returns."""
@@ -166,7 +176,7 @@ class Sweep:
                 self.failures.note("attack", error, **cell)
             return
         for step in steps:
-            self._attack_with(step, (source,))
+            self.attack_with(step, (source,))
 
     def _cells(self, step: Step, sources: tuple[ModelHandle, ...]) -> Cells:
         plan = Plan(*step, sources)
@@ -194,44 +204,57 @@ class Sweep:
             return list(behaviours) if shard.holds(cells.ids(behaviours[0])[0]) else []
         return [b for b in behaviours if shard.holds(cells.ids(b)[0])]
 
-    def _attack_with(self, step: Step, sources: tuple[ModelHandle, ...]) -> None:
+    def attack_with(self, step: Step, sources: tuple[ModelHandle, ...]) -> None:
+        cells = self.begun(step, sources)
+        if cells and (mine := self._mine(cells, self.fitting(cells))):
+            cells.attack(mine, on_failure=partial(self._attack_failed, cells))
+        for name in self._names(cells) if cells and step[0].command else [step[0].name]:
+            self.progress.done(name, sources[0].spec if sources else NO_SOURCE)
+
+    def begun(self, step: Step, sources: tuple[ModelHandle, ...]) -> Cells | None:
+        """An attack's cells, its settings written into the manifest; None where it cannot be tried.
+
+        Raises:
+            AttackPlaneError: another configuration of it in the same run is the user's to settle.
+        """
         attack, config = step
-        source = sources[0].spec if sources else NO_SOURCE
         cells = self._cells(step, sources)
         names = [attack.name]
         try:
-            names = list(dict.fromkeys(n for b in self.behaviours for n, _ in cells.keys(b)))
+            names = self._names(cells)
             for name in names:
                 cells.identity(name)
             attack.check(cells.bench, config)
         except Exception as error:  # noqa: BLE001  no cell of this attack can be tried
+            source = sources[0].spec if sources else NO_SOURCE
             for behaviour in self.behaviours:
                 cell = {"attack": names[0], "source": source, "behaviour": behaviour.behaviour_id}
                 self.failures.note("attack", error, **cell)
-        else:
-            cells.begin()  # another configuration in the same run is the user's to settle
-            self._attack_all(cells, source)
-        for name in names if attack.command else [attack.name]:
-            self.progress.done(name, source)
+            return None
+        cells.begin()
+        return cells
 
-    def _attack_all(self, cells: Cells, source: str) -> None:
-        """One attack on all behaviours; what fails is noted cell by cell."""
+    def _names(self, cells: Cells) -> list[str]:
+        return list(dict.fromkeys(name for b in self.behaviours for name, _ in cells.keys(b)))
 
-        def failed(behaviour: Behaviour, error: Exception) -> None:
-            for name, variant in cells.keys(behaviour):
-                if cells.artifact_id(behaviour, (name, variant)) not in cells.done:
-                    cell = {"attack": name, "source": source}
-                    cell |= {"behaviour": behaviour.behaviour_id}
-                    cell |= {"variant": variant} if variant else {}
-                    self.failures.note("attack", error, **cell)
-
+    def fitting(self, cells: Cells) -> list[Behaviour]:
+        """The behaviours that an attack can be tried on; the others are failures."""
         fit = cells.fitting()
         cells.done = dict.fromkeys(self.run.each_id(ATTACKS, "artifact_id"))
         for behaviour in self.behaviours:
             if behaviour not in fit:
-                failed(behaviour, AttackPlaneError("no target string"))
-        if mine := self._mine(cells, fit):
-            cells.attack(mine, on_failure=failed)
+                self._attack_failed(cells, behaviour, AttackPlaneError("no target string"))
+        return fit
+
+    def _attack_failed(self, cells: Cells, behaviour: Behaviour, error: Exception) -> None:
+        """Note what lacks of a behaviour, cell by cell."""
+        sources = cells.plan.sources
+        for name, variant in cells.keys(behaviour):
+            if cells.artifact_id(behaviour, (name, variant)) not in cells.done:
+                cell = {"attack": name, "source": sources[0].spec if sources else NO_SOURCE}
+                cell |= {"behaviour": behaviour.behaviour_id}
+                cell |= {"variant": variant} if variant else {}
+                self.failures.note("attack", error, **cell)
 
     def import_prompts(self) -> None:
         for choice in self.config.imports:
@@ -250,12 +273,15 @@ class Sweep:
     def replay(self) -> None:
         whole = self.shard is None
         stage = Transfer(self.run, self.config.judges, self.config.replay, add_plain=whole)
-        self.result.notes += length_notes(stage.artifacts, self.config.replay)
-        self.result.notes += error_notes(self.run)
+        self.note_replays(stage)
         for spec in self.config.targets:
             with self.failures.guard("replay", target=spec):
                 stage.replay_on(self.open_model(spec), self._not_sent(spec))
             self.progress.done("replays", spec)
+
+    def note_replays(self, stage: Transfer) -> None:
+        self.result.notes += length_notes(stage.artifacts, self.config.replay)
+        self.result.notes += error_notes(self.run)
 
     def plane(self) -> None:
         """Directions and plane of the targets whose weights are here."""

@@ -12,12 +12,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from core.errors import AttackPlaneError
 from core.files import read_object, write_atomically
 from core.records import content_hash
 
 FILE = "shard.json"
+
+
+class Holds(Protocol):
+    """A choice of cells by their ids."""
+
+    def holds(self, cell: str) -> bool: ...
 
 
 @dataclass(frozen=True)

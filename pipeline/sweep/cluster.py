@@ -1,0 +1,287 @@
+"""A sweep on a cluster, by Ray Core: ``sweep CONFIG --engine ray`` (extra ``cluster``).
+
+1. The driver, which is the command itself, knows every cell by its id. It cuts what the run lacks
+   into jobs, and is the only one that writes.
+2. Each worker is a Ray actor on one device. It holds the weights of one model at a time and gets
+   one job after another (``schedule.py``, ``work.py``). So at most one job per worker is under way,
+   and no more results wait than there are workers.
+3. A worker that dies, or that answers no heartbeat for ``SILENT`` seconds, is replaced, and its job
+   is given to another. A job that has been given out three times is a failure.
+4. Directions, plane and matrix are made by the driver, as in a sweep without a cluster.
+
+Where ``RAY_ADDRESS`` names no cluster, one is started on this machine and ends with the command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from core.errors import AttackPlaneError
+from core.models import ModelHandle
+from core.progress import bar as progress_bar
+from core.records import NO_SOURCE, Behaviour
+from core.rows import Row
+from core.store import ATTACKS, REPLAYS
+from pipeline.campaign import Cells
+from pipeline.sweep.config import SweepConfig
+from pipeline.sweep.plan import Step, attack_steps
+from pipeline.sweep.run import Sweep, reason_of
+from pipeline.sweep.schedule import Job, Schedule, place_of
+from pipeline.sweep.work import JOBS, Done, Worker
+from pipeline.transfer import Transfer
+from transfer.replay import Sending, sendings
+
+BEAT, SILENT, STARTING = 10.0, 50.0, 600.0
+"""Seconds between two heartbeats; after how many without an answer a worker counts as dead; how
+long it may take to give its first."""
+OWN_STORE = 2**28
+"""Bytes that Ray may keep for a cluster on this machine: results are small."""
+QUICK = 20
+"""Steps of an attack that fill one job: quick attacks on several requests are made together."""
+REPLIES = 96
+"""Prompts whose replies are one job: a whole batch."""
+Take = Callable[[Job, Done], None]
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def cluster(config: SweepConfig, workers: int | None) -> Iterator[Callable[..., ClusterSweep]]:
+    """Workers on the cluster of ``RAY_ADDRESS``, or on one on this machine while this is open.
+
+    Gives what makes the sweep (``run.sweep``).
+
+    Args:
+        workers: None: one for each GPU, or for each core where there is no GPU.
+
+    Raises:
+        AttackPlaneError: Ray is not installed, or no cluster answers.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise AttackPlaneError(
+            "a cluster needs the package ray", remedy="pip install 'attack-plane[cluster]'"
+        ) from error
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    own = {"num_cpus": workers or os.cpu_count(), "object_store_memory": OWN_STORE}
+    try:
+        ray.init(**quiet, **({} if os.environ.get("RAY_ADDRESS") else own))  # type: ignore[arg-type]
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise AttackPlaneError(
+            "no cluster answers",
+            where=f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')}",
+            got=str(error)[:300],
+            remedy="start one with `ray start --head`, or unset RAY_ADDRESS",
+        ) from error
+    try:
+        there = ray.cluster_resources()
+        gpus = int(there.get("GPU", 0))
+        room = gpus or int(there.get("CPU", 1))
+        count = workers or room
+        if count > room:
+            raise AttackPlaneError(
+                "the cluster has no room for so many workers",
+                where="--workers",
+                got=f"{count}, there are {gpus} GPUs and {int(there.get('CPU', 0))} cores",
+                remedy=f"give at most {room}: a worker takes a GPU, or a core where there is none",
+            )
+        yield partial(ClusterSweep, cluster=Cluster(ray, config, count, gpus > 0))
+    finally:
+        ray.shutdown()
+
+
+@dataclass
+class _Member:
+    """A worker as the driver sees it."""
+
+    actor: Any
+    job: Job | None = None
+    beat: Any = None
+    """The answer to the last heartbeat, not yet there."""
+    started: bool = False
+    heard: float = field(default_factory=time.monotonic)
+
+
+class Cluster:
+    """Workers of a Ray cluster."""
+
+    def __init__(self, ray: Any, config: SweepConfig, count: int, on_gpus: bool) -> None:
+        self.ray, self.config, self.count = ray, config, count
+        # each takes one core, and a GPU; a second thread answers heartbeats while a job is done
+        needs = {"num_cpus": 1, "num_gpus": int(on_gpus), "max_concurrency": 2}
+        self._actor = ray.remote(**needs)(_Actor)
+        self.members = [self._new() for _ in range(count)]
+
+    def _new(self) -> _Member:
+        return _Member(self._actor.remote(self.config))
+
+    def work(self, jobs: Sequence[Job], take: Take, failed: Callable[[Job, str], None]) -> None:
+        """Have all jobs done; what comes of each is given to ``take`` in this process."""
+        schedule, running = Schedule(jobs), dict[Any, _Member]()
+        with progress_bar(len(jobs), f"{self.count} workers", "job", leave=None) as bar:
+            while len(schedule) or running:
+                for member in self.members:
+                    if member.job is None and (job := schedule.next_for(id(member))):
+                        member.job, member.heard = job, time.monotonic()
+                        running[member.actor.do.remote(job)] = member
+                ready, _ = self.ray.wait(list(running), timeout=BEAT)
+                for answer in ready:
+                    member = running.pop(answer)
+                    job, member.job = member.job, None
+                    assert job is not None
+                    try:
+                        done = self.ray.get(answer)
+                    except self.ray.exceptions.RayError as error:
+                        log.warning("a worker is lost: %s", reason_of(error)[:200])
+                        if not schedule.lost(id(member), job):
+                            failed(job, f"no worker survived it: {reason_of(error)}")
+                            bar.update(1)
+                        self._replace(member)
+                        continue
+                    take(job, done)
+                    bar.update(1)
+                self._hear()
+
+    def _hear(self) -> None:
+        """Ask who is alive; end those that have been silent for too long."""
+        now = time.monotonic()
+        for member in self.members:
+            if member.beat is not None:
+                with contextlib.suppress(self.ray.exceptions.RayError):
+                    if self.ray.wait([member.beat], timeout=0)[0]:
+                        member.started = self.ray.get(member.beat)
+                        member.beat, member.heard = None, now
+            if member.beat is None and now - member.heard > BEAT:
+                member.beat = member.actor.alive.remote()
+            if member.job and now - member.heard > (SILENT if member.started else STARTING):
+                log.warning("a worker has been silent for %.0f s and is ended", now - member.heard)
+                self.ray.kill(member.actor)
+                member.heard = now
+
+    def _replace(self, member: _Member) -> None:
+        self.members[self.members.index(member)] = self._new()
+
+
+class _Actor:
+    """A worker in its process on the cluster."""
+
+    def __init__(self, config: SweepConfig) -> None:
+        self.worker = Worker(config)
+
+    def do(self, job: Job) -> Done:
+        return self.worker.do(job)
+
+    def alive(self) -> bool:
+        return True
+
+
+@dataclass
+class ClusterSweep(Sweep):
+    """A sweep whose prompts and replies are made by workers."""
+
+    cluster: Cluster = field(kw_only=True)
+
+    def attack(self) -> None:
+        jobs: list[Job] = []
+        for spec in self.config.sources:
+            with self.failures.guard("attack", attack="all", source=spec):
+                jobs += self._attacks(self.open_model(spec))
+        jobs += self._attacks(None)
+        self.cluster.work(jobs, self._take(ATTACKS, "artifact_id"), self._failed)
+        for what, source in list(self.progress.seconds):
+            if what not in ("replays", "directions, plane"):
+                self.progress.done(what, source)
+
+    def _attacks(self, source: ModelHandle | None) -> Iterator[Job]:
+        """The jobs of one source, or of the attacks that need none."""
+        sources = (source,) if source else ()
+        for number, step in enumerate(attack_steps(self.config, with_source=bool(source))):
+            cells = self.begun(step, sources)
+            if cells is None:
+                continue
+            fit = self.fitting(cells)
+            wanted = cells.missing(fit, self._have(ATTACKS, "artifact_id"))
+            if wanted and step[0].sources == "several":  # one suffix for all of them
+                wanted = fit
+            self.run.note_behaviours(wanted)
+            for part in _parts(cells, step, wanted):
+                content: Row = {"attack": step[0].name, "step": number}
+                content["source"] = source.spec if source else NO_SOURCE
+                content["with_source"] = bool(source)
+                content["of"] = [b.behaviour_id for b in part]
+                ids = tuple(dict.fromkeys(i for b in part for i in cells.ids(b)))
+                yield Job("attack", source.spec if source else None, ids, content)
+
+    def replay(self) -> None:
+        stage = Transfer(self.run, self.config.judges, self.config.replay)
+        self.note_replays(stage)
+        jobs: list[Job] = []
+        for spec in self.config.targets:
+            with self.failures.guard("replay", target=spec):
+                jobs += self._replays(stage, self.open_model(spec))
+        self.cluster.work(jobs, self._take(REPLAYS, "replay_id"), self._failed)
+        for spec in self.config.targets:
+            self.progress.done("replays", spec)
+
+    def _replays(self, stage: Transfer, target: ModelHandle) -> Iterator[Job]:
+        config = self.config.replay
+        stage.begin(target)
+        have = self._have(REPLAYS, "replay_id")
+
+        def name(sending: Sending) -> str:
+            return sending.replay_id(target.spec, target.fingerprint, config)
+
+        missing = [s for s in sendings(stage.artifacts, config) if name(s) not in have]
+        lacks = {s.artifact.artifact_id: s.artifact for s in missing}
+        order = sorted(
+            lacks.values(), key=lambda a: (config.of(a.attack).max_new_tokens or 0, len(a.prompt))
+        )
+        for start in range(0, len(order), REPLIES):
+            part = order[start : start + REPLIES]
+            ids = tuple(name(s) for s in sendings(part, config))
+            content = {"target": target.spec, "artifacts": [a.to_row() for a in part]}
+            yield Job("replay", target.spec, ids, content)
+
+    def _have(self, file: str, key: str) -> set[str]:
+        return set(self.run.each_id(file, key))
+
+    def _take(self, file: str, key: str) -> Take:
+        """What the one writer does with a job's rows."""
+        have = self._have(file, key)
+
+        def take(job: Job, done: Done) -> None:
+            with self.run.appending(file) as add:
+                for row in done.rows:
+                    if row[key] in job.cells and row[key] not in have:
+                        have.add(row[key])
+                        add(row)
+            for row in done.failures:
+                if row not in self.failures.rows:
+                    self.failures.add(row)
+            shutil.rmtree(Path(self.config.run) / JOBS / job.name, ignore_errors=True)
+
+        return take
+
+    def _failed(self, job: Job, reason: str) -> None:
+        self.failures.add({**place_of(job), "reason": reason})
+
+
+def _parts(cells: Cells, step: Step, behaviours: Sequence[Behaviour]) -> Iterator[list[Behaviour]]:
+    """Requests whose prompts are made in one job."""
+    attack, config = step
+    size = max(1, QUICK // max(1, attack.steps(config)))
+    if attack.sources == "several":
+        size = max(1, len(behaviours))
+    for start in range(0, len(behaviours), size):
+        yield list(behaviours[start : start + size])

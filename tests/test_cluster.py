@@ -1,0 +1,170 @@
+"""A sweep on a cluster: the schedule, what a worker does, and Ray's processes, killed or not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from core.errors import AttackPlaneError
+from core.records import AttackArtifact, Replay
+from core.store import ATTACKS, FAILURES, REPLAYS, RunFolder
+from pipeline.sweep.config import read_config
+from pipeline.sweep.run import sweep
+from pipeline.sweep.schedule import Job, Schedule
+from pipeline.sweep.work import JOBS, Worker
+from tests.test_shards import CONFIG, alike, lines_of, named
+
+HERE = Path(__file__).parents[1]
+
+
+def jobs_of(model, count):
+    return [Job("attack", model, (f"{model}-{n}",)) for n in range(count)]
+
+
+# --- who does what --------------------------------------------------------------------------------
+def test_a_worker_stays_with_its_model_while_there_is_work_for_it():
+    schedule = Schedule([*jobs_of("a", 4), *jobs_of("b", 2)])
+    given = [schedule.next_for(worker).model for worker in ("one", "two", "one", "two", "one")]
+    assert given == ["a", "b", "a", "b", "a"]
+    assert schedule.next_for("two").model == "a" and schedule.next_for("one") is None
+
+
+def test_workers_are_spread_over_models_by_the_work_that_is_left():
+    schedule = Schedule([*jobs_of("a", 30), *jobs_of("b", 10), *jobs_of(None, 2)])
+    held = Counter(schedule.next_for(worker).model for worker in range(4))
+    assert held == {"a": 3, "b": 1}
+
+
+def test_a_lost_job_is_given_out_again_but_not_for_ever():
+    (job,) = jobs_of("a", 1)
+    schedule = Schedule([job], tries=2)
+    assert schedule.next_for("one") == job and len(schedule) == 0
+    assert schedule.lost("one", job) and len(schedule) == 1
+    assert schedule.next_for("two") == job
+    assert not schedule.lost("two", job) and len(schedule) == 0
+    assert schedule.lost("three", None)  # an idle worker's death costs nothing
+
+
+def test_every_job_is_done_once_whatever_the_workers_do():
+    schedule = Schedule([*jobs_of("a", 9), *jobs_of("b", 7), *jobs_of(None, 5)])
+    done = []
+    for turn in range(100):
+        worker = turn % 3
+        if job := schedule.next_for(worker):
+            if turn % 4 == 1:
+                assert schedule.lost(worker, job)
+            else:
+                done.append(job.cells)
+    assert len(done) == len(set(done)) == 21
+
+
+# --- what a worker does ---------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_folders):
+    folder = tmp_path_factory.mktemp("cluster")
+    file = folder / "other.jsonl"
+    file.write_text('{"goal": "Bake cake number 3", "prompt": "Robin!"}\n')
+    behaviours = folder / "behaviours.csv"
+    rows = [f"Bake cake number {n},harmful,test,Sure" for n in range(5)]
+    behaviours.write_text("goal,label,split,target\n" + "\n".join(rows) + "\n")
+    path = folder / "sweep.toml"
+    models = {"model": tiny_folders["qwen2"], "other": tiny_folders["llama"]}
+    text = CONFIG.format(run=folder / "plain", file=file, **models)
+    path.write_text(text.replace("limit = 5", f'set = "{behaviours}"\nlimit = 5'))
+    return read_config(path)
+
+
+@pytest.fixture(scope="module")
+def plain(config):
+    result = sweep(config, [])
+    assert not result.failures
+    return Path(config.run)
+
+
+def same(folder, plain):
+    for name in (ATTACKS, REPLAYS, "matrix.jsonl", "plane.jsonl"):
+        mine, theirs = (sorted(lines_of(run / name), key=named) for run in (folder, plain))
+        assert len(mine) == len(theirs) > 0, name
+        assert all(map(alike, mine, theirs)), name
+
+
+def test_a_worker_says_what_it_cannot_do(config, tmp_path):
+    worker = Worker(replace(config, run=str(tmp_path / "elsewhere")))
+    job = Job("replay", str(tmp_path), ("x",), {"target": str(tmp_path), "artifacts": []})
+    done = worker.do(job)
+    assert not done.rows and done.failures[0]["target"] == str(tmp_path)
+    assert "no model (no config.json)" in done.failures[0]["reason"]
+    content = {"attack": "gcg", "step": 0, "with_source": True, "of": [], "source": "x"}
+    done = worker.do(Job("attack", config.sources[0], ("unknown",), content))
+    assert "other prompts than the driver asks for" in done.failures[0]["reason"]
+    assert not (tmp_path / "elsewhere").exists()
+
+
+# --- Ray ------------------------------------------------------------------------------------------
+def command(config, run, workers=2):
+    text = Path(config.run).parent.joinpath("sweep.toml").read_text()
+    file = run.parent / f"{run.name}.toml"
+    file.write_text(text.replace(f'run = "{config.run}"', f'run = "{run}"'))
+    arguments = ["sweep", str(file), "--engine", "ray", "--workers", str(workers)]
+    return [sys.executable, str(HERE / "cli.py"), *arguments]
+
+
+def test_a_cluster_gives_what_one_process_gives_row_for_row(config, plain, tmp_path):
+    pytest.importorskip("ray")
+    run = tmp_path / "run"
+    result = subprocess.run(command(config, run), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    same(run, plain)
+    assert not list((run / JOBS).glob("*")) and not lines_of(run / FAILURES)
+
+
+def workers_of(driver):
+    """Process ids of Ray's actors of this driver."""
+    found = subprocess.run(["pgrep", "-f", "ray::_Actor"], capture_output=True, text=True)
+    return [int(p) for p in found.stdout.split() if driver.poll() is None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_lost_or_doubled_when_workers_and_driver_are_killed(
+    config, plain, tmp_path, seed
+):
+    """Five kills each, the driver's own process among them; 20 in all."""
+    pytest.importorskip("ray")
+    import random
+
+    drawn, run, kills = random.Random(seed), tmp_path / "run", 0
+    for _ in range(12):
+        driver = subprocess.Popen(
+            command(config, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while driver.poll() is None and kills < 5:
+            time.sleep(drawn.uniform(1, 8))
+            victims = workers_of(driver) if drawn.random() < 0.6 else [driver.pid]
+            if victims and driver.poll() is None:
+                os.kill(drawn.choice(victims), signal.SIGKILL)
+                kills += 1
+        if driver.wait(timeout=300) == 0:
+            break
+    assert kills == 5 and driver.returncode == 0
+    same(run, plain)
+    with RunFolder(run) as folder:
+        artifacts = folder.records(ATTACKS, AttackArtifact, lambda a: a.artifact_id)
+        replays = folder.records(REPLAYS, Replay, lambda r: r.replay_id)
+    assert len(artifacts) == len(lines_of(plain / ATTACKS))
+    assert len(replays) == len(lines_of(plain / REPLAYS))
+
+
+def test_a_cluster_that_does_not_answer_is_told(config, monkeypatch):
+    pytest.importorskip("ray")
+    from pipeline.sweep import cluster
+
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:1")
+    with pytest.raises(AttackPlaneError, match="RAY_ADDRESS"), cluster.cluster(config, 1):
+        pass
