@@ -49,6 +49,8 @@ QUICK = 20
 """Steps of an attack that fill one job: quick attacks on several requests are made together."""
 REPLIES = 96
 """Prompts whose replies are one job: a whole batch."""
+LOG = "jobs.jsonl"
+"""Who did which job in how many seconds."""
 Take = Callable[[Job, Done], None]
 log = logging.getLogger(__name__)
 
@@ -129,48 +131,48 @@ class Cluster:
     def work(self, jobs: Sequence[Job], take: Take, failed: Callable[[Job, str], None]) -> None:
         """Have all jobs done; what comes of each is given to ``take`` in this process."""
         schedule, running = Schedule(jobs), dict[Any, _Member]()
+
+        def lost(answer: Any, reason: str) -> None:
+            """A worker is gone: another takes its place, and its job is given out again."""
+            member = running.pop(answer)
+            job, self.members[self.members.index(member)] = member.job, self._new()
+            log.warning("a worker is lost: %s", reason[:200])
+            if job and not schedule.lost(id(member), job):
+                failed(job, f"no worker survived it: {reason}")
+                bar.update(1)
+
         with progress_bar(len(jobs), f"{self.count} workers", "job", leave=None) as bar:
             while len(schedule) or running:
                 for member in self.members:
                     if member.job is None and (job := schedule.next_for(id(member))):
                         member.job, member.heard = job, time.monotonic()
                         running[member.actor.do.remote(job)] = member
-                ready, _ = self.ray.wait(list(running), timeout=BEAT)
-                for answer in ready:
-                    member = running.pop(answer)
-                    job, member.job = member.job, None
-                    assert job is not None
+                for answer in self.ray.wait(list(running), timeout=BEAT)[0]:
                     try:
                         done = self.ray.get(answer)
                     except self.ray.exceptions.RayError as error:
-                        log.warning("a worker is lost: %s", reason_of(error)[:200])
-                        if not schedule.lost(id(member), job):
-                            failed(job, f"no worker survived it: {reason_of(error)}")
-                            bar.update(1)
-                        self._replace(member)
+                        lost(answer, reason_of(error))
                         continue
+                    member = running.pop(answer)
+                    job, member.job = member.job, None
+                    assert job is not None
                     take(job, done)
                     bar.update(1)
-                self._hear()
+                for answer, member in list(running.items()):
+                    if self._silent(member):
+                        self.ray.kill(member.actor)
+                        lost(answer, f"no heartbeat for {SILENT:.0f} s")
 
-    def _hear(self) -> None:
-        """Ask who is alive; end those that have been silent for too long."""
+    def _silent(self, member: _Member) -> bool:
+        """Ask a worker whether it is alive; whether it has not answered for too long."""
         now = time.monotonic()
-        for member in self.members:
-            if member.beat is not None:
-                with contextlib.suppress(self.ray.exceptions.RayError):
-                    if self.ray.wait([member.beat], timeout=0)[0]:
-                        member.started = self.ray.get(member.beat)
-                        member.beat, member.heard = None, now
-            if member.beat is None and now - member.heard > BEAT:
-                member.beat = member.actor.alive.remote()
-            if member.job and now - member.heard > (SILENT if member.started else STARTING):
-                log.warning("a worker has been silent for %.0f s and is ended", now - member.heard)
-                self.ray.kill(member.actor)
-                member.heard = now
-
-    def _replace(self, member: _Member) -> None:
-        self.members[self.members.index(member)] = self._new()
+        if member.beat is not None and self.ray.wait([member.beat], timeout=0)[0]:
+            with contextlib.suppress(self.ray.exceptions.RayError):  # its job will tell
+                self.ray.get(member.beat)
+            member.beat, member.heard, member.started = None, now, True
+        if member.beat is None and now - member.heard > BEAT:
+            member.beat = member.actor.alive.remote()
+        return now - member.heard > (SILENT if member.started else STARTING)
 
 
 class _Actor:
@@ -191,6 +193,7 @@ class ClusterSweep(Sweep):
     """A sweep whose prompts and replies are made by workers."""
 
     cluster: Cluster = field(kw_only=True)
+    _known: dict[str, set[str]] = field(default_factory=dict)
 
     def attack(self) -> None:
         jobs: list[Job] = []
@@ -211,7 +214,7 @@ class ClusterSweep(Sweep):
             if cells is None:
                 continue
             fit = self.fitting(cells)
-            wanted = cells.missing(fit, self._have(ATTACKS, "artifact_id"))
+            wanted = cells.missing(fit, self.have(ATTACKS, "artifact_id"))
             if wanted and step[0].sources == "several":  # one suffix for all of them
                 wanted = fit
             self.run.note_behaviours(wanted)
@@ -237,7 +240,7 @@ class ClusterSweep(Sweep):
     def _replays(self, stage: Transfer, target: ModelHandle) -> Iterator[Job]:
         config = self.config.replay
         stage.begin(target)
-        have = self._have(REPLAYS, "replay_id")
+        have = self.have(REPLAYS, "replay_id")
 
         def name(sending: Sending) -> str:
             return sending.replay_id(target.spec, target.fingerprint, config)
@@ -253,12 +256,15 @@ class ClusterSweep(Sweep):
             content = {"target": target.spec, "artifacts": [a.to_row() for a in part]}
             yield Job("replay", target.spec, ids, content)
 
-    def _have(self, file: str, key: str) -> set[str]:
-        return set(self.run.each_id(file, key))
+    def have(self, file: str, key: str) -> set[str]:
+        """Ids that the run holds; read once, since only this process writes."""
+        if file not in self._known:
+            self._known[file] = super().have(file, key)
+        return self._known[file]
 
     def _take(self, file: str, key: str) -> Take:
         """What the one writer does with a job's rows."""
-        have = self._have(file, key)
+        have = self.have(file, key)
 
         def take(job: Job, done: Done) -> None:
             with self.run.appending(file) as add:
@@ -269,6 +275,10 @@ class ClusterSweep(Sweep):
             for row in done.failures:
                 if row not in self.failures.rows:
                     self.failures.add(row)
+            seconds = {"seconds": round(done.seconds, 3), "loading": round(done.loaded, 3)}
+            self.run.append(
+                LOG, {**place_of(job), "job": job.name, **seconds, "worker": done.worker}
+            )
             shutil.rmtree(Path(self.config.run) / JOBS / job.name, ignore_errors=True)
 
         return take

@@ -187,10 +187,14 @@ class Sweep:
         """Whether the run lacks something of an attack, or that cannot be told."""
         cells = self._cells(step, (source,))
         try:
-            done = set(self.run.each_id(ATTACKS, "artifact_id"))
+            done = self.have(ATTACKS, "artifact_id")
             return bool(cells.missing(self._mine(cells, cells.fitting()), done))
         except AttackPlaneError:
             return True
+
+    def have(self, file: str, key: str) -> set[str]:
+        """Ids that the run holds."""
+        return set(self.run.each_id(file, key))
 
     def _mine(self, cells: Cells, behaviours: Sequence[Behaviour]) -> list[Behaviour]:
         """The behaviours whose prompts fall to this shard: all of them, where there is none.
@@ -240,7 +244,7 @@ class Sweep:
     def fitting(self, cells: Cells) -> list[Behaviour]:
         """The behaviours that an attack can be tried on; the others are failures."""
         fit = cells.fitting()
-        cells.done = dict.fromkeys(self.run.each_id(ATTACKS, "artifact_id"))
+        cells.done = dict.fromkeys(self.have(ATTACKS, "artifact_id"))
         for behaviour in self.behaviours:
             if behaviour not in fit:
                 self._attack_failed(cells, behaviour, AttackPlaneError("no target string"))
