@@ -64,6 +64,20 @@ def test_every_job_is_done_once_whatever_the_workers_do():
     assert len(done) == len(set(done)) == 21
 
 
+def test_the_simulation_gives_what_can_be_worked_out_by_hand():
+    from benchmarks.cluster_scale import Times, simulate
+
+    times = Times([2.0], [3.0], driver=0.0, start=1.0)
+    one = simulate(times, cells=4, workers=1, models=2)
+    # a start, two loads and four jobs
+    assert one.seconds == 1 + 2 * 3 + 4 * 2 and one.efficiency == 8 / 15
+    two = simulate(times, cells=4, workers=2, models=2)
+    assert two.seconds == 1 + 3 + 2 * 2 and two.loading == 8 / 16
+    # a driver that is busy for half a second per job gives out two jobs a second, however many work
+    slow = simulate(Times([1.0], [0.0], driver=0.5, start=0.0), cells=200, workers=50, models=1)
+    assert 100 <= slow.seconds < 140 and slow.writer > 0.95
+
+
 # --- what a worker does ---------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tiny_folders):

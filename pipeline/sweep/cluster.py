@@ -194,6 +194,7 @@ class ClusterSweep(Sweep):
 
     cluster: Cluster = field(kw_only=True)
     _known: dict[str, set[str]] = field(default_factory=dict)
+    _told: set[Any] = field(default_factory=set)
 
     def attack(self) -> None:
         jobs: list[Job] = []
@@ -273,7 +274,8 @@ class ClusterSweep(Sweep):
                         have.add(row[key])
                         add(row)
             for row in done.failures:
-                if row not in self.failures.rows:
+                if (said := tuple(row.items())) not in self._told:
+                    self._told.add(said)
                     self.failures.add(row)
             seconds = {"seconds": round(done.seconds, 3), "loading": round(done.loaded, 3)}
             self.run.append(
