@@ -123,7 +123,7 @@ class PackedScorer:
     def hidden(self, suffixes: Sequence[Tensor]) -> Tensor:
         """Candidates of any lengths -> (candidate, T, d_model) states that predict the target."""
         cpu = self.loaded.device.type == "cpu"
-        two = cpu and torch.get_num_threads() > 1
+        two = self.loaded.side_by_side
         suffixes, block = [s.cpu() for s in suffixes], 1 if cpu else GROUP_BLOCK
         current = self._current.cpu()
         shared = torch.tensor([shared_length(current, s) // block * block for s in suffixes])

@@ -58,11 +58,13 @@ class RoughLinear(nn.Linear):
 
 
 def rough_copy(loaded: LoadedModel) -> LoadedModel | None:
-    """The model with bfloat16 products; None where it has a hook, or is not in float32.
+    """The model with bfloat16 products.
+
+    None where it has a hook, is not in float32, or lies on several devices.
 
     Only linear layers are copied. The residual stream, norms and attention stay in float32.
     """
-    if loaded.hook or loaded.dtype != torch.float32:
+    if loaded.hook or loaded.dtype != torch.float32 or loaded.shared_out:
         return None
     model = copy.deepcopy(loaded.model, {id(p): p for p in loaded.model.parameters()})
     for module in model.modules():

@@ -62,7 +62,7 @@ class Lane:
         first: the row that a prefill begins with; None in a step.
         capacity: tokens that a buffer must hold.
         seen: (row, tokens) which tokens a step sees.
-        masks: the same for attention, by sliding window.
+        masks: the same for attention, by sliding window and device.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Lane:
         self.first: int | None = None
         self.capacity = 0
         self.seen = torch.zeros(0, 0, dtype=torch.bool)
-        self.masks: dict[int | None, Tensor] = {}
+        self.masks: dict[tuple[int | None, torch.device], Tensor] = {}
 
 
 class RowDecoder(PackedDecoder):
@@ -271,14 +271,15 @@ class RowDecoder(PackedDecoder):
 
     def _row_mask(self, lane: Lane, window: int | None, at: Tensor, dtype: torch.dtype) -> Tensor:
         """(row, 1, 1, seen) 0 where a row sees a token, -inf where it does not."""
-        if window not in lane.masks:
-            seen = lane.seen
+        key = window, at.device
+        if key not in lane.masks:
+            seen = lane.seen.to(at.device)
             if window:
                 distance = at[:, None] - torch.arange(seen.shape[1], device=at.device)
                 seen = seen & (distance < window)
             zeros = torch.zeros(seen.shape, dtype=dtype, device=at.device)
-            lane.masks[window] = zeros.masked_fill(~seen, float("-inf"))[:, None, None]
-        return lane.masks[window]
+            lane.masks[key] = zeros.masked_fill(~seen, float("-inf"))[:, None, None]
+        return lane.masks[key]
 
 
 def decodes(loaded: LoadedModel, prompt: Sequence[int]) -> bool:

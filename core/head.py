@@ -79,6 +79,8 @@ class Head:
     def restricted(self, tokens: Tensor) -> Head:
         """The same head over these token ids only."""
         part = copy.copy(self)
+        if self._weight.is_meta:
+            return _Part(self, tokens)
         part._weight = self._weight[tokens]
         part._bias = None if self._bias is None else self._bias[tokens]
         return part
@@ -87,8 +89,19 @@ class Head:
         """(positions, d_model) -> (positions, tokens) float32."""
         # contiguous rows: a strided view of a batch would be multiplied batch by batch, many times
         # slower
-        return self._mapped(
-            nn.functional.linear(
-                hidden.contiguous().to(self._weight.dtype), self._weight, self._bias
-            ).float()
-        )
+        rows, weight = hidden.contiguous(), self._weight
+        if weight.is_meta:  # the layer itself fetches it
+            return self._mapped(self.layer(rows.to(self.layer.weight.dtype)).float())
+        rows = rows.to(weight.device, weight.dtype)
+        return self._mapped(nn.functional.linear(rows, weight, self._bias).float())
+
+
+class _Part(Head):
+    """Some tokens of a head whose weights are not at hand: all are computed, some are taken."""
+
+    def __init__(self, whole: Head, tokens: Tensor) -> None:
+        self.whole, self.chosen = whole, tokens
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        every = self.whole.logits(hidden)
+        return every[..., self.chosen.to(every.device)]

@@ -20,16 +20,10 @@ from torch import nn
 
 from core.cast import SETTINGS, attach, load_cast
 from core.errors import AttackPlaneError
+from core.fingerprint import at_cached_commit, fingerprint_of_parameters, identity
 from core.served import Server
 from core.specs import ModelSpec, parse_spec, require_weights
-from core.weights import (
-    at_cached_commit,
-    default_device,
-    fingerprint_of_parameters,
-    identity,
-    load_base,
-    merged_adapter,
-)
+from core.weights import default_device, entrance, load_base, merged_adapter
 
 
 @dataclass(frozen=True)
@@ -77,6 +71,21 @@ class LoadedModel:
         """The transformer blocks: the shallowest module list as long as the model is deep."""
         return blocks_of(self.model, self.spec)
 
+    @cached_property
+    def offloaded(self) -> bool:
+        """Whether weights lie on disk or beside their device, and come when they are needed."""
+        return any(p.is_meta for p in self.model.parameters())
+
+    @property
+    def shared_out(self) -> bool:
+        """Whether its parts lie on several devices."""
+        return self.offloaded or len(set(getattr(self.model, "hf_device_map", {}).values())) > 1
+
+    @property
+    def side_by_side(self) -> bool:
+        """Whether two batches run faster beside each other than one after the other."""
+        return self.device.type == "cpu" and torch.get_num_threads() > 1 and not self.offloaded
+
     @property
     def hook(self) -> str | None:
         """What acts on this model besides its weights, or None. It must see whole prompts."""
@@ -86,7 +95,7 @@ class LoadedModel:
     def embedding_table(self) -> torch.Tensor:
         """(vocabulary, d_model): what the embedding layer returns per id, its scaling included."""
         embedding = self.model.get_input_embeddings()
-        if type(embedding).forward is nn.Embedding.forward:
+        if type(embedding).forward is nn.Embedding.forward and not embedding.weight.is_meta:
             return embedding.weight
         with torch.no_grad():
             return embedding(torch.arange(embedding.weight.shape[0], device=self.device))
@@ -150,14 +159,18 @@ def blocks_of(model: Any, spec: str) -> nn.ModuleList:
     return min(candidates, key=lambda item: item[:2])[2]
 
 
-def load(spec: str | ModelSpec, device: torch.device | str | None = None) -> LoadedModel:
+def load(
+    spec: str | ModelSpec, device: torch.device | str | dict[str, str] | None = None
+) -> LoadedModel:
     """Load a model for reading and attacking: frozen, in evaluation mode, adapter merged.
 
     Args:
         spec: ``embedded``, ``ORG/NAME[@REVISION]`` of the hub, a folder or a GGUF file, each with
             ``+ADAPTER_FOLDER`` and ``?dtype=bfloat16`` or ``?load=4bit``. No code from a folder
             runs.
-        device: for example ``"cuda:1"``; None takes CUDA, else MPS, else the CPU.
+        device: for example ``"cuda:1"``; None takes CUDA, else MPS, else the CPU. A device, or
+            ``"disk"``, for each part by its name shares the model out, as ``?device_map=auto`` does
+            by itself.
 
     Raises:
         AttackPlaneError: unknown spec, unreachable or broken files, weights that are missing,
@@ -165,7 +178,15 @@ def load(spec: str | ModelSpec, device: torch.device | str | None = None) -> Loa
     """
     parsed = parse_spec(spec) if isinstance(spec, str) else spec
     require_weights(parsed)
-    model, tokenizer = load_base(parsed, torch.device(device) if device else default_device())
+    places = device if isinstance(device, dict) else parsed.device_map
+    one = default_device() if device is None or isinstance(device, dict) else torch.device(device)
+    model, tokenizer = load_base(parsed, one, places)
+    if parsed.adapter and places and any(p.is_meta for p in model.parameters()):
+        raise AttackPlaneError(
+            "an adapter cannot be merged into weights that lie on disk or beside their device",
+            where=f"model spec {parsed.text!r}",
+            remedy="merge it on a machine that holds the model, and name the merged folder",
+        )
     if parsed.adapter and (Path(parsed.adapter) / SETTINGS).is_file():
         cast = load_cast(Path(parsed.adapter))
         attach(model, cast, blocks_of(model, parsed.text), parsed.text)
@@ -181,7 +202,7 @@ def frozen(spec: ModelSpec, model: Any, tokenizer: Any) -> LoadedModel:
     commit = getattr(model.config, "_commit_hash", None)
     own = identity(spec, precision, commit=commit)
     assert own is not None  # it is known where the precision is
-    return LoadedModel(spec.text, model, tokenizer, model.device, own)
+    return LoadedModel(spec.text, model, tokenizer, entrance(model), own)
 
 
 def wrap(model: Any, tokenizer: Any, name: str = "wrapped") -> LoadedModel:

@@ -84,7 +84,7 @@ class PackedDecoder:
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded
         self._known: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self._masks: dict[tuple[int, int, int | None, int, torch.dtype], Tensor] = {}
+        self._masks: dict[Any, Tensor] = {}
         self._now = threading.local()  # groups and keep of the batch that a thread runs
         self._original: str | None = None  # the model's own attention while ours is in its place
 
@@ -217,7 +217,7 @@ class PackedDecoder:
     def _mask(self, group: Group, window: int | None, fold: int, like: Tensor) -> Tensor:
         """(1, 1, fold x length, shared + length): 0 where a fed token sees a token, -inf where it
         does not."""
-        key = (group.shared, group.length, window, fold, like.dtype)
+        key = (group.shared, group.length, window, fold, like.dtype, like.device)
         if key not in self._masks:
             if len(self._masks) >= MASKS:  # lengths that vary would fill the memory
                 self._masks.clear()

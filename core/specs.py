@@ -8,6 +8,8 @@ ANY+ADAPTER              any of them with a LoRA adapter folder, merged into the
                          folder of `train cast`, a hook at inference time
 ANY?dtype=bfloat16       another precision (float32, bfloat16, float16)
 ANY?load=4bit            4-bit weights by bitsandbytes (CUDA; extra `quantised`)
+ANY?device_map=auto      layers over several GPUs, what does not fit on the CPU and on disk
+                         (transformers' own sharding; balanced and sequential too)
 http://HOST/v1#MODEL     a served model, as a target (``core/served.py``; extra `servers`)
 """
 
@@ -21,11 +23,17 @@ from core.served import is_served, parse_server
 
 FORMS = (
     "embedded, ORG/NAME[@REVISION], a folder, a .gguf file; each optionally +ADAPTER_FOLDER, "
-    "then ?dtype=float32|bfloat16|float16 or ?load=4bit; as a target http://HOST/v1#MODEL too"
+    "then ?dtype=float32|bfloat16|float16, ?load=4bit or ?device_map=auto; as a target "
+    "http://HOST/v1#MODEL too"
 )
 ADAPTERS = ("adapter_config.json", "cast.json")
 """Files by which a folder is known as a LoRA adapter or as a CAST hook."""
-PRECISIONS = ("float32", "bfloat16", "float16")
+OPTIONS = {
+    "dtype": ("float32", "bfloat16", "float16"),
+    "load": ("4bit",),
+    "device_map": ("auto", "balanced", "sequential"),
+}
+"""What may stand behind the ``?`` of a spec."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class ModelSpec:
     adapter: str | None = None
     dtype: str | None = None
     load: str | None = None
+    device_map: str | None = None
 
 
 def parse_spec(text: str) -> ModelSpec:
@@ -62,7 +71,7 @@ def parse_spec(text: str) -> ModelSpec:
     options: dict[str, str] = {}
     for pair in filter(None, query.split("&")):
         key, _, value = pair.partition("=")
-        if (key, value) != ("load", "4bit") and not (key == "dtype" and value in PRECISIONS):
+        if value not in OPTIONS.get(key, ()):
             raise fault("unknown option", pair)
         if key in options:
             raise fault("an option that is given twice", key)
@@ -80,6 +89,7 @@ def parse_spec(text: str) -> ModelSpec:
             adapter or None,
             options.get("dtype"),
             options.get("load"),
+            options.get("device_map"),
         )
 
     path = Path(base)

@@ -182,7 +182,7 @@ class _Reader:
                     self._embedded(self.prefix), [Group(0, self.shared, 1)], keep=self.shared
                 )
         decoder = self._packed
-        two = self.loaded.device.type == "cpu" and torch.get_num_threads() > 1 and len(rows) > 1
+        two = self.loaded.side_by_side and len(rows) > 1
         parts = [list(rows[start::2]) for start in (0, 1)] if two else [list(rows)]
         batches, wanted = [], {}
         for part in parts:

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import attack_plane as ap
 from attacks.gcg import baselines
+from core.fingerprint import fingerprint_of_parameters
 from core.prompt import Conversation, Renderer
 from core.store import RunFolder
-from core.weights import fingerprint_of_parameters
 from evaluation.behaviours import load_behaviours
 from geometry.reading import differentiable_residuals
 from tests.campaigns import attacked

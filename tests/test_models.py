@@ -11,10 +11,10 @@ import torch
 
 from core import embedded as embedded_module
 from core.errors import AttackPlaneError
+from core.fingerprint import fingerprint
 from core.hub import hub_cache
 from core.models import load
 from core.specs import parse_spec
-from core.weights import fingerprint
 from tests.conftest import FAMILIES, make_model
 
 

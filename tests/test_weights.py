@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from core.cast import load_cast
 from core.errors import AttackPlaneError
+from core.fingerprint import fingerprint
 from core.models import ModelHandle, load
 from core.specs import parse_spec
-from core.weights import fingerprint, load_classifier
+from core.weights import load_classifier
 from tests.conftest import make_model
 from training.saved import saved_state
 

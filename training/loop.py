@@ -110,10 +110,17 @@ def train(
 
 
 def refuse_adapter(spec: str) -> None:
-    """Raises an error for a spec that has an adapter."""
-    if parse_spec(spec).adapter:
+    """Raises an error for a spec that has an adapter, or that is shared out over devices."""
+    parsed = parse_spec(spec)
+    if parsed.adapter:
         raise AttackPlaneError(
             "train on a base without adapter", got=spec, remedy="merge the adapter first"
+        )
+    if parsed.device_map:
+        raise AttackPlaneError(
+            "a training does not share one model out over devices",
+            got=spec,
+            remedy="leave ?device_map out; `accelerate launch` shares out the batches",
         )
 
 
