@@ -15,6 +15,7 @@ from commands.options import (
     chosen_preset,
     default_run,
     echo_notes,
+    log_option,
     open_model,
     program,
     quiet_libraries,
@@ -26,7 +27,7 @@ from core.rows import Row
 
 COMMON = (
     *("run", "behaviours", "label", "splits", "limit", "preset", "seed"),
-    *("save_every", "baselines", "models", "catalogue"),
+    *("save_every", "baselines", "models", "catalogue", "log_to"),
 )
 
 
@@ -101,6 +102,7 @@ def _options(attack: Attack) -> list[Decorator]:
             help="Also save what the attack is compared with.",
         )
     )
+    options.append(log_option)
     if attack.catalogue:
         listed = "List the classes, their sources and what ours lack."
         options.append(click.option("--list", "catalogue", is_flag=True, help=listed))
@@ -128,6 +130,7 @@ def run_attack(attack: Attack, common: Row, options: Row) -> None:
             click.echo("\n  ".join([title, *lines]))
         return
     from commands.tables.attacks import attack_rows, attack_table, counts_line
+    from core.tracking import tracking
     from pipeline.campaign import Plan, baseline_plans, campaign
 
     preset = chosen_preset(common["preset"]) if "preset" in common else "paper"
@@ -144,7 +147,8 @@ def run_attack(attack: Attack, common: Row, options: Row) -> None:
     sources = tuple(open_model(spec) for spec in models)
     plan = Plan(attack, config, sources, common.get("save_every"))
     plans = [*(baseline_plans(plan) if common["baselines"] else []), plan]
-    result = campaign(path, behaviours, plans, seed=common["seed"], open_model=open_model)
+    with tracking(common["log_to"], path, about[0]):
+        result = campaign(path, behaviours, plans, seed=common["seed"], open_model=open_model)
     echo_notes(result.notes)
     if any(a.loss is not None for a in result.artifacts):
         echo_table(attack_table, result.artifacts, rows=attack_rows(result.artifacts))

@@ -15,6 +15,7 @@ import click
 
 from commands.types import SEED_RANGE, FilePath, count
 from core.errors import AttackPlaneError
+from core.tracking import KINDS
 from evaluation.judges.registry import QUICK_JUDGE
 
 if TYPE_CHECKING:
@@ -133,6 +134,11 @@ RUN = click.option(
     required=True,
     type=FilePath(),
     help="Run folder, for example runs/first.",
+)
+log_option = click.option(
+    "--log-to",
+    type=click.Choice(KINDS),
+    help="Send losses to a tracker that is installed; keys and addresses are its own affair.",
 )
 SEED = click.option("--seed", type=SEED_RANGE, default=0, help="Random seed.")
 SYSTEM = click.option("--system", help="System prompt.")

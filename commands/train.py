@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from commands.options import CleanGroup, file_options, hushable, quiet_libraries
+from commands.options import CleanGroup, file_options, hushable, log_option, quiet_libraries
 from commands.output import echo_table, json_option
 from commands.setting_options import flag_of, given_settings, setting_options
 from commands.types import FilePath
@@ -17,6 +17,7 @@ from core.rows import Row
 Decorator = Callable[..., Any]
 
 
+COMMON = ("model", "out", "behaviours", "replies", "preset", "log_to")
 ADAPTERS = (
     "Checkpoints are LoRA folders OUT/step-N, targets by the spec MODEL+OUT/step-N. The same "
     "command goes on after a stop. With several devices: accelerate launch cli.py train ..."
@@ -53,7 +54,7 @@ def arm_command(name: str) -> click.Command:
     arm = ARMS.get(name)
 
     def callback(**options: Any) -> None:
-        common = {k: options.pop(k) for k in ("model", "out", "behaviours", "replies", "preset")}
+        common = {k: options.pop(k) for k in COMMON}
         run_arm(name, common, given_settings(arm.config, options))
 
     changed = {key for values in arm.presets.values() for key in values}
@@ -95,6 +96,7 @@ def _options() -> list[Decorator]:
             default="auto",
             help="paper: published values. small: fits two cores, see above. auto: small on a CPU.",
         ),
+        log_option,
     ]
 
 
@@ -116,6 +118,7 @@ def run_arm(name: str, common: Row, settings: Row) -> None:
     """Train, and print what came of it."""
     from commands.options import chosen_preset, echo_notes, program
     from commands.tables.training import training_table
+    from core.tracking import tracking
     from pipeline.train import train_arm
     from training.registry import ARMS
 
@@ -124,7 +127,9 @@ def run_arm(name: str, common: Row, settings: Row) -> None:
     model, out = common["model"], common["out"]
     updates = f"{config.num_steps} updates" if hasattr(config, "num_steps") else "a fit"
     click.echo(f"train {name}: {updates} on {model} -> {out}")
-    trained = train_arm(name, model, out, config, common["behaviours"], replies=common["replies"])
+    replies = common["replies"]
+    with tracking(common["log_to"], out, dataclasses.asdict(config)):
+        trained = train_arm(name, model, out, config, common["behaviours"], replies=replies)
     if not trained.first:
         return
     steps = getattr(config, "saved_steps", ())

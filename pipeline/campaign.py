@@ -27,6 +27,7 @@ from core.records import PLAIN, AttackArtifact, Behaviour, content_hash
 from core.rows import Row
 from core.store import ATTACKS as ATTACKS_FILE
 from core.store import RunFolder
+from core.tracking import track
 from pipeline.runs import check_specs
 
 OnFailure = Callable[[Behaviour, Exception], None]
@@ -261,6 +262,8 @@ class Cells:
         def on_step(progress: Progress) -> None:
             if progress.steps == steps:  # else it is one of several units, such as a shared suffix
                 bar.update(start + progress.step - bar.n)
+            series = f"{self.name}/{behaviour.behaviour_id}"
+            track(series, progress.step, {"loss": progress.loss, "best": progress.best})
             text = f"{behaviour.behaviour_id} step {progress.step} of {progress.steps}"
             bar.set_postfix_str(f"{text} loss {progress.loss:.3f} best {progress.best:.3f}")
 

@@ -35,6 +35,7 @@ from core.records import content_hash, stream_seed
 from core.rows import Row
 from core.specs import parse_spec
 from core.store import RunFolder
+from core.tracking import track
 from evaluation.usability import request_hash
 from training.adapter import Adapted
 from training.config import TrainConfig, differences
@@ -214,6 +215,7 @@ class Run:
                 bar.set_postfix_str(", ".join(f"{k} {v:.3f}" for k, v in _told(row).items()))
                 if not self.devices.first:
                     continue
+                track(f"train/{self.arm.name}", step + 1, _told(row))
                 if step + 1 in saved:
                     self.adapted.save(self.out / f"step-{step + 1}", self.card(step + 1))
                 if step + 1 in saved or (step + 1) % save_every == 0 or step + 1 == n:
