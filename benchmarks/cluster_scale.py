@@ -22,6 +22,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -29,6 +30,7 @@ from core.errors import AttackPlaneError
 from core.files import read_rows
 from core.store import ATTACKS, RunFolder
 from core.text import aligned
+from pipeline.sweep.cluster import opened
 from pipeline.sweep.schedule import Job, Schedule
 
 
@@ -79,10 +81,8 @@ def simulate(times: Times, cells: int, workers: int, models: int, seed: int = 0)
     return Simulated(end, work / (workers * end), busy / end, loading / (workers * end))
 
 
-def driver_seconds(rows: int = 200) -> float:
+def driver_seconds(ray: Any, rows: int = 200) -> float:
     """What the driver does for one job: Ray's round trip, two synced rows."""
-    import ray
-
     row = {"artifact_id": "x" * 16, "prompt": "word " * 100, "loss_history": [1.234567] * 100}
     with tempfile.TemporaryDirectory() as folder, RunFolder(folder) as run:
         start = time.perf_counter()
@@ -105,9 +105,8 @@ class _Echo:
         return row
 
 
-def start_seconds() -> float:
+def start_seconds(ray: Any) -> float:
     """From asking for a worker to its first heartbeat."""
-    import ray
 
     class Starter:
         def alive(self) -> bool:
@@ -142,11 +141,9 @@ def recorded(path: Path, stage: str) -> tuple[list[float], list[float]]:
     "--shorter", default=1.0, show_default=True, help="Divide the recorded times by this."
 )
 def main(jobs: Path, stage: str, models: int, shorter: float) -> None:
-    import ray
-
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", num_cpus=2)
+    ray = opened(num_cpus=2)
     found, loads = recorded(jobs, stage)
-    times = Times([s / shorter for s in found], loads, driver_seconds(), start_seconds())
+    times = Times([s / shorter for s in found], loads, driver_seconds(ray), start_seconds(ray))
     ray.shutdown()
     click.echo(
         f"{len(found)} jobs of {statistics.mean(times.jobs):.2f} s on average, a load "

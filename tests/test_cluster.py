@@ -1,9 +1,11 @@
 """A sweep on a cluster: the schedule, what a worker does, and Ray's processes, killed or not."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -173,6 +175,36 @@ def test_nothing_is_lost_or_doubled_when_workers_and_driver_are_killed(
         replays = folder.records(REPLAYS, Replay, lambda r: r.replay_id)
     assert len(artifacts) == len(lines_of(plain / ATTACKS))
     assert len(replays) == len(lines_of(plain / REPLAYS))
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_alive_and_silent_is_given_up(config, plain, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    from pipeline.sweep import cluster
+
+    monkeypatch.setattr(cluster, "BEAT", 1.0)
+    monkeypatch.setattr(cluster, "SILENT", 6.0)
+    monkeypatch.setattr(cluster, "STARTING", 60.0)
+    own, stopped = replace(config, run=str(tmp_path / "run")), []
+
+    def stop_one():
+        while not stopped:
+            time.sleep(1)
+            found = subprocess.run(
+                ["pgrep", "-f", "ray::_Actor.do"], capture_output=True, text=True
+            )
+            if pids := [int(p) for p in found.stdout.split()]:
+                stopped.append(pids[0])
+                os.kill(pids[0], signal.SIGSTOP)
+
+    thread = threading.Thread(target=stop_one, daemon=True)
+    with cluster.cluster(own, 2) as make:
+        thread.start()
+        result = sweep(own, [], make=make)
+    assert stopped and not result.failures
+    same(tmp_path / "run", plain)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(stopped[0], signal.SIGKILL)
 
 
 def test_a_cluster_that_does_not_answer_is_told(config, monkeypatch):

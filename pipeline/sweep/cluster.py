@@ -15,9 +15,11 @@ Where ``RAY_ADDRESS`` names no cluster, one is started on this machine and ends 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,8 +43,8 @@ from pipeline.transfer import Transfer
 from transfer.replay import Sending, sendings
 
 BEAT, SILENT, STARTING = 10.0, 50.0, 600.0
-"""Seconds between two heartbeats; after how many without an answer a worker counts as dead; how
-long it may take to give its first."""
+"""Seconds between two heartbeats; after how many without an answer a worker counts as dead; after
+how many the sweep stops if no worker has started."""
 OWN_STORE = 2**28
 """Bytes that Ray may keep for a cluster on this machine: results are small."""
 QUICK = 20
@@ -53,6 +55,30 @@ LOG = "jobs.jsonl"
 """Who did which job in how many seconds."""
 Take = Callable[[Job, Done], None]
 log = logging.getLogger(__name__)
+
+
+def opened(**own: Any) -> Any:
+    """Ray, connected to the cluster of ``RAY_ADDRESS``, or to one that is started with ``own``."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray: Any = importlib.import_module("ray")
+    except ImportError as error:
+        raise AttackPlaneError(
+            "a cluster needs the package ray", remedy="pip install 'attack-plane[cluster]'"
+        ) from error
+    quiet: Row = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    started: Row = {"object_store_memory": OWN_STORE, **own}
+    try:
+        ray.init(**quiet, **({} if os.environ.get("RAY_ADDRESS") else started))
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise AttackPlaneError(
+            "no cluster answers",
+            where=f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')}",
+            got=str(error)[:300],
+            remedy="start one with `ray start --head`, or unset RAY_ADDRESS",
+        ) from error
+    return ray
 
 
 @contextlib.contextmanager
@@ -67,25 +93,7 @@ def cluster(config: SweepConfig, workers: int | None) -> Iterator[Callable[..., 
     Raises:
         AttackPlaneError: Ray is not installed, or no cluster answers.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise AttackPlaneError(
-            "a cluster needs the package ray", remedy="pip install 'attack-plane[cluster]'"
-        ) from error
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    own = {"num_cpus": workers or os.cpu_count(), "object_store_memory": OWN_STORE}
-    try:
-        ray.init(**quiet, **({} if os.environ.get("RAY_ADDRESS") else own))  # type: ignore[arg-type]
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise AttackPlaneError(
-            "no cluster answers",
-            where=f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')}",
-            got=str(error)[:300],
-            remedy="start one with `ray start --head`, or unset RAY_ADDRESS",
-        ) from error
+    ray = opened(num_cpus=workers or os.cpu_count())
     try:
         there = ray.cluster_resources()
         gpus = int(there.get("GPU", 0))
@@ -108,10 +116,11 @@ class _Member:
     """A worker as the driver sees it."""
 
     actor: Any
+    beat: Any
+    """The answer to the last heartbeat, not yet there; None: no question is open."""
     job: Job | None = None
-    beat: Any = None
-    """The answer to the last heartbeat, not yet there."""
-    started: bool = False
+    place: tuple[str, int] | None = None
+    """Its node and process; None: it has not started yet."""
     heard: float = field(default_factory=time.monotonic)
 
 
@@ -125,54 +134,87 @@ class Cluster:
         self._actor = ray.remote(**needs)(_Actor)
         self.members = [self._new() for _ in range(count)]
 
-    def _new(self) -> _Member:
-        return _Member(self._actor.remote(self.config))
-
     def work(self, jobs: Sequence[Job], take: Take, failed: Callable[[Job, str], None]) -> None:
         """Have all jobs done; what comes of each is given to ``take`` in this process."""
         schedule, running = Schedule(jobs), dict[Any, _Member]()
 
-        def lost(answer: Any, reason: str) -> None:
+        def lost(member: _Member, reason: str) -> None:
             """A worker is gone: another takes its place, and its job is given out again."""
-            member = running.pop(answer)
-            job, self.members[self.members.index(member)] = member.job, self._new()
+            for answer in [a for a, m in running.items() if m is member]:
+                del running[answer]
+            self.members[self.members.index(member)] = self._new()
             log.warning("a worker is lost: %s", reason[:200])
-            if job and not schedule.lost(id(member), job):
-                failed(job, f"no worker survived it: {reason}")
+            if not schedule.lost(id(member), member.job) and member.job:
+                failed(member.job, f"no worker survived it: {reason}")
                 bar.update(1)
 
         with progress_bar(len(jobs), f"{self.count} workers", "job", leave=None) as bar:
             while len(schedule) or running:
-                for member in self.members:
-                    if member.job is None and (job := schedule.next_for(id(member))):
-                        member.job, member.heard = job, time.monotonic()
+                for member in list(self.members):
+                    try:
+                        self._hear(member)
+                    except self.ray.exceptions.RayError as error:
+                        lost(member, reason_of(error))
+                        continue
+                    if member.place and time.monotonic() - member.heard > SILENT:
+                        self._end(member)
+                        lost(member, f"no heartbeat for {SILENT:.0f} s")
+                    elif member.place and not member.job and (job := schedule.next_for(id(member))):
+                        member.job = job
                         running[member.actor.do.remote(job)] = member
-                for answer in self.ray.wait(list(running), timeout=BEAT)[0]:
+                self._require_some()
+                beats = [member.beat for member in self.members if member.beat is not None]
+                for answer in self.ray.wait([*running, *beats], timeout=BEAT)[0]:
+                    if (found := running.get(answer)) is None:
+                        continue  # a heartbeat
                     try:
                         done = self.ray.get(answer)
                     except self.ray.exceptions.RayError as error:
-                        lost(answer, reason_of(error))
+                        lost(found, reason_of(error))
                         continue
-                    member = running.pop(answer)
-                    job, member.job = member.job, None
+                    job, found.job = running.pop(answer).job, None
                     assert job is not None
                     take(job, done)
                     bar.update(1)
-                for answer, member in list(running.items()):
-                    if self._silent(member):
-                        self.ray.kill(member.actor)
-                        lost(answer, f"no heartbeat for {SILENT:.0f} s")
 
-    def _silent(self, member: _Member) -> bool:
-        """Ask a worker whether it is alive; whether it has not answered for too long."""
+    def _new(self) -> _Member:
+        actor = self._actor.remote(self.config)
+        return _Member(actor, actor.alive.remote())
+
+    def _hear(self, member: _Member) -> None:
+        """Take the answer to a heartbeat, or ask anew; raises what its death is told as."""
         now = time.monotonic()
         if member.beat is not None and self.ray.wait([member.beat], timeout=0)[0]:
-            with contextlib.suppress(self.ray.exceptions.RayError):  # its job will tell
-                self.ray.get(member.beat)
-            member.beat, member.heard, member.started = None, now, True
+            member.place = self.ray.get(member.beat)
+            member.beat, member.heard = None, now
         if member.beat is None and now - member.heard > BEAT:
             member.beat = member.actor.alive.remote()
-        return now - member.heard > (SILENT if member.started else STARTING)
+
+    def _end(self, member: _Member) -> None:
+        """End a worker that does not answer, from its own node: it would keep its device."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        assert member.place is not None
+        node, process = member.place
+        self.ray.kill(member.actor)
+        there = NodeAffinitySchedulingStrategy(node, soft=False)
+        self.ray.remote(num_cpus=0)(_end_process).options(scheduling_strategy=there).remote(process)
+
+    def _require_some(self) -> None:
+        """Raise an error where no worker has started for a long time."""
+        began = [member.heard for member in self.members if member.place is None]
+        if len(began) == len(self.members) and time.monotonic() - max(began) > STARTING:
+            raise AttackPlaneError(
+                "no worker has started",
+                where="--engine ray",
+                got=f"{self.count} workers asked for {STARTING:.0f} s ago",
+                remedy="see `ray status`: the cluster may be full, or lack the suite",
+            )
+
+
+def _end_process(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
 
 
 class _Actor:
@@ -184,8 +226,10 @@ class _Actor:
     def do(self, job: Job) -> Done:
         return self.worker.do(job)
 
-    def alive(self) -> bool:
-        return True
+    def alive(self) -> tuple[str, int]:
+        """Its node and process."""
+        ray: Any = importlib.import_module("ray")
+        return ray.get_runtime_context().get_node_id(), os.getpid()
 
 
 @dataclass
