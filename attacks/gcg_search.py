@@ -345,6 +345,7 @@ def _finite(loss: float, objective: SuffixLoss) -> float:
             "the target loss is not finite",
             where=objective.loaded.spec,
             got=loss,
-            remedy="use a wider precision, for example ?dtype=float32 or ?dtype=bfloat16",
+            remedy="use a wider precision, such as ?dtype=float32; in float32 the model's own "
+            "weights are at fault",
         )
     return loss

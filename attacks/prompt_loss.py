@@ -74,7 +74,8 @@ class PromptLoss:
             raise AttackPlaneError(
                 "the target loss is not finite",
                 where=self.renderer.loaded.spec,
-                remedy="use a wider precision, for example ?dtype=float32 or ?dtype=bfloat16",
+                remedy="use a wider precision, such as ?dtype=float32; in float32 the model's own "
+                "weights are at fault",
             )
         return losses
 

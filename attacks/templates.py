@@ -231,6 +231,10 @@ class TemplatesConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "templates")
+        if not self.classes:
+            raise AttackPlaneError(
+                "no classes", where="templates", remedy=f"choose of {', '.join(CLASSES)}"
+            )
 
 
 def variants_of(config: TemplatesConfig, name: str) -> dict[str, Variant]:

@@ -56,9 +56,11 @@ def export(
     from core.records import BASELINES
     from core.store import RunFolder
     from interchange import exporter
+    from pipeline.matrices import require_whole
     from pipeline.runs import artifacts_of, first_replies
 
     folder = RunFolder.existing(run)
+    require_whole(folder)
     chosen = [
         a
         for a in artifacts_of(folder)
@@ -80,7 +82,15 @@ def export(
     else:
         on = target or chosen[0].source_model
         replies = first_replies(folder)
-        verdicts = {r.artifact_id: r.jailbroken for r in replies if r.target_model == on}
+        own = [r for r in replies if r.target_model == on]
+        if target and not own:
+            raise AttackPlaneError(
+                "no replies of this target in the run",
+                where=run,
+                got=target,
+                remedy="see its targets with show, or run transfer",
+            )
+        verdicts = {r.artifact_id: r.jailbroken for r in own}
         attacked = {a.behaviour_id for a in artifacts_of(folder)}
         behaviours = {k: b for k, b in folder.behaviours().items() if k in attacked}
         text = exporter.jailbreakbench(chosen, behaviours, verdicts, target=target)

@@ -49,6 +49,14 @@ class CleanGroup(click.Group):
             ctx.exit(EXIT_ERROR)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click tells these by itself; a reader that has seen enough is no error
+        except OSError as error:  # the disk is full, a name too long, a file not ours to write
+            if ctx.find_root().params.get("debug"):
+                raise
+            where = f"\n  where:  {error.filename}" if error.filename else ""
+            told = error.strerror or str(error)
+            click.echo(f"error: the system cannot read or write something{where}", err=True)
+            click.echo(f"  got:    {told}", err=True)
+            ctx.exit(EXIT_ERROR)
         except Exception as error:  # a fault of ours: one line here, all of it under --debug
             if ctx.find_root().params.get("debug"):
                 raise

@@ -37,9 +37,11 @@ def report(run: Path, attack: str | None, target: str | None, prompts: bool) -> 
     """
     from commands.tables.attacks import certificates_table
     from core.store import RunFolder
+    from pipeline.matrices import require_whole
     from pipeline.runs import each_replay
 
     folder = RunFolder.existing(run)
+    require_whole(folder)
 
     def chosen() -> Iterator[Replay]:
         for r in each_replay(folder):

@@ -35,9 +35,9 @@ def show(run: Path) -> None:
         prompts_table,
     )
     from commands.tables.plane import classes_table
-    from core.files import read_rows
-    from core.store import CLASSES, RunFolder
-    from pipeline.matrices import matrix_of
+    from core.store import RunFolder
+    from pipeline.matrices import matrix_of, require_whole
+    from pipeline.plane_files import classes_of
     from pipeline.runs import each_artifact
 
     folder = RunFolder.existing(run)
@@ -45,6 +45,7 @@ def show(run: Path) -> None:
         short = {k: v for k, v in settings.items() if not isinstance(v, list) or len(v) < 9}
         told = ", ".join(f"{key}={value}" for key, value in short.items())
         click.echo(f"{stage}: {told}" if told else stage)
+    require_whole(folder)
     artifacts = each_artifact(folder)
     few = list(islice(artifacts, LISTED))
     more = next(artifacts, None)
@@ -60,7 +61,7 @@ def show(run: Path) -> None:
     if any(cell.replays for cell in cells):
         click.echo()
         echo_table(matrix_table, cells)
-    if rows := read_rows(run / CLASSES):
+    if rows := classes_of(run):
         click.echo()
         echo_table(classes_table, rows)
 

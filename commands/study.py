@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from study.experiment import Experiment, ExperimentResult
     from study.experiment_plan import Stage
 
-REPORT = "REPORT.md"
+REPORT, MADE_BY = "REPORT.md", "Made by `study"
 
 
 @click.command()
@@ -39,6 +39,7 @@ def study(config: Path, dry_run: bool) -> None:
     from study.experiment_plan import measured, stages
 
     experiment = read_experiment(config)
+    refuse_foreign_report(experiment.folder / REPORT)
     planned = stages(experiment, measured(experiment, open_model))
     show_plan(experiment, planned)
     if dry_run:
@@ -52,6 +53,20 @@ def study(config: Path, dry_run: bool) -> None:
         estimated = sum(stage.seconds for stage in planned if stage.step == step) / 60
         click.echo(f"{step}: {seconds / 60:.1f} minutes, estimated {estimated:.1f} from nothing")
     click.echo(str(report))
+
+
+def refuse_foreign_report(path: Path) -> None:
+    """A report that this command did not write is the user's."""
+    from core.errors import AttackPlaneError
+    from core.files import refuse_link
+
+    refuse_link(path)
+    if path.exists() and MADE_BY not in path.read_text(encoding="utf-8", errors="replace"):
+        raise AttackPlaneError(
+            "a file that study did not write stands where its report would",
+            where=path,
+            remedy="move it away, or give another run folder",
+        )
 
 
 def show_plan(experiment: Experiment, planned: list[Stage]) -> None:
@@ -71,7 +86,7 @@ def write_report(config: Path, experiment: Experiment, result: ExperimentResult)
     from core.files import write_atomically
 
     inside = result.trajectory
-    parts = [f"# {experiment.folder.name}", f"Made by `study {config}`."]
+    parts = [f"# {experiment.folder.name}", f"{MADE_BY} {config}`."]
 
     def section(title: str, table: str, pictures: list[Path]) -> None:
         indented = "\n".join(f"    {line}".rstrip() for line in table.splitlines())

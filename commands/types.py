@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from core.files import LONGEST
 from core.settings import LARGEST, MOST
 
 SEED_RANGE = click.IntRange(0, LARGEST)
@@ -47,4 +48,6 @@ class FilePath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not str(value).strip():
             self.fail("an empty path.", param, ctx)
+        if "\0" in str(value) or any(len(p.encode()) > LONGEST for p in Path(value).parts):
+            self.fail(f"no disk takes this path: {str(value)[:60]!r}...", param, ctx)
         return super().convert(value, param, ctx)

@@ -37,6 +37,13 @@ def cache_folder() -> Path:
     """``$ATTACK_PLANE_CACHE``, else ``attack-plane`` in the XDG cache folder."""
     chosen = os.environ.get("ATTACK_PLANE_CACHE")
     if chosen:
+        if Path(chosen).exists() and not Path(chosen).is_dir():
+            raise AttackPlaneError(
+                "the cache folder is no folder",
+                where="ATTACK_PLANE_CACHE",
+                got=chosen,
+                remedy="set it to a folder, or unset it",
+            )
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attack-plane"
 

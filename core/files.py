@@ -15,6 +15,8 @@ from core.rows import Row
 log = logging.getLogger(__name__)
 
 ANEW = "delete it; the same command makes it anew"
+LONGEST = 255
+"""Bytes of one part of a path."""
 MOST = 64 * 2**20
 """Bytes of a JSON object, or of one line: a larger one is no settings file and no row."""
 
@@ -72,7 +74,8 @@ def require_regular(path: Path, most: int | None = None) -> None:
     """
     if not path.exists():
         leads = "a symbolic link that leads to no file" if path.is_symlink() else None
-        raise AttackPlaneError("no such file", where=path, got=leads)
+        remedy = "name a file that is there"
+        raise AttackPlaneError("no such file", where=path, got=leads, remedy=remedy)
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         raise AttackPlaneError(
@@ -84,6 +87,24 @@ def require_regular(path: Path, most: int | None = None) -> None:
             where=path,
             got=f"{path.stat().st_size / 2**20:.0f} MiB, at most {most / 2**20:.0f}",
         )
+
+
+def require_possible(path: Path) -> None:
+    """Refuse a path of a new folder that no disk takes, before hours of work are done for it.
+
+    Raises:
+        AttackPlaneError: a NUL in it, a part that is too long, or a file where a folder must be.
+    """
+    remedy = "name a folder that can be made"
+    if "\0" in str(path):
+        raise AttackPlaneError("no path holds a NUL", where=repr(str(path))[:100], remedy=remedy)
+    long = next((part for part in path.parts if len(part.encode()) > LONGEST), None)
+    if long:
+        got = f"{len(long.encode())} bytes, at most {LONGEST}: {long[:40]}..."
+        raise AttackPlaneError("a part of the path is too long", got=got, remedy=remedy)
+    there = next((p for p in (path, *path.parents) if p.exists()), None)
+    if there is not None and not there.is_dir():
+        raise AttackPlaneError("a file is in the way", where=path, got=there, remedy=remedy)
 
 
 def refuse_link(path: Path) -> None:
@@ -136,11 +157,14 @@ def write_new(path: Path, content: str | bytes, *, apart_from: Path, force: bool
             where=path,
             remedy="name a file outside of the run folder; nothing was written",
         )
-    if path.is_dir() or (path.exists() and not force):
+    require_possible(path.parent)
+    other = path.exists() and not path.is_file()
+    if other or (path.exists() and not force):
         raise AttackPlaneError(
             "there is something of that name already",
             where=path,
-            remedy="choose another name" + ("" if path.is_dir() else ", or give --force"),
+            got="no plain file" if other else None,
+            remedy="choose another name" + ("" if other else ", or give --force"),
         )
     write_atomically(path, content)
 

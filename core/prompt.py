@@ -149,13 +149,15 @@ class Renderer:
                 text = self.tokenizer.apply_chat_template(messages, **options, **FIXED)
         except TooLong as error:
             fault = f"the chat template does not end ({error})"
-            raise AttackPlaneError(fault, where=self.loaded.spec) from error
+            remedy = "mend chat_template in the model's folder, or give another template"
+            raise AttackPlaneError(fault, where=self.loaded.spec, remedy=remedy) from error
         except Exception as error:  # templates raise jinja2 errors of their own choosing
             raise AttackPlaneError(
                 "the chat template refuses this conversation",
                 where=self.loaded.spec,
-                got=str(error),
-                remedy="some take no system prompt or need alternating roles; leave it out",
+                got=f"{type(error).__name__}: {error}",
+                remedy="some take no system prompt or need alternating roles: leave them out; "
+                "where it refuses every conversation, mend chat_template in the model's folder",
             ) from error
         bos = self.tokenizer.bos_token
         if self._bos_added_by_default and not text.startswith(bos):
@@ -244,7 +246,17 @@ class Renderer:
         """Ids of whole conversations, one tokenizer call; the texts carry their own BOS."""
         if not texts:  # the tokenizer refuses an empty list
             return []
-        return self.tokenizer(list(texts), add_special_tokens=False).input_ids
+        ids = self.tokenizer(list(texts), add_special_tokens=False).input_ids
+        rows = self.loaded.model.get_input_embeddings().weight.shape[0]
+        highest = max((max(row) for row in ids if row), default=0)
+        if highest >= rows:
+            raise AttackPlaneError(
+                "the tokenizer gives a token that the model has no embedding of",
+                where=self.loaded.spec,
+                got=f"id {highest}, the model has {rows} embeddings",
+                remedy="tokenizer and weights must be of one model",
+            )
+        return ids
 
     def require_room(self, tokens: int, new: int, what: str) -> None:
         """Raises AttackPlaneError if a prompt and what follows exceed the model's positions."""

@@ -27,6 +27,10 @@ BASELINES = (PLAIN, INITIAL_SUFFIX, RANDOM_SUFFIX, AUTODAN_SEED)
 them."""
 SEVERAL_SOURCES = " & "
 """Between the specs of an artifact that was optimised on several models."""
+OUTCOMES = REFUSED, COMPLIED, NEITHER = "refused", "complied", "neither"
+"""What a judge says of a reply."""
+CERTIFIED = ("sent_as_meant", "verbatim", "same_ids", "same_vocabulary", "same_template")
+"""What a certificate says or leaves open."""
 NO_SOURCE = "none"
 """The source model of prompts that were made with no model."""
 
@@ -190,6 +194,17 @@ class AttackArtifact(Record):
                 self,
                 (self.best_step, len(self.loss_history)),
             )
+        of_ids = (self.rendering or {}).get("content_ids"), (self.rendering or {}).get("prompt_ids")
+        for ids in of_ids:
+            good = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
+            require(ids is None or good, "rendering: token ids are whole numbers", self, ids)
+        hashes = [(self.rendering or {}).get(name) for name in ("vocabulary", "template")]
+        require(
+            all(h is None or isinstance(h, str) for h in hashes),
+            "rendering: vocabulary and template are texts",
+            self,
+            hashes,
+        )
         steps = [s["step"] for s in self.snapshots]
         require(
             steps == sorted(steps) and all(0 <= step < len(self.loss_history) for step in steps),
@@ -229,3 +244,24 @@ class Replay(Record):
     log_odds: float | None = None
     sample: int = 0
     schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        known = self.outcome is None or self.outcome in OUTCOMES
+        require(known, f"outcome must be one of {OUTCOMES}", self, self.outcome)
+        scores = self.judgements.values()
+        require(
+            all(score is None or 0 <= score <= 1 for score in scores),
+            "a judgement lies between 0 and 1",
+            self,
+            self.judgements,
+        )
+        agrees = self.outcome is None or self.jailbroken is (self.outcome == COMPLIED)
+        require(agrees, "jailbroken is what outcome says", self, (self.outcome, self.jailbroken))
+        require(self.sample >= 0, "sample counts from 0", self, self.sample)
+        said = [self.certificate.get(name) for name in CERTIFIED]
+        require(
+            all(value is None or isinstance(value, bool) for value in said),
+            f"certificate: {', '.join(CERTIFIED)} are true, false or null",
+            self,
+            said,
+        )

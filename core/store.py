@@ -292,6 +292,13 @@ def _manifest(path: Path) -> Row:
         if not isinstance(manifest.get(key), kind):
             got = f"{key} is a {type(manifest[key]).__name__}" if key in manifest else f"no {key}"
             raise AttackPlaneError("not the manifest of a run", where=path, got=got, remedy=remedy)
+    for key, kind in {"stages": dict, "models": str}.items():
+        for name, value in manifest[key].items():
+            if not isinstance(value, kind):
+                got, where = repr(value)[:100], f"{path}, {key}, {name}"
+                raise AttackPlaneError(
+                    "not the manifest of a run", where=where, got=got, remedy=remedy
+                )
     what = "the run was written by another version of the suite"
     require_version(manifest.get("schema_version"), what, path, remedy)
     return manifest

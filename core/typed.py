@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
@@ -105,6 +105,32 @@ def _adapters(cls: Any) -> dict[str, Any]:
         name: TypeAdapter(hint, config=None if typing.get_origin(hint) is Annotated else config)
         for name, hint in ((name, _closed(hint)) for name, hint in _hints(cls).items())
     }
+
+
+def checked_rows(
+    rows: Iterable[tuple[int, Row]], kind: Any, path: object, remedy: str
+) -> Iterator[Row]:
+    """Numbered rows of a file against a ``TypedDict``; keys that it does not name may be there too.
+
+    Raises:
+        AttackPlaneError: a row that does not fit; its line and the field are named.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    adapter = TypeAdapter(kind)
+    for line, row in rows:
+        try:
+            adapter.validate_python(row, strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise AttackPlaneError(
+                f"{place}: {first['msg'].lower()}",
+                where=f"{path}, line {line}",
+                got=repr(first["input"])[:200],
+                remedy=remedy,
+            ) from None
+        yield row
 
 
 class _Instance:

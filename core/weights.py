@@ -85,13 +85,20 @@ def load_base(
                 **options,
             )
     except UNREADABLE as error:
-        raise _unloadable("model", where, error) from error
+        raise _unloadable("model", name, where, error) from error
     model, report = made
     if model.config.is_encoder_decoder:
         raise AttackPlaneError(
             "not a decoder-only model", where=spec.text, got=type(model).__name__
         )
     _require_all_weights(report, where)
+    if not isinstance(tokenizer.chat_template, (str, dict, type(None))):
+        raise AttackPlaneError(
+            "the chat template is no text",
+            where=f"{where}, tokenizer_config.json",
+            got=repr(tokenizer.chat_template)[:100],
+            remedy="mend it, or remove it: then the model is taken as a base model",
+        )
     return (model if spec.load or places else model.to(device)), tokenizer
 
 
@@ -127,11 +134,13 @@ def _readable_config(what: str, name: str, where: str, revision: str | None = No
         if layers > MOST_LAYERS:  # they are made before the weights are looked at
             raise ValueError(f"its config.json speaks of {layers} layers")
     except UNREADABLE as error:
-        raise _unloadable(what, where, error, asked) from error
+        raise _unloadable(what, name, where, error, asked) from error
     return config
 
 
-def _unloadable(what: str, where: str, error: Exception, asked: Any = None) -> AttackPlaneError:
+def _unloadable(
+    what: str, name: str, where: str, error: Exception, asked: Any = None
+) -> AttackPlaneError:
     """What a failure to load is told as. ``asked``: the classes of its own that a config names."""
     if "trust_remote_code" in str(error):
         return AttackPlaneError(
@@ -144,7 +153,9 @@ def _unloadable(what: str, where: str, error: Exception, asked: Any = None) -> A
         f"cannot load the {what}",
         where=where,
         got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
-        remedy="check the name, the network and, for a gated model, your access token; " + FORMS,
+        remedy="check its config, tokenizer and weight files: one is broken or missing"
+        if Path(name).exists()
+        else "check the name, the network and, for a gated model, your access token; " + FORMS,
     )
 
 
@@ -217,7 +228,7 @@ def load_classifier(name: str) -> tuple[Any, Any]:
                 ignore_mismatched_sizes=True,
             )
     except UNREADABLE as error:
-        raise _unloadable("classifier", name, error) from error
+        raise _unloadable("classifier", name, name, error) from error
     model, report = made  # public classifiers often hold a pooler that their class does not use
     _require_all_weights({**report, "unexpected_keys": ()}, name)
     return model.eval().requires_grad_(False).to(default_device()), tokenizer

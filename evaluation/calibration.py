@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from core.errors import AttackPlaneError
 from core.rows import Row
 from core.statistics import Interval, percentile_interval, wilson
 from evaluation.judges.registry import COMPLIED, REFUSED
@@ -64,6 +65,11 @@ class Errors:
     refused_false_negative: int | None = None
     refused_true_negative: int | None = None
     among_answers: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and value < 0:
+                raise AttackPlaneError("a count is below 0", where=name, got=value)
 
     @property
     def tells_neither(self) -> bool:

@@ -305,6 +305,26 @@ def _row(judge: str, attack: str, by_hand: list[str], said: list[str]) -> JudgeR
 
 
 def errors_of_run(path: Path) -> Mapping[str, Row] | None:
-    """The errors that were counted in this run; None where the package's own hold."""
+    """The errors that were counted in this run; None where the package's own hold.
+
+    Raises:
+        AttackPlaneError: they are no counts.
+    """
     file = path / ERRORS
-    return read_object(file, "errors of judges", remedy=ANEW) if file.exists() else None
+    if not file.exists():
+        return None
+    table = read_object(file, "errors of judges", remedy=ANEW)
+    for judge, by_class in table.items():
+        if not isinstance(by_class, dict) or POOLED not in by_class:
+            raise AttackPlaneError(
+                f"not the errors of a judge: no counts of {POOLED!r}",
+                where=f"{file}, {judge}",
+                got=repr(by_class)[:200],
+                remedy=ANEW,
+            )
+        for name, counts in by_class.items():
+            if not isinstance(counts, dict):
+                got = repr(counts)[:200]
+                raise AttackPlaneError("no counts", where=f"{file}, {judge}, {name}", got=got)
+            from_values(Errors, counts, f"{file}, {judge}, {name}")
+    return table

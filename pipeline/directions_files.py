@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,7 +15,9 @@ from core.errors import AttackPlaneError
 from core.files import read_object, write_atomically
 from core.readings import Directions
 from core.records import require_version
+from core.rows import Row
 from core.specs import canonical_name
+from core.typed import from_values
 
 
 def directions_path(folder: Path, model: str, estimator: str) -> Path:
@@ -25,13 +29,15 @@ def save_directions(directions: Directions, folder: Path, extra: dict[str, objec
     path = directions_path(folder, directions.model, directions.estimator)
     tensors: dict[str, Tensor] = {n: getattr(directions, n) for n in Directions.TENSORS}
     tensors |= {f"statistics.{n}": t for n, t in directions.statistics.items()}
-    write_atomically(path, save({n: t.contiguous() for n, t in tensors.items()}))
+    content = save({n: t.contiguous() for n, t in tensors.items()})
+    write_atomically(path, content)
     description = {
         "schema_version": directions.schema_version,
         "model": directions.model,
         "estimator": directions.estimator,
         "sample_counts": directions.sample_counts,
         "settings": directions.settings,
+        "tensors": _hash_of(content),
         **extra,
     }
     write_atomically(path.with_suffix(".json"), json.dumps(description, indent=2) + "\n")
@@ -65,22 +71,51 @@ def load_directions(folder: Path, model: str, estimator: str) -> Directions:
             remedy=f"expected {model}",
         )
     prefix = "statistics."
+    known = from_values(
+        _Described,
+        {f.name: description[f.name] for f in fields(_Described) if f.name in description},
+        str(path.with_suffix(".json")),
+    )
     try:
         tensors = load_file(path)
+        _require_floats(tensors)
+        if known.tensors and known.tensors != _hash_of(path.read_bytes()):
+            raise AttackPlaneError("the tensors are not those that the description is of")
         return Directions(
-            model=description["model"],
-            estimator=description["estimator"],
-            sample_counts=description["sample_counts"],
-            settings=description["settings"],
+            model=known.model,
+            estimator=known.estimator,
+            sample_counts=known.sample_counts,
+            settings=known.settings,
             statistics={
                 n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)
             },
             **{n: tensors[n] for n in Directions.TENSORS},  # type: ignore[arg-type]
         )
-    except (OSError, KeyError, SafetensorError) as error:
+    except (OSError, KeyError, SafetensorError, AttackPlaneError) as error:
         raise AttackPlaneError(
             "the directions cannot be read",
             where=path,
-            got=f"{type(error).__name__}: {error}",
+            got=" ".join(str(error).split())[:300],
             remedy=remedy,
         ) from error
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What must stand in the JSON beside the tensors; ``tensors`` is their hash."""
+
+    model: str
+    estimator: str
+    sample_counts: dict[str, int]
+    settings: Row
+    tensors: str = ""
+
+
+def _require_floats(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AttackPlaneError(f"{name} is of {tensor.dtype}")
+
+
+def _hash_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from typing_extensions import TypedDict
+
+from core.errors import AttackPlaneError
+from core.files import ANEW, each_row
 from core.records import HARMFUL
-from core.store import FAILURES, RunFolder
+from core.rows import Row
+from core.store import ATTACKS, BEHAVIOURS, FAILURES, RunFolder
+from core.typed import checked_rows
 from evaluation.calibration import Errors, known_errors, package_errors
 from pipeline.calibrate import errors_of_run
 from pipeline.runs import each_artifact, each_replay, write_rows
@@ -38,13 +44,38 @@ def labels_of(run: RunFolder) -> dict[str, str]:
     return {name: b.label for name, b in run.behaviours().items()}
 
 
+def require_whole(run: RunFolder) -> None:
+    """Whether every reply has its prompt in the run, and every prompt and reply its behaviour.
+
+    Raises:
+        AttackPlaneError: a file was deleted or cut: rates would be of fewer than there were.
+    """
+    behaviours, prompts = set(run.behaviours()), set[str]()
+    for artifact in each_artifact(run):
+        prompts.add(artifact.artifact_id)
+        _require(artifact.behaviour_id in behaviours, BEHAVIOURS, artifact.behaviour_id, run)
+    for replay in each_replay(run):
+        _require(replay.artifact_id in prompts, ATTACKS, replay.artifact_id, run)
+        _require(replay.behaviour_id in behaviours, BEHAVIOURS, replay.behaviour_id, run)
+
+
+def _require(known: bool, file: str, name: str, run: RunFolder) -> None:
+    if not known:
+        raise AttackPlaneError(
+            "the run refers to a row that it does not hold",
+            where=run.path / file,
+            got=f"no {name}",
+            remedy="restore the file, or remove the rows that refer to it",
+        )
+
+
 def expected_prompts(run: RunFolder) -> dict[tuple[str, str, str], int]:
     """How many prompts each (attack, source, label) has or, after failures, should have."""
     labels = labels_of(run)
     there = [(a.attack, a.source_model, a.behaviour_id, a.variant) for a in each_artifact(run)]
     failed = {
-        (r["attack"], r["source"], r["behaviour"], r.get("variant"))
-        for r in run.rows(FAILURES)
+        (r["attack"], r["source"], r.get("behaviour", ""), r.get("variant"))
+        for r in failures_of(run)
         if r["stage"] == "attack"
     }
     expected = Counter(
@@ -55,6 +86,27 @@ def expected_prompts(run: RunFolder) -> dict[tuple[str, str, str], int]:
         for attack, source, behaviour, _ in failed.difference(there)
     )
     return dict(expected)
+
+
+class Failure(TypedDict):
+    """A cell that failed; what else its row says depends on the stage."""
+
+    stage: str
+    reason: str
+
+
+def failures_of(run: RunFolder) -> list[Row]:
+    """The cells that failed.
+
+    Raises:
+        AttackPlaneError: a row that is none.
+    """
+    path = run.path / FAILURES
+    rows = list(checked_rows(each_row(path), Failure, path, ANEW))
+    for row in rows:
+        if row["stage"] == "attack" and not {"attack", "source"} <= row.keys():
+            raise AttackPlaneError("not a failed cell", where=path, got=[*row], remedy=ANEW)
+    return rows
 
 
 def matrix_of(run: RunFolder, targets: Sequence[str] = ()) -> list[Cell]:

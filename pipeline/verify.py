@@ -12,6 +12,7 @@ from core.models import ModelHandle, OpenModel
 from core.prompt import Renderer
 from core.records import SEVERAL_SOURCES, AttackArtifact
 from core.store import ATTACKS, RunFolder
+from pipeline.matrices import require_whole
 from pipeline.runs import artifacts_of
 
 Verified = tuple[AttackArtifact, Verification | None]
@@ -26,6 +27,7 @@ def verify(
     imported ones whose source is no model spec of ours.
     """
     run = RunFolder.existing(path)
+    require_whole(run)
     artifacts = artifacts_of(run)
     if not artifacts:
         raise AttackPlaneError("no artifacts to verify in this run", where=path / ATTACKS)

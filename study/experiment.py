@@ -43,10 +43,11 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
+from core.files import require_possible
 from core.models import ModelHandle, OpenModel
 from core.records import HARMFUL
 from core.settings import check_settings, setting
-from core.specs import parse_spec
+from core.specs import FORMS, parse_spec
 from evaluation.behaviours import DEMONSTRATION, load_held_out, spread
 from evaluation.budget import EvaluateConfig
 from evaluation.judges import DEFAULT_JUDGE
@@ -115,6 +116,11 @@ class Experiment:
         check_settings(self, "experiment")
         if not self.run.strip():
             raise AttackPlaneError("an experiment needs a run folder", where="run")
+        if not self.reference.strip():
+            raise AttackPlaneError(
+                "an experiment needs a reference", where="reference", remedy=f"forms: {FORMS}"
+            )
+        require_possible(self.folder)
 
     @property
     def folder(self) -> Path:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError, nearest
+from core.records import HARMFUL
 from core.rows import Row
 from core.specs import canonical_name, parse_spec
 from core.typed import from_values
+from evaluation.behaviours import load_held_out
 from evaluation.budget import EvaluateConfig
 from pipeline.toml_file import attack_of, faults_of, read_toml, table_of
 from study.experiment import Experiment, Options, TrainingChoice
@@ -17,6 +19,7 @@ from training.registry import ARMS, SMALL_PRESET
 
 CHOSEN = ("sources", "claims", "anchors")
 """Tables that name checkpoints."""
+LONGEST_NAME = 100
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -81,12 +84,12 @@ def _training(row: Any, where: str) -> TrainingChoice:
     if head.arm not in ARMS.all():
         remedy = nearest(head.arm, ARMS.all())
         raise AttackPlaneError("unknown training arm", where=where, got=head.arm, remedy=remedy)
-    if head.name and canonical_name(head.name) != head.name:
+    if head.name and (canonical_name(head.name) != head.name or len(head.name) > LONGEST_NAME):
         raise AttackPlaneError(
             "a name must do as a folder",
             where=where,
-            got=repr(head.name),
-            remedy="use letters",
+            got=repr(head.name)[:100],
+            remedy=f"use letters, digits, - and _, at most {LONGEST_NAME}",
         )
     arm = ARMS.get(head.arm)
     settings = {k: v for k, v in row.items() if k not in own}
@@ -110,6 +113,10 @@ def _check(experiment: Experiment, where: str) -> None:
     saved = {n: t.steps for n, t in zip(names, experiment.trainings, strict=True)}
     for table in CHOSEN:
         for name, steps in getattr(experiment, table).items():
+            if len({*steps}) < len(steps):
+                raise AttackPlaneError(
+                    "a step that is given twice", where=f"{where}, [{table}] {name}", got=[*steps]
+                )
             missing = [s for s in steps if s not in saved.get(name, ())]
             if missing:
                 raise AttackPlaneError(
@@ -118,5 +125,15 @@ def _check(experiment: Experiment, where: str) -> None:
                     got=missing,
                     remedy=f"trainings save {saved}",
                 )
+    held_out = load_held_out(experiment.behaviours)
+    there = sum(b.label == HARMFUL and bool(b.target_string) for b in held_out)
+    for key in ("fixed_behaviours", "source_behaviours"):
+        if getattr(experiment, key) > there:
+            raise AttackPlaneError(
+                "more behaviours than the set has",
+                where=f"{where}, {key}",
+                got=f"{getattr(experiment, key)}, held out with a target string: {there}",
+                remedy=f"give at most {there}, or another set with behaviours = ...",
+            )
     if experiment.sources and not experiment.transfer:
         raise AttackPlaneError("sources without attacks", where=where, remedy="add [transfer.gcg]")

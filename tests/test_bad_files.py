@@ -1,15 +1,31 @@
 """Bad files that a stranger threw at the suite: each is told by what it is."""
 
 import json
+import os
+import shutil
+import stat
+from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+from attacks.templates import TemplatesConfig
 from cli import cli
+from commands.study import refuse_foreign_report
 from core.errors import AttackPlaneError
+from core.files import require_possible
+from core.models import load
+from core.prompt import Renderer
+from core.readings import Directions
+from core.records import Behaviour
 from core.specs import parse_spec
+from core.store import RunFolder
 from evaluation.behaviours import read_file
+from pipeline.directions_files import directions_path, load_directions, save_directions
 from pipeline.toml_file import read_toml
+from study.experiment_file import read_experiment
+from tests.test_inspect_log import artifact, replay
 
 
 def told(tmp_path, name, content):
@@ -159,3 +175,216 @@ def test_ids_that_an_import_can_not_keep_are_told(tmp_path):
     assert "two is jsonl-one, one is jsonl-" in result.output
     again = CliRunner().invoke(cli, arguments)
     assert "3 already there" in again.output
+
+
+# --- a second round ----------------------------------------------------------------------------
+@pytest.fixture
+def whole(tmp_path):
+    """A run with one prompt and one reply, in which everything is right."""
+    behaviour = Behaviour("cake", "Bake a cake", "Sure", "food", "harmful", "own")
+    with RunFolder(tmp_path / "whole") as run:
+        run.begin_stage("transfer", {"judges": ["rules"]}, {})
+        run.note_behaviours([behaviour])
+        run.append("attacks.jsonl", artifact("a").to_row())
+        run.append("replays.jsonl", replay("a", "one", "complied").to_row())
+    said_well(tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+def said_well(run):
+    result = CliRunner().invoke(cli, ["show", "--run", str(run)])
+    assert result.exit_code == 0, result.output
+
+
+def changed(run, file, **values):
+    """The run with another value in the last row of a file."""
+    rows = [json.loads(line) for line in (run / file).read_text().splitlines()]
+    rows[-1].update(values)
+    (run / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+@pytest.mark.parametrize(
+    "values,fault",
+    [
+        ({"outcome": "maybe"}, "outcome must be one of"),
+        ({"judgements": {"rules": 7.0}}, "between 0 and 1"),
+        ({"jailbroken": False}, "jailbroken is what outcome says"),
+        ({"sample": -1}, "sample counts from 0"),
+        ({"certificate": {"sent_as_meant": "no"}}, "true, false or null"),
+        ({"artifact_id": "nothing"}, "refers to a row that it does not hold"),
+        ({"behaviour_id": "nobody"}, "refers to a row that it does not hold"),
+    ],
+)
+def test_a_reply_that_cannot_be_is_refused(whole, values, fault):
+    assert fault in said("show", "--run", changed(whole, "replays.jsonl", **values))
+
+
+@pytest.mark.parametrize(
+    "values,fault",
+    [
+        ({"rendering": {"content_ids": ["a"]}}, "token ids are whole numbers"),
+        ({"rendering": {"vocabulary": 3}}, "are texts"),
+        ({"behaviour_id": "nobody"}, "behaviours.jsonl"),
+    ],
+)
+def test_a_prompt_that_cannot_be_is_refused(whole, values, fault):
+    changed(whole, "attacks.jsonl", **values)
+    assert fault in said("show", "--run", whole) and fault in said("verify", "--run", whole)
+
+
+@pytest.mark.parametrize("file", ["attacks.jsonl", "behaviours.jsonl"])
+def test_a_run_that_lacks_a_file_is_not_whole(whole, file, tmp_path):
+    (whole / file).unlink()
+    out = ["--format", "harmbench", "--out", tmp_path / "out.json", "--attack", "gcg"]
+    assert file in said("show", "--run", whole)
+    assert file in said("export", "--run", whole, *out)
+
+
+@pytest.mark.parametrize(
+    "file,content,fault",
+    [
+        ("plane_classes.jsonl", '{"a":1}', "target: field required"),
+        ("failures.jsonl", '{"a":1}', "stage: field required"),
+        ("failures.jsonl", '{"stage":"attack","reason":"x"}', "not a failed cell"),
+        ("judge_errors.json", '{"rules": {"x": "y"}}', "no counts of 'all'"),
+        ("judge_errors.json", '{"rules": {"all": {"fp": 1}}}', "unknown setting 'fp'"),
+        ("judge_errors.json", '{"rules": {"all": 7}}', "no counts"),
+    ],
+)
+def test_what_a_run_holds_beside_its_rows_is_checked(whole, file, content, fault):
+    (whole / file).write_text(content + "\n")
+    words = said("show", "--run", whole)
+    assert fault in words and file in words
+
+
+def test_stages_of_a_manifest_are_tables(whole):
+    manifest = json.loads((whole / "manifest.json").read_text())
+    manifest["stages"]["gcg"] = 3
+    (whole / "manifest.json").write_text(json.dumps(manifest))
+    assert "stages, gcg" in said("show", "--run", whole)
+
+
+def test_directions_of_other_tensors_are_refused(tmp_path):
+    layers, width = 3, 4
+    unit = torch.zeros(layers, width)
+    unit[:, 0] = 1
+    for name in ("one", "two"):
+        tensors = [unit.clone(), unit.clone(), torch.ones(layers), torch.ones(layers)]
+        tensors += [torch.full((layers, width), float(ord(name[0]))) for _ in range(2)]
+        save_directions(Directions(name, "harc", *tensors, {"harmful": 2}), tmp_path, {})
+    assert load_directions(tmp_path, "one", "harc").n_layers == 2
+    one, two = (directions_path(tmp_path, name, "harc") for name in ("one", "two"))
+    one.write_bytes(two.read_bytes())
+    with pytest.raises(AttackPlaneError, match="not those that the description is of"):
+        load_directions(tmp_path, "one", "harc")
+    description = json.loads(two.with_suffix(".json").read_text())
+    for key, value in (("settings", []), ("sample_counts", {"x": "y"})):
+        two.with_suffix(".json").write_text(json.dumps(description | {key: value}))
+        with pytest.raises(AttackPlaneError, match=key):
+            load_directions(tmp_path, "two", "harc")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_paths_that_no_disk_takes_are_refused_before_any_work(tmp_path, name, whole):
+    result = CliRunner().invoke(cli, ["show", "--run", f"{tmp_path}/{name}"])
+    assert result.exit_code == 2 and "no disk takes this path" in result.output
+    with pytest.raises(AttackPlaneError, match=r"too long|no path holds a NUL"):
+        require_possible(tmp_path / name)
+
+
+def test_a_file_in_the_way_of_a_run_is_told(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(AttackPlaneError, match="a file is in the way"):
+            require_possible(path)
+
+
+def test_a_pipe_is_no_file_to_be_replaced(whole, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    arguments = ["export", "--run", whole, "--format", "harmbench", "--out", tmp_path / "pipe"]
+    assert "no plain file" in said(*arguments, "--force")
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_an_unknown_target_of_an_export_is_told(whole, tmp_path):
+    arguments = ["--format", "jailbreakbench", "--out", tmp_path / "x.json", "--target", "nope"]
+    assert "no replies of this target" in said("export", "--run", whole, *arguments)
+
+
+def test_errors_of_the_system_are_no_faults_of_ours(whole, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr("pipeline.matrices.matrix", full)
+    words = said("show", "--run", whole)
+    assert "No space left" in words and "somewhere" in words
+
+
+EXPERIMENT = """
+run = "{run}"
+{head}
+[[trainings]]
+arm = "sft"
+num_steps = 4
+{training}
+[attacks.templates]
+classes = ["persona"]
+[transfer.templates]
+classes = ["persona"]
+[sources]
+sft = {steps}
+"""
+
+
+@pytest.mark.parametrize(
+    "change,fault",
+    [
+        ({"run": "file"}, "a file is in the way"),
+        ({"run": "x" * 300}, "too long"),
+        ({"head": 'reference = ""'}, "needs a reference"),
+        ({"head": "fixed_behaviours = 1000000"}, "more behaviours than the set has"),
+        ({"steps": "[4, 4]"}, "given twice"),
+        ({"training": f'name = "{"n" * 400}"'}, "must do as a folder"),
+    ],
+)
+def test_an_experiment_that_cannot_be_is_refused_when_it_is_read(tmp_path, change, fault):
+    (tmp_path / "file").write_text("mine")
+    values = {"run": "run", "head": "", "training": "", "steps": "[4]"} | change
+    text = EXPERIMENT.format(**(values | {"run": tmp_path / values["run"]}))
+    (tmp_path / "study.toml").write_text(text)
+    with pytest.raises(AttackPlaneError, match=fault):
+        read_experiment(tmp_path / "study.toml")
+
+
+def test_no_classes_are_no_attack():
+    with pytest.raises(AttackPlaneError, match="no classes"):
+        TemplatesConfig(classes=())
+
+
+def test_a_report_of_the_users_own_is_not_replaced(tmp_path):
+    report = tmp_path / "REPORT.md"
+    report.write_text("MY NOTES")
+    with pytest.raises(AttackPlaneError, match="did not write"):
+        refuse_foreign_report(report)
+    report.write_text("# x\n\nMade by `study x.toml`.\n")
+    refuse_foreign_report(report)
+
+
+def test_a_model_with_another_ones_tokenizer_is_told(tiny_folders, tmp_path):
+    loaded = load(str(tiny_folders["llama"]))
+    loaded.model.resize_token_embeddings(10)
+    with pytest.raises(AttackPlaneError, match="no embedding of"):
+        Renderer(loaded).tokenise(["Bake a cake"])
+    folder = Path(shutil.copytree(tiny_folders["llama"], tmp_path / "model"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": 7}))
+    with pytest.raises(AttackPlaneError, match="the chat template is no text"):
+        load(str(folder))
+
+
+def test_a_cache_that_is_a_file_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ATTACK_PLANE_CACHE", str(tmp_path / "file"))
+    assert "is no folder" in said("models")

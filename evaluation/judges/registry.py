@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from core.errors import AttackPlaneError
+from core.records import COMPLIED, NEITHER, OUTCOMES, REFUSED
 from core.registry import Registry
 
-REFUSED, COMPLIED, NEITHER = OUTCOMES = ("refused", "complied", "neither")
+__all__ = ["COMPLIED", "NEITHER", "OUTCOMES", "REFUSED"]
 """``refused``: the model declines. ``complied``: it does what was asked, well or badly.
 ``neither``: off topic, an echo, degenerate, evasive, a warning, or another and safe task."""
 
@@ -88,7 +89,7 @@ def judge_kind(spec: str) -> tuple[JudgeKind, str]:
     name, colon, argument = spec.partition(":")
     kind = JUDGES.get(name)
     if not kind.takes(argument) or (colon and not argument):
-        raise AttackPlaneError("not a judge", got=spec, remedy=f"write {kind.form}")
+        raise AttackPlaneError("not a judge", where="judge", got=spec, remedy=f"write {kind.form}")
     return kind, argument
 
 

@@ -36,6 +36,7 @@ from typing import Any
 from attacks.registry import ATTACKS
 from attacks.workbench import Workbench
 from core.errors import AttackPlaneError, nearest
+from core.files import require_possible
 from core.records import LABELS, SPLITS, Behaviour
 from core.rows import Row
 from core.served import is_served
@@ -139,6 +140,7 @@ class SweepConfig:
         check_settings(self, "sweep")
         if not self.run.strip() or not self.judges:
             raise AttackPlaneError("a sweep needs a run folder and a judge", where="run, judges")
+        require_possible(Path(self.run))
 
     @property
     def plane_config(self) -> PlaneConfig:

@@ -57,7 +57,10 @@ def parse_shard(text: str) -> Shard:
     if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) < 10**6:
         return Shard(int(number), int(of))
     raise AttackPlaneError(
-        "not a shard", where="--shard", got=text, remedy="write i/n with i from 1 to n, such as 2/7"
+        "not a shard",
+        where="--shard",
+        got=text,
+        remedy="write i/n with i from 1 to n, such as 2/7, and n below a million",
     )
 
 
