@@ -345,7 +345,6 @@ def _finite(loss: float, objective: SuffixLoss) -> float:
             "the target loss is not finite",
             where=objective.loaded.spec,
             got=loss,
-            remedy="use a wider precision, such as ?dtype=float32; in float32 the model's own "
-            "weights are at fault",
+            remedy="use ?dtype=float32; if it is that, the weights are at fault",
         )
     return loss

@@ -74,8 +74,7 @@ class PromptLoss:
             raise AttackPlaneError(
                 "the target loss is not finite",
                 where=self.renderer.loaded.spec,
-                remedy="use a wider precision, such as ?dtype=float32; in float32 the model's own "
-                "weights are at fault",
+                remedy="use ?dtype=float32; if it is that, the weights are at fault",
             )
         return losses
 

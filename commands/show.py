@@ -37,8 +37,7 @@ def show(run: Path) -> None:
     from commands.tables.plane import classes_table
     from core.store import RunFolder
     from pipeline.matrices import matrix_of, require_whole
-    from pipeline.plane_files import classes_of
-    from pipeline.runs import each_artifact
+    from pipeline.runs import classes_of, each_artifact
 
     folder = RunFolder.existing(run)
     for stage, settings in folder.manifest["stages"].items():

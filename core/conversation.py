@@ -1,4 +1,5 @@
-"""User content with the places of request and suffix in it, and the conversation around it."""
+"""User content with the places of request and suffix in it, the conversation around it, and what
+a renderer (``core/prompt.py``) makes of that."""
 
 from __future__ import annotations
 
@@ -79,3 +80,45 @@ class Conversation:
             find(suffix, prompt.rfind(suffix) if suffix else -1),
             system,
         )
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered conversation: its text, its token ids, and where things lie in them.
+
+    ``target_ids`` follow ``ids`` directly.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    content: Span
+    request: Span | None
+    suffix: Span | None
+    starts: tuple[int, ...]
+    """Character at which each token's text begins (white space before a token belongs to it)."""
+    target_text: str = ""
+    target_ids: tuple[int, ...] = ()
+    trimmed: bool = False
+    """The template removed white space around the content (only with ``allow_trim``)."""
+
+    @property
+    def t_goal(self) -> int | None:
+        return self.request.last if self.request else None
+
+    @property
+    def t_inst(self) -> int:
+        return self.content.last
+
+    @property
+    def t_post_inst(self) -> int:
+        return len(self.ids) - 1
+
+    @property
+    def tail(self) -> Span:
+        """Template tokens between the user content and the reply."""
+        return Span(self.content.stop, len(self.ids))
+
+    @property
+    def target(self) -> Span:
+        """Token range of the target in ``ids + target_ids``."""
+        return Span(len(self.ids), len(self.ids) + len(self.target_ids))

@@ -16,10 +16,9 @@ were scored. Comparing the suffix alone is not enough: its tokens merge with the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
-from core.conversation import Conversation, Span
+from core.conversation import Conversation, Prompt, Span
 from core.deadline import TooLong, at_most
 from core.errors import AttackPlaneError
 from core.models import LoadedModel
@@ -40,48 +39,6 @@ REPLY_SENTINEL = "ZQXreplyXQZ"
 # Some templates print today's date; a prompt must render the same tomorrow.
 FIXED = {"date_string": "26 Jul 2024"}
 FIXED_TODAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A rendered conversation: its text, its token ids, and where things lie in them.
-
-    ``target_ids`` follow ``ids`` directly.
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    content: Span
-    request: Span | None
-    suffix: Span | None
-    starts: tuple[int, ...]
-    """Character at which each token's text begins (white space before a token belongs to it)."""
-    target_text: str = ""
-    target_ids: tuple[int, ...] = ()
-    trimmed: bool = False
-    """The template removed white space around the content (only with ``allow_trim``)."""
-
-    @property
-    def t_goal(self) -> int | None:
-        return self.request.last if self.request else None
-
-    @property
-    def t_inst(self) -> int:
-        return self.content.last
-
-    @property
-    def t_post_inst(self) -> int:
-        return len(self.ids) - 1
-
-    @property
-    def tail(self) -> Span:
-        """Template tokens between the user content and the reply."""
-        return Span(self.content.stop, len(self.ids))
-
-    @property
-    def target(self) -> Span:
-        """Token range of the target in ``ids + target_ids``."""
-        return Span(len(self.ids), len(self.ids) + len(self.target_ids))
 
 
 class Renderer:

@@ -7,13 +7,10 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from typing_extensions import TypedDict
-
-from core.files import each_row, write_atomically
+from core.files import write_atomically
 from core.readings import PlanePoint
 from core.rows import Row
 from core.store import CLASSES, PLANE
-from core.typed import checked_rows
 from geometry.classes import describe_classes
 from geometry.plane import Nulls
 from geometry.prediction import centroid_distances, success_prediction
@@ -23,36 +20,6 @@ from pipeline.runs import write_rows
 SEPARABILITY = "plane_separability.jsonl"
 SUCCESS = "plane_success.jsonl"
 DISTANCES = "plane_distances.jsonl"
-
-
-Pair = list[float] | None
-ClassRow = TypedDict(
-    "ClassRow",
-    {
-        "target": str,
-        "frame": str,
-        "class": str,
-        "n": int,
-        "judged": int,
-        "jailbroken": int,
-        "centroid": list[float],
-        "displacement": Pair,
-        "displacement_interval": list[list[float]] | None,
-        "null_random": Pair,
-        "null_permuted": Pair,
-    },
-)
-"""What is printed of a class; the rows hold more."""
-
-
-def classes_of(folder: Path) -> list[Row]:
-    """The rows of ``plane_classes.jsonl``; none where there is no such file.
-
-    Raises:
-        AttackPlaneError: a row that is none.
-    """
-    path = folder / CLASSES
-    return list(checked_rows(each_row(path), ClassRow, path, "make the plane anew, with plane"))
 
 
 def by_panel(points: Sequence[PlanePoint]) -> list[list[PlanePoint]]:

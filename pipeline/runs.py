@@ -6,11 +6,14 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from core.files import write_atomically
+from typing_extensions import TypedDict
+
+from core.files import each_row, write_atomically
 from core.records import AttackArtifact, Replay
 from core.rows import Row
 from core.specs import parse_spec, require_weights
-from core.store import ATTACKS, REPLAYS, RunFolder
+from core.store import ATTACKS, CLASSES, REPLAYS, RunFolder
+from core.typed import checked_rows
 
 
 def artifacts_of(run: RunFolder) -> list[AttackArtifact]:
@@ -58,3 +61,33 @@ def write_rows(path: Path, rows: Iterable[Row]) -> Path:
     """Write JSON lines in place of an earlier file."""
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+Pair = list[float] | None
+ClassRow = TypedDict(
+    "ClassRow",
+    {
+        "target": str,
+        "frame": str,
+        "class": str,
+        "n": int,
+        "judged": int,
+        "jailbroken": int,
+        "centroid": list[float],
+        "displacement": Pair,
+        "displacement_interval": list[list[float]] | None,
+        "null_random": Pair,
+        "null_permuted": Pair,
+    },
+)
+"""What is printed of a class; the rows hold more."""
+
+
+def classes_of(folder: Path) -> list[Row]:
+    """The rows of ``plane_classes.jsonl``; none where there is no such file.
+
+    Raises:
+        AttackPlaneError: a row that is none.
+    """
+    path = folder / CLASSES
+    return list(checked_rows(each_row(path), ClassRow, path, "make the plane anew, with plane"))

@@ -122,7 +122,8 @@ def test_verify_passes_and_finds_a_tampered_artifact(run, tmp_path):
     rows = [json.loads(line) for line in (path / "attacks.jsonl").read_text().splitlines()]
     rows[-1]["loss"] += 0.01
     (copy / "attacks.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (copy / "manifest.json").write_text((path / "manifest.json").read_text())
+    for name in ("manifest.json", "behaviours.jsonl"):
+        (copy / name).write_text((path / name).read_text())
     assert "7 of 8 artifacts hold" in call("verify", "--run", copy, code=3)
 
 
@@ -135,6 +136,7 @@ def test_verify_of_nothing_is_an_error_and_a_prompt_that_cannot_be_rendered_is_a
     row = json.loads((path / "attacks.jsonl").read_text().splitlines()[0])
     row["system_prompt"], row["source_model"] = "Be brief.", str(run[1].parent / "gemma3")
     (tmp_path / "attacks.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "behaviours.jsonl").write_text((path / "behaviours.jsonl").read_text())
     output = call("verify", "--run", tmp_path, code=3)
     assert "FAULT" in output and "System role not supported" in output
 
