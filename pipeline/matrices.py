@@ -11,7 +11,7 @@ from core.errors import AttackPlaneError
 from core.files import ANEW, each_row
 from core.records import HARMFUL
 from core.rows import Row
-from core.store import ATTACKS, BEHAVIOURS, FAILURES, RunFolder
+from core.store import ATTACKS, BEHAVIOURS, FAILURES, REPLAYS, RunFolder
 from core.typed import checked_rows
 from evaluation.calibration import Errors, known_errors, package_errors
 from pipeline.calibrate import errors_of_run
@@ -47,19 +47,21 @@ def labels_of(run: RunFolder) -> dict[str, str]:
 def require_whole(run: RunFolder) -> None:
     """Whether every reply has its prompt in the run, and every prompt and reply its behaviour.
 
+    Rows are looked at only so far: their fields are checked where they are read.
+
     Raises:
         AttackPlaneError: a file was deleted or cut: rates would be of fewer than there were.
     """
     behaviours, prompts = set(run.behaviours()), set[str]()
-    for artifact in each_artifact(run):
-        prompts.add(artifact.artifact_id)
-        _require(artifact.behaviour_id in behaviours, BEHAVIOURS, artifact.behaviour_id, run)
-    for replay in each_replay(run):
-        _require(replay.artifact_id in prompts, ATTACKS, replay.artifact_id, run)
-        _require(replay.behaviour_id in behaviours, BEHAVIOURS, replay.behaviour_id, run)
+    for _, row in each_row(run.path / ATTACKS):
+        prompts.add(row.get("artifact_id", ""))
+        _require(row.get("behaviour_id") in behaviours, BEHAVIOURS, row.get("behaviour_id"), run)
+    for _, row in each_row(run.path / REPLAYS):
+        _require(row.get("artifact_id") in prompts, ATTACKS, row.get("artifact_id"), run)
+        _require(row.get("behaviour_id") in behaviours, BEHAVIOURS, row.get("behaviour_id"), run)
 
 
-def _require(known: bool, file: str, name: str, run: RunFolder) -> None:
+def _require(known: bool, file: str, name: object, run: RunFolder) -> None:
     if not known:
         raise AttackPlaneError(
             "the run refers to a row that it does not hold",
