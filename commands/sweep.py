@@ -72,7 +72,7 @@ def sweep(config: Path, dry_run: bool, shard: str | None, engine: str, workers: 
         with ExitStack() as stack:
             make = None
             if engine == "ray":
-                from pipeline.sweep.cluster import cluster
+                from pipeline.sweep.cluster_sweep import cluster
 
                 make = stack.enter_context(cluster(grid, workers))
             result = whole(grid, parts, open_model=open_model, shard=part, make=make)

@@ -181,6 +181,7 @@ def test_nothing_is_lost_or_doubled_when_workers_and_driver_are_killed(
 def test_a_worker_that_is_alive_and_silent_is_given_up(config, plain, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     from pipeline.sweep import cluster
+    from pipeline.sweep.cluster_sweep import cluster as on_cluster
 
     monkeypatch.setattr(cluster, "BEAT", 1.0)
     monkeypatch.setattr(cluster, "SILENT", 6.0)
@@ -198,7 +199,7 @@ def test_a_worker_that_is_alive_and_silent_is_given_up(config, plain, tmp_path, 
                 os.kill(pids[0], signal.SIGSTOP)
 
     thread = threading.Thread(target=stop_one, daemon=True)
-    with cluster.cluster(own, 2) as make:
+    with on_cluster(own, 2) as make:
         thread.start()
         result = sweep(own, [], make=make)
     assert stopped and not result.failures
@@ -209,8 +210,8 @@ def test_a_worker_that_is_alive_and_silent_is_given_up(config, plain, tmp_path, 
 
 def test_a_cluster_that_does_not_answer_is_told(config, monkeypatch):
     pytest.importorskip("ray")
-    from pipeline.sweep import cluster
+    from pipeline.sweep.cluster_sweep import cluster
 
     monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:1")
-    with pytest.raises(AttackPlaneError, match="RAY_ADDRESS"), cluster.cluster(config, 1):
+    with pytest.raises(AttackPlaneError, match="RAY_ADDRESS"), cluster(config, 1):
         pass

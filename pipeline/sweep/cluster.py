@@ -1,13 +1,9 @@
-"""A sweep on a cluster, by Ray Core: ``sweep CONFIG --engine ray`` (extra ``cluster``).
+"""Workers of a cluster, by Ray Core: who is alive, who does what.
 
-1. The driver, which is the command itself, knows every cell by its id. It cuts what the run lacks
-   into jobs, and is the only one that writes.
-2. Each worker is a Ray actor on one device. It holds the weights of one model at a time and gets
-   one job after another (``schedule.py``, ``work.py``). So at most one job per worker is under way,
-   and no more results wait than there are workers.
-3. A worker that dies, or that answers no heartbeat for ``SILENT`` seconds, is replaced, and its job
-   is given to another. A job that has been given out three times is a failure.
-4. Directions, plane and matrix are made by the driver, as in a sweep without a cluster.
+Each worker is a Ray actor on one device. A worker gets a job once it has started, and one job at a
+time: so no more results wait than there are workers. A worker that dies, or that answers no
+heartbeat for ``SILENT`` seconds, is replaced, and its job is given to another. A job that has been
+given out three times is a failure.
 
 Where ``RAY_ADDRESS`` names no cluster, one is started on this machine and ends with the command.
 """
@@ -18,41 +14,26 @@ import contextlib
 import importlib
 import logging
 import os
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from core.errors import AttackPlaneError
-from core.models import ModelHandle
 from core.progress import bar as progress_bar
-from core.records import NO_SOURCE, Behaviour
 from core.rows import Row
-from core.store import ATTACKS, REPLAYS
-from pipeline.campaign import Cells
 from pipeline.sweep.config import SweepConfig
-from pipeline.sweep.plan import Step, attack_steps
-from pipeline.sweep.run import Sweep, reason_of
-from pipeline.sweep.schedule import Job, Schedule, place_of
-from pipeline.sweep.work import JOBS, Done, Worker
-from pipeline.transfer import Transfer
-from transfer.replay import Sending, sendings
+from pipeline.sweep.run import reason_of
+from pipeline.sweep.schedule import Job, Schedule
+from pipeline.sweep.work import Done, Worker
 
 BEAT, SILENT, STARTING = 10.0, 50.0, 600.0
 """Seconds between two heartbeats; after how many without an answer a worker counts as dead; after
 how many the sweep stops if no worker has started."""
 OWN_STORE = 2**28
 """Bytes that Ray may keep for a cluster on this machine: results are small."""
-QUICK = 20
-"""Steps of an attack that fill one job: quick attacks on several requests are made together."""
-REPLIES = 96
-"""Prompts whose replies are one job: a whole batch."""
-LOG = "jobs.jsonl"
-"""Who did which job in how many seconds."""
 Take = Callable[[Job, Done], None]
 log = logging.getLogger(__name__)
 
@@ -79,36 +60,6 @@ def opened(**own: Any) -> Any:
             remedy="start one with `ray start --head`, or unset RAY_ADDRESS",
         ) from error
     return ray
-
-
-@contextlib.contextmanager
-def cluster(config: SweepConfig, workers: int | None) -> Iterator[Callable[..., ClusterSweep]]:
-    """Workers on the cluster of ``RAY_ADDRESS``, or on one on this machine while this is open.
-
-    Gives what makes the sweep (``run.sweep``).
-
-    Args:
-        workers: None: one for each GPU, or for each core where there is no GPU.
-
-    Raises:
-        AttackPlaneError: Ray is not installed, or no cluster answers.
-    """
-    ray = opened(num_cpus=workers or os.cpu_count())
-    try:
-        there = ray.cluster_resources()
-        gpus = int(there.get("GPU", 0))
-        room = gpus or int(there.get("CPU", 1))
-        count = workers or room
-        if count > room:
-            raise AttackPlaneError(
-                "the cluster has no room for so many workers",
-                where="--workers",
-                got=f"{count}, there are {gpus} GPUs and {int(there.get('CPU', 0))} cores",
-                remedy=f"give at most {room}: a worker takes a GPU, or a core where there is none",
-            )
-        yield partial(ClusterSweep, cluster=Cluster(ray, config, count, gpus > 0))
-    finally:
-        ray.shutdown()
 
 
 @dataclass
@@ -178,7 +129,7 @@ class Cluster:
                     bar.update(1)
 
     def _new(self) -> _Member:
-        actor = self._actor.remote(self.config)
+        actor = self._actor.remote(self.config, str(Path.cwd()))
         return _Member(actor, actor.alive.remote())
 
     def _hear(self, member: _Member) -> None:
@@ -220,7 +171,9 @@ def _end_process(process: int) -> None:
 class _Actor:
     """A worker in its process on the cluster."""
 
-    def __init__(self, config: SweepConfig) -> None:
+    def __init__(self, config: SweepConfig, folder: str) -> None:
+        if Path(folder).is_dir():  # relative paths mean what they mean to the driver
+            os.chdir(folder)
         self.worker = Worker(config)
 
     def do(self, job: Job) -> Done:
@@ -230,114 +183,3 @@ class _Actor:
         """Its node and process."""
         ray: Any = importlib.import_module("ray")
         return ray.get_runtime_context().get_node_id(), os.getpid()
-
-
-@dataclass
-class ClusterSweep(Sweep):
-    """A sweep whose prompts and replies are made by workers."""
-
-    cluster: Cluster = field(kw_only=True)
-    _known: dict[str, set[str]] = field(default_factory=dict)
-    _told: set[Any] = field(default_factory=set)
-
-    def attack(self) -> None:
-        jobs: list[Job] = []
-        for spec in self.config.sources:
-            with self.failures.guard("attack", attack="all", source=spec):
-                jobs += self._attacks(self.open_model(spec))
-        jobs += self._attacks(None)
-        self.cluster.work(jobs, self._take(ATTACKS, "artifact_id"), self._failed)
-        for what, source in list(self.progress.seconds):
-            if what not in ("replays", "directions, plane"):
-                self.progress.done(what, source)
-
-    def _attacks(self, source: ModelHandle | None) -> Iterator[Job]:
-        """The jobs of one source, or of the attacks that need none."""
-        sources = (source,) if source else ()
-        for number, step in enumerate(attack_steps(self.config, with_source=bool(source))):
-            cells = self.begun(step, sources)
-            if cells is None:
-                continue
-            fit = self.fitting(cells)
-            wanted = cells.missing(fit, self.have(ATTACKS, "artifact_id"))
-            if wanted and step[0].sources == "several":  # one suffix for all of them
-                wanted = fit
-            self.run.note_behaviours(wanted)
-            for part in _parts(cells, step, wanted):
-                content: Row = {"attack": step[0].name, "step": number}
-                content["source"] = source.spec if source else NO_SOURCE
-                content["with_source"] = bool(source)
-                content["of"] = [b.behaviour_id for b in part]
-                ids = tuple(dict.fromkeys(i for b in part for i in cells.ids(b)))
-                yield Job("attack", source.spec if source else None, ids, content)
-
-    def replay(self) -> None:
-        stage = Transfer(self.run, self.config.judges, self.config.replay)
-        self.note_replays(stage)
-        jobs: list[Job] = []
-        for spec in self.config.targets:
-            with self.failures.guard("replay", target=spec):
-                jobs += self._replays(stage, self.open_model(spec))
-        self.cluster.work(jobs, self._take(REPLAYS, "replay_id"), self._failed)
-        for spec in self.config.targets:
-            self.progress.done("replays", spec)
-
-    def _replays(self, stage: Transfer, target: ModelHandle) -> Iterator[Job]:
-        config = self.config.replay
-        stage.begin(target)
-        have = self.have(REPLAYS, "replay_id")
-
-        def name(sending: Sending) -> str:
-            return sending.replay_id(target.spec, target.fingerprint, config)
-
-        missing = [s for s in sendings(stage.artifacts, config) if name(s) not in have]
-        lacks = {s.artifact.artifact_id: s.artifact for s in missing}
-        order = sorted(
-            lacks.values(), key=lambda a: (config.of(a.attack).max_new_tokens or 0, len(a.prompt))
-        )
-        for start in range(0, len(order), REPLIES):
-            part = order[start : start + REPLIES]
-            ids = tuple(name(s) for s in sendings(part, config))
-            content = {"target": target.spec, "artifacts": [a.to_row() for a in part]}
-            yield Job("replay", target.spec, ids, content)
-
-    def have(self, file: str, key: str) -> set[str]:
-        """Ids that the run holds; read once, since only this process writes."""
-        if file not in self._known:
-            self._known[file] = super().have(file, key)
-        return self._known[file]
-
-    def _take(self, file: str, key: str) -> Take:
-        """What the one writer does with a job's rows."""
-        have = self.have(file, key)
-
-        def take(job: Job, done: Done) -> None:
-            with self.run.appending(file) as add:
-                for row in done.rows:
-                    if row[key] in job.cells and row[key] not in have:
-                        have.add(row[key])
-                        add(row)
-            for row in done.failures:
-                if (said := tuple(row.items())) not in self._told:
-                    self._told.add(said)
-                    self.failures.add(row)
-            seconds = {"seconds": round(done.seconds, 3), "loading": round(done.loaded, 3)}
-            self.run.append(
-                LOG, {**place_of(job), "job": job.name, **seconds, "worker": done.worker}
-            )
-            shutil.rmtree(Path(self.config.run) / JOBS / job.name, ignore_errors=True)
-
-        return take
-
-    def _failed(self, job: Job, reason: str) -> None:
-        self.failures.add({**place_of(job), "reason": reason})
-
-
-def _parts(cells: Cells, step: Step, behaviours: Sequence[Behaviour]) -> Iterator[list[Behaviour]]:
-    """Requests whose prompts are made in one job."""
-    attack, config = step
-    size = max(1, QUICK // max(1, attack.steps(config)))
-    if attack.sources == "several":
-        size = max(1, len(behaviours))
-    for start in range(0, len(behaviours), size):
-        yield list(behaviours[start : start + size])

@@ -61,7 +61,7 @@ def sweep(
 
     Args:
         shard: only its prompts and their replies are made; the config names its run folder.
-        make: another way to do it, such as a cluster's (``cluster.py``).
+        make: another way to do it, such as a cluster's (``cluster_sweep.py``).
     """
     path, result = Path(config.run), SweepResult()
     with Progress(parts) as progress:
@@ -171,12 +171,15 @@ class Sweep:
             if any(self._lacks(step, source) for step in steps):
                 source.loaded  # noqa: B018  a model that cannot be loaded fails here, once
         except Exception as error:  # noqa: BLE001  no attack of this source can be tried
-            for behaviour in self.behaviours:
-                cell = {"attack": "all", "source": spec, "behaviour": behaviour.behaviour_id}
-                self.failures.note("attack", error, **cell)
+            self.source_failed(spec, error)
             return
         for step in steps:
             self.attack_with(step, (source,))
+
+    def source_failed(self, spec: str, error: Exception) -> None:
+        for behaviour in self.behaviours:
+            cell = {"attack": "all", "source": spec, "behaviour": behaviour.behaviour_id}
+            self.failures.note("attack", error, **cell)
 
     def _cells(self, step: Step, sources: tuple[ModelHandle, ...]) -> Cells:
         plan = Plan(*step, sources)
