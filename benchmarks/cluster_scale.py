@@ -30,7 +30,8 @@ from core.errors import AttackPlaneError
 from core.files import read_rows
 from core.store import ATTACKS, RunFolder
 from core.text import aligned
-from pipeline.sweep.cluster import opened
+from pipeline.sweep.cluster import Actor, opened
+from pipeline.sweep.cluster_sweep import LOG
 from pipeline.sweep.schedule import Job, Schedule
 
 
@@ -89,7 +90,7 @@ def driver_seconds(ray: Any, rows: int = 200) -> float:
         for _ in range(rows):
             with run.appending(ATTACKS) as add:
                 add(row)
-            run.append("jobs.jsonl", {"job": "x" * 16, "seconds": 1.0})
+            run.append(LOG, {"job": "x" * 16, "seconds": 1.0})
         written = (time.perf_counter() - start) / rows
     echo = ray.remote(num_cpus=0)(_Echo).remote()
     ray.get(echo.say.remote(row))
@@ -107,15 +108,8 @@ class _Echo:
 
 def start_seconds(ray: Any) -> float:
     """From asking for a worker to its first heartbeat."""
-
-    class Starter:
-        def alive(self) -> bool:
-            import pipeline.sweep.work  # noqa: F401
-
-            return True
-
     start = time.perf_counter()
-    ray.get(ray.remote(num_cpus=1)(Starter).remote().alive.remote())
+    ray.get(ray.remote(num_cpus=1)(Actor).remote(None, str(Path.cwd())).alive.remote())
     return time.perf_counter() - start
 
 
@@ -128,7 +122,7 @@ def recorded(path: Path, stage: str) -> tuple[list[float], list[float]]:
         raise AttackPlaneError(
             f"no jobs of the stage {stage}",
             where=path,
-            remedy="give the jobs.jsonl of a run of `sweep --engine ray`",
+            remedy=f"give the {LOG} of a run of `sweep --engine ray`",
         )
     return jobs, loads
 

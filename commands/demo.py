@@ -50,11 +50,10 @@ def show(result: Any, run: Path) -> None:
     from commands.tables.attacks import agreements_table, attack_rows, attack_table, matrix_table
     from commands.tables.plane import classes_table
     from commands.tables.study import directions_rows, directions_table
-    from core.files import read_rows
     from geometry.directions import best_layers
     from pipeline.campaign import CampaignResult
     from pipeline.directions import DirectionsResult
-    from pipeline.plane_files import CLASSES
+    from pipeline.runs import classes_of
     from pipeline.transfer import TransferResult
     from training.registry import TrainResult
 
@@ -73,7 +72,7 @@ def show(result: Any, run: Path) -> None:
             best = best_layers(estimated, BEST_LAYERS)
             echo_table(directions_table, estimated, rows=directions_rows(estimated), layers=best)
     else:
-        echo_table(classes_table, read_rows(run / CLASSES), frames=["own"], anchors=False)
+        echo_table(classes_table, classes_of(run), frames=["own"], anchors=False)
 
 
 command = demo

@@ -57,7 +57,7 @@ def export(
     from core.store import RunFolder
     from interchange import exporter
     from pipeline.matrices import require_whole
-    from pipeline.runs import artifacts_of, first_replies
+    from pipeline.runs import artifacts_of
 
     folder = RunFolder.existing(run)
     require_whole(folder)
@@ -80,22 +80,29 @@ def export(
     elif kind == "inspect":
         text = log_of(folder, chosen, target)
     else:
-        on = target or chosen[0].source_model
-        replies = first_replies(folder)
-        own = [r for r in replies if r.target_model == on]
-        if target and not own:
-            raise AttackPlaneError(
-                "no replies of this target in the run",
-                where=run,
-                got=target,
-                remedy="see its targets with show, or run transfer",
-            )
-        verdicts = {r.artifact_id: r.jailbroken for r in own}
-        attacked = {a.behaviour_id for a in artifacts_of(folder)}
-        behaviours = {k: b for k, b in folder.behaviours().items() if k in attacked}
-        text = exporter.jailbreakbench(chosen, behaviours, verdicts, target=target)
+        text = jailbreakbench_of(folder, chosen, target)
     write_new(out, text, apart_from=run, force=force)
     click.echo(f"{len(chosen)} prompts -> {out}")
+
+
+def jailbreakbench_of(run: RunFolder, chosen: Sequence[AttackArtifact], target: str | None) -> str:
+    """The chosen prompts with the verdicts on one target, as a file of JailbreakBench."""
+    from interchange import exporter
+    from pipeline.runs import artifacts_of, first_replies
+
+    on = target or chosen[0].source_model
+    own = [r for r in first_replies(run) if r.target_model == on]
+    if target and not own:
+        raise AttackPlaneError(
+            "no replies of this target in the run",
+            where=run.path,
+            got=target,
+            remedy="see its targets with show, or run transfer",
+        )
+    verdicts = {r.artifact_id: r.jailbroken for r in own}
+    attacked = {a.behaviour_id for a in artifacts_of(run)}
+    behaviours = {k: b for k, b in run.behaviours().items() if k in attacked}
+    return exporter.jailbreakbench(chosen, behaviours, verdicts, target=target)
 
 
 def log_of(run: RunFolder, chosen: Sequence[AttackArtifact], target: str | None) -> str:

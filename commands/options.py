@@ -52,10 +52,12 @@ class CleanGroup(click.Group):
         except OSError as error:  # the disk is full, a name too long, a file not ours to write
             if ctx.find_root().params.get("debug"):
                 raise
-            where = f"\n  where:  {error.filename}" if error.filename else ""
-            told = error.strerror or str(error)
-            click.echo(f"error: the system cannot read or write something{where}", err=True)
-            click.echo(f"  got:    {told}", err=True)
+            told = AttackPlaneError(
+                "the system cannot read or write something",
+                where=error.filename,
+                got=error.strerror or error,
+            )
+            click.echo(f"error: {told}", err=True)
             ctx.exit(EXIT_ERROR)
         except Exception as error:  # a fault of ours: one line here, all of it under --debug
             if ctx.find_root().params.get("debug"):

@@ -66,13 +66,14 @@ def plane(
     from pipeline.contrast_reading import splits_of
     from pipeline.plane import PlaneConfig
     from pipeline.plane import plane as stage
-    from pipeline.plane_files import CLASSES, SUCCESS
+    from pipeline.plane_files import SUCCESS
+    from pipeline.runs import classes_of
 
     splits = splits_of(anchors, anchor_splits, HELD_OUT_SPLITS)
     config = PlaneConfig(base, estimator, layer, anchors, splits, position)
     result = stage(run, targets, config, open_model=open_model)
     echo_notes(result.notes)
-    echo_table(classes_table, read_rows(run / CLASSES))
+    echo_table(classes_table, classes_of(run))
     title = "success within attack classes"
     echo_table(success_table, read_rows(run / SUCCESS), title=title)
     for path in result.files:

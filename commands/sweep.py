@@ -102,7 +102,8 @@ def show_result(grid: SweepConfig, result: SweepResult) -> None:
     from commands.tables.plane import classes_table, separability_table
     from core.files import read_rows
     from core.store import FAILURES
-    from pipeline.plane_files import CLASSES, SEPARABILITY
+    from pipeline.plane_files import SEPARABILITY
+    from pipeline.runs import classes_of
 
     run = Path(grid.run)
     for file, imported in result.imports.items():
@@ -114,7 +115,7 @@ def show_result(grid: SweepConfig, result: SweepResult) -> None:
         echo_table(pivot_table, result.matrix, corrected=True)
     echo_table(agreements_table, result.agreements)
     if result.has_plane:
-        echo_table(classes_table, read_rows(run / CLASSES), frames=["own"], anchors=False)
+        echo_table(classes_table, classes_of(run), frames=["own"], anchors=False)
         echo_table(separability_table, read_rows(run / SEPARABILITY))
     for path in result.files:
         click.echo(path)

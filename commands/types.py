@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from core.files import LONGEST
+from core.files import fault_of_path
 from core.settings import LARGEST, MOST
 
 SEED_RANGE = click.IntRange(0, LARGEST)
@@ -48,6 +48,6 @@ class FilePath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not str(value).strip():
             self.fail("an empty path.", param, ctx)
-        if "\0" in str(value) or any(len(p.encode()) > LONGEST for p in Path(value).parts):
-            self.fail(f"no disk takes this path: {str(value)[:60]!r}...", param, ctx)
+        if fault := fault_of_path(Path(value)):
+            self.fail(f"no disk takes this path: {': '.join(fault)}", param, ctx)
         return super().convert(value, param, ctx)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import os
@@ -19,8 +20,7 @@ LONGEST = 255
 """Bytes of one part of a path."""
 MOST = 64 * 2**20
 """Bytes of a JSON object, or of one line: a larger one is no settings file and no row."""
-
-
+csv.field_size_limit(MOST)  # prompts are longer than the module's own limit
 MEND = "mend or remove that line; what a command made, the same command makes anew"
 
 
@@ -89,6 +89,19 @@ def require_regular(path: Path, most: int | None = None) -> None:
         )
 
 
+def fault_of_path(path: Path) -> tuple[str, str] | None:
+    """Why no disk takes a path, and the part of it that is at fault; None: one may."""
+    if "\0" in str(path):
+        return "no path holds a NUL", repr(str(path))[:100]
+    for part in path.parts:
+        if (size := len(part.encode())) > LONGEST:
+            return (
+                "a part of the path is too long",
+                f"{size} bytes, at most {LONGEST}: {part[:40]}...",
+            )
+    return None
+
+
 def require_possible(path: Path) -> None:
     """Refuse a path of a new folder that no disk takes, before hours of work are done for it.
 
@@ -96,12 +109,8 @@ def require_possible(path: Path) -> None:
         AttackPlaneError: a NUL in it, a part that is too long, or a file where a folder must be.
     """
     remedy = "name a folder that can be made"
-    if "\0" in str(path):
-        raise AttackPlaneError("no path holds a NUL", where=repr(str(path))[:100], remedy=remedy)
-    long = next((part for part in path.parts if len(part.encode()) > LONGEST), None)
-    if long:
-        got = f"{len(long.encode())} bytes, at most {LONGEST}: {long[:40]}..."
-        raise AttackPlaneError("a part of the path is too long", got=got, remedy=remedy)
+    if fault := fault_of_path(path):
+        raise AttackPlaneError(fault[0], got=fault[1], remedy=remedy)
     there = next((p for p in (path, *path.parents) if p.exists()), None)
     if there is not None and not there.is_dir():
         raise AttackPlaneError("a file is in the way", where=path, got=there, remedy=remedy)

@@ -23,7 +23,7 @@ from core.errors import AttackPlaneError
 from core.fingerprint import at_cached_commit, fingerprint_of_parameters, identity
 from core.served import Server
 from core.specs import ModelSpec, parse_spec, require_weights
-from core.weights import default_device, entrance, load_base, merged_adapter
+from core.weights import default_device, entrance, is_offloaded, load_base, merged_adapter
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class LoadedModel:
     @cached_property
     def offloaded(self) -> bool:
         """Whether weights lie on disk or beside their device, and come when they are needed."""
-        return any(p.is_meta for p in self.model.parameters())
+        return is_offloaded(self.model)
 
     @property
     def shared_out(self) -> bool:
@@ -181,7 +181,7 @@ def load(
     places = device if isinstance(device, dict) else parsed.device_map
     one = default_device() if device is None or isinstance(device, dict) else torch.device(device)
     model, tokenizer = load_base(parsed, one, places)
-    if parsed.adapter and places and any(p.is_meta for p in model.parameters()):
+    if parsed.adapter and is_offloaded(model):
         raise AttackPlaneError(
             "an adapter cannot be merged into weights that lie on disk or beside their device",
             where=f"model spec {parsed.text!r}",

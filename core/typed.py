@@ -74,11 +74,15 @@ def _checked(cls: Any, name: str, value: Any, where: str) -> Any:
     try:
         return _adapters(cls)[name].validate_python(value, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join([name, *(str(part) for part in first["loc"])])
-        raise AttackPlaneError(
-            f"{place}: {first['msg'].lower()}", where=where, got=repr(first["input"])[:200]
-        ) from None
+        raise _fault(error, where, name) from None
+
+
+def _fault(error: Any, where: str, *outer: str, remedy: str | None = None) -> AttackPlaneError:
+    """What pydantic's first error is told as; ``outer``: fields around the place that it names."""
+    first = error.errors()[0]
+    place = ".".join([*outer, *(str(part) for part in first["loc"])])
+    got = repr(first["input"])[:200]
+    return AttackPlaneError(f"{place}: {first['msg'].lower()}", where=where, got=got, remedy=remedy)
 
 
 @cache
@@ -122,14 +126,7 @@ def checked_rows(
         try:
             adapter.validate_python(row, strict=True)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise AttackPlaneError(
-                f"{place}: {first['msg'].lower()}",
-                where=f"{path}, line {line}",
-                got=repr(first["input"])[:200],
-                remedy=remedy,
-            ) from None
+            raise _fault(error, f"{path}, line {line}", remedy=remedy) from None
         yield row
 
 

@@ -268,6 +268,11 @@ def local_folder(spec: ModelSpec) -> Path | None:
     return Path(spec.base) if spec.kind == "folder" else None
 
 
+def is_offloaded(model: Any) -> bool:
+    """Whether weights of a model lie on disk or beside their device, and come when needed."""
+    return any(p.is_meta for p in model.parameters())
+
+
 def entrance(model: Any) -> torch.device:
     """The device that a model takes its inputs on."""
     embedding = model.get_input_embeddings()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import AttackPlaneError
-from core.files import MOST, json_once, refuse_twice
+from core.files import json_once, refuse_twice
 from core.records import (
     HARMFUL,
     HARMLESS,
@@ -46,7 +46,6 @@ HEADERS = (
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)")
 """What no request holds: a lone carriage return is the line end of another age, say."""
 log = logging.getLogger(__name__)
-csv.field_size_limit(MOST)  # prompts are longer than the module's own limit
 
 Numbered = list[tuple[int, Row]]
 

@@ -35,9 +35,9 @@ from typing import Any
 import numpy as np
 
 from core.errors import AttackPlaneError
+from core.records import COMPLIED, REFUSED
 from core.rows import Row
 from core.statistics import Interval, percentile_interval, wilson
-from evaluation.judges.registry import COMPLIED, REFUSED
 
 ERRORS_FILE = Path(__file__).parent / "data" / "judge_errors.json"
 POOLED = "all"

@@ -13,6 +13,7 @@ from core.files import write_atomically
 from core.records import NO_SOURCE, AttackArtifact, Behaviour, content_hash
 from core.rows import Row
 from core.store import ATTACKS, BEHAVIOURS, RunFolder
+from core.text import is_text
 from interchange.chat_templates import unwrap
 from interchange.foreign import Foreign, Hints, Reject
 from interchange.readers import check_readable, read_foreign
@@ -220,10 +221,8 @@ def _artifact(
     record: Foreign, behaviour: Behaviour, kind: str, path: Path, hints: Hints, result: ImportResult
 ) -> AttackArtifact:
     inner = unwrap(record.prompt)
-    try:
-        (inner.content + behaviour.request).encode()
-    except UnicodeEncodeError as error:  # JSON allows half of a surrogate pair, which is no text
-        raise AttackPlaneError("the prompt is no Unicode text", got=error) from error
+    if not is_text(inner.content, behaviour.request):
+        raise AttackPlaneError("the prompt is no Unicode text", got="half of a surrogate pair")
     model = hints.model or record.model or NO_SOURCE
     attack = slug(hints.attack or record.attack or kind)
     system = record.system or inner.system

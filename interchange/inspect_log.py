@@ -70,7 +70,7 @@ def inspect_log(
 def _sample(replay: Replay, artifact: AttackArtifact, behaviour: Behaviour | None) -> Row:
     system = [{"role": "system", "content": artifact.system_prompt}]
     prompt = [{"role": "user", "content": artifact.prompt}]
-    said = {name: None if value is None else float(value) for name, value in _said(replay).items()}
+    said = {SUCCESS: replay.jailbroken, **replay.judgements}
     return {
         "id": artifact.artifact_id,
         "epoch": replay.sample + 1,
@@ -78,7 +78,7 @@ def _sample(replay: Replay, artifact: AttackArtifact, behaviour: Behaviour | Non
         "target": artifact.target_string or "",
         "messages": [],
         "output": {"model": replay.target_model, "choices": []},
-        "scores": {name: {"value": value} for name, value in said.items() if value is not None},
+        "scores": {k: {"value": float(v)} for k, v in said.items() if v is not None},
         "metadata": {
             "behaviour_id": replay.behaviour_id,
             "request": artifact.request,
@@ -91,10 +91,6 @@ def _sample(replay: Replay, artifact: AttackArtifact, behaviour: Behaviour | Non
             "sent_as_meant": replay.certificate.get("sent_as_meant"),
         },
     }
-
-
-def _said(replay: Replay) -> dict[str, float | bool | None]:
-    return {SUCCESS: replay.jailbroken, **replay.judgements}
 
 
 def _result(name: str, rows: Sequence[Row]) -> Row:

@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from core.errors import AttackPlaneError
-from core.files import MOST, refuse_twice
+from core.files import refuse_twice
 from core.rows import Row
 from interchange.foreign import Foreign, Found, Hints, Reject, json_items, json_lines
-
-csv.field_size_limit(MOST)  # prompts are longer than the module's own limit
 
 
 def text_of(row: Row, *names: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from typing_extensions import TypedDict
 
@@ -11,7 +11,7 @@ from core.errors import AttackPlaneError
 from core.files import ANEW, each_row
 from core.records import HARMFUL
 from core.rows import Row
-from core.store import ATTACKS, BEHAVIOURS, FAILURES, REPLAYS, RunFolder
+from core.store import ATTACKS, BEHAVIOURS, FAILURES, REPLAYS, RunFolder, id_in
 from core.typed import checked_rows
 from evaluation.calibration import Errors, known_errors, package_errors
 from pipeline.calibrate import errors_of_run
@@ -53,15 +53,22 @@ def require_whole(run: RunFolder) -> None:
         AttackPlaneError: a file was deleted or cut: rates would be of fewer than there were.
     """
     behaviours, prompts = set(run.behaviours()), set[str]()
-    for _, row in each_row(run.path / ATTACKS):
-        prompts.add(row.get("artifact_id", ""))
-        _require(row.get("behaviour_id") in behaviours, BEHAVIOURS, row.get("behaviour_id"), run)
-    for _, row in each_row(run.path / REPLAYS):
-        _require(row.get("artifact_id") in prompts, ATTACKS, row.get("artifact_id"), run)
-        _require(row.get("behaviour_id") in behaviours, BEHAVIOURS, row.get("behaviour_id"), run)
+
+    def ids_of(file: str) -> Iterator[tuple[str, str]]:
+        """Of each row its prompt and its behaviour."""
+        for line, row in each_row(run.path / file):
+            place = f"{run.path / file}, line {line}"
+            yield id_in(row, "artifact_id", place), id_in(row, "behaviour_id", place)
+
+    for prompt, behaviour in ids_of(ATTACKS):
+        prompts.add(prompt)
+        _require(behaviour in behaviours, BEHAVIOURS, behaviour, run)
+    for prompt, behaviour in ids_of(REPLAYS):
+        _require(prompt in prompts, ATTACKS, prompt, run)
+        _require(behaviour in behaviours, BEHAVIOURS, behaviour, run)
 
 
-def _require(known: bool, file: str, name: object, run: RunFolder) -> None:
+def _require(known: bool, file: str, name: str, run: RunFolder) -> None:
     if not known:
         raise AttackPlaneError(
             "the run refers to a row that it does not hold",

@@ -80,9 +80,8 @@ def test_toml_that_python_cannot_hold_is_no_toml(tmp_path, content):
 def test_an_import_of_nothing_says_why(tmp_path, content, kind, fault):
     file = tmp_path / "file"
     file.write_text(content)
-    arguments = ["import", "--run", str(tmp_path / "run"), "--format", kind, str(file)]
-    result = CliRunner().invoke(cli, [*arguments, "--label-of-file", "harmful"])
-    assert result.exit_code == 1 and fault in result.output, result.output
+    arguments = ["import", "--run", tmp_path / "run", "--format", kind, file]
+    assert fault in said(*arguments, "--label-of-file", "harmful")
 
 
 def test_what_is_given_twice_is_refused(tmp_path):

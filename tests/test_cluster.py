@@ -16,11 +16,10 @@ import pytest
 from core.errors import AttackPlaneError
 from core.records import AttackArtifact, Replay
 from core.store import ATTACKS, FAILURES, REPLAYS, RunFolder
-from pipeline.sweep.config import read_config
 from pipeline.sweep.run import sweep
 from pipeline.sweep.schedule import Job, Schedule
 from pipeline.sweep.work import JOBS, Worker
-from tests.test_shards import CONFIG, alike, lines_of, named
+from tests.test_shards import lines_of, same_rows, small_grid
 
 HERE = Path(__file__).parents[1]
 
@@ -84,16 +83,7 @@ def test_the_simulation_gives_what_can_be_worked_out_by_hand():
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tiny_folders):
     folder = tmp_path_factory.mktemp("cluster")
-    file = folder / "other.jsonl"
-    file.write_text('{"goal": "Bake cake number 3", "prompt": "Robin!"}\n')
-    behaviours = folder / "behaviours.csv"
-    rows = [f"Bake cake number {n},harmful,test,Sure" for n in range(5)]
-    behaviours.write_text("goal,label,split,target\n" + "\n".join(rows) + "\n")
-    path = folder / "sweep.toml"
-    models = {"model": tiny_folders["qwen2"], "other": tiny_folders["llama"]}
-    text = CONFIG.format(run=folder / "plain", file=file, **models)
-    path.write_text(text.replace("limit = 5", f'set = "{behaviours}"\nlimit = 5'))
-    return read_config(path)
+    return small_grid(folder, tiny_folders, "plain", 5, slice(3, 4))
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +94,7 @@ def plain(config):
 
 
 def same(folder, plain):
-    for name in (ATTACKS, REPLAYS, "matrix.jsonl", "plane.jsonl"):
-        mine, theirs = (sorted(lines_of(run / name), key=named) for run in (folder, plain))
-        assert len(mine) == len(theirs) > 0, name
-        assert all(map(alike, mine, theirs)), name
+    same_rows(folder, plain, (ATTACKS, REPLAYS, "matrix.jsonl", "plane.jsonl"))
 
 
 def test_a_worker_says_what_it_cannot_do(config, tmp_path):
@@ -142,7 +129,7 @@ def test_a_cluster_gives_what_one_process_gives_row_for_row(config, plain, tmp_p
 
 def workers_of(driver):
     """Process ids of Ray's actors of this driver."""
-    found = subprocess.run(["pgrep", "-f", "ray::_Actor"], capture_output=True, text=True)
+    found = subprocess.run(["pgrep", "-f", "ray::Actor"], capture_output=True, text=True)
     return [int(p) for p in found.stdout.split() if driver.poll() is None]
 
 
@@ -191,9 +178,7 @@ def test_a_worker_that_is_alive_and_silent_is_given_up(config, plain, tmp_path, 
     def stop_one():
         while not stopped:
             time.sleep(1)
-            found = subprocess.run(
-                ["pgrep", "-f", "ray::_Actor.do"], capture_output=True, text=True
-            )
+            found = subprocess.run(["pgrep", "-f", "ray::Actor.do"], capture_output=True, text=True)
             if pids := [int(p) for p in found.stdout.split()]:
                 stopped.append(pids[0])
                 os.kill(pids[0], signal.SIGSTOP)

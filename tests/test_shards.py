@@ -63,11 +63,10 @@ def ids_of(folder, name=ATTACKS):
     return [row["artifact_id"] for row in lines_of(folder / name)]
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory, tiny_folders):
-    folder = tmp_path_factory.mktemp("shards")
-    requests = [f"Bake cake number {n}" for n in range(8)]
-    goals = [{"goal": r, "prompt": f"Robin, {r}!"} for r in requests]
+def small_grid(folder, tiny_folders, run, count, foreign):
+    """A sweep of five of ``count`` requests on two models, with prompts of another tool."""
+    requests = [f"Bake cake number {n}" for n in range(count)]
+    goals = [{"goal": r, "prompt": f"Robin, {r}!"} for r in requests[foreign]]
     file = folder / "other.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in goals))
     behaviours = folder / "behaviours.csv"
@@ -75,9 +74,14 @@ def config(tmp_path_factory, tiny_folders):
     behaviours.write_text("goal,label,split,target\n" + "\n".join(rows) + "\n")
     path = folder / "sweep.toml"
     models = {"model": tiny_folders["qwen2"], "other": tiny_folders["llama"]}
-    text = CONFIG.format(run=folder / "whole", file=file, **models)
+    text = CONFIG.format(run=folder / run, file=file, **models)
     path.write_text(text.replace("limit = 5", f'set = "{behaviours}"\nlimit = 5'))
     return read_config(path)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_folders):
+    return small_grid(tmp_path_factory.mktemp("shards"), tiny_folders, "whole", 8, slice(None))
 
 
 def named(row):
@@ -94,6 +98,15 @@ def alike(mine, theirs):
     if isinstance(mine, float):
         return math.isclose(mine, theirs, rel_tol=1e-3, abs_tol=1e-4)
     return mine == theirs
+
+
+def same_rows(folder, other, names):
+    """Whether two runs hold the same rows, in whatever order."""
+    for name in names:
+        mine, theirs = (sorted(lines_of(run / name), key=named) for run in (folder, other))
+        assert len(mine) == len(theirs) > 0, name
+        for one, two in zip(mine, theirs, strict=True):
+            assert alike(one, two), (name, one, two)
 
 
 def swept(config, shard=None):
@@ -120,11 +133,7 @@ def test_shards_are_disjoint_and_merged_they_are_the_whole_run_row_for_row(confi
     result = merge(merged, folders)
     assert not result.notes and result.added[ATTACKS] == len(ids)
     swept(replace(config, run=str(merged)))
-    for name in (BEHAVIOURS, ATTACKS, REPLAYS, "matrix.jsonl", "plane.jsonl"):
-        rows = [sorted(lines_of(run / name), key=named) for run in (merged, whole)]
-        assert len(rows[0]) == len(rows[1]) > 0, name
-        for mine, theirs in zip(*rows, strict=True):
-            assert alike(mine, theirs), (name, mine, theirs)
+    same_rows(merged, whole, (BEHAVIOURS, ATTACKS, REPLAYS, "matrix.jsonl", "plane.jsonl"))
     before = (merged / ATTACKS).read_bytes()
     assert set(merge(merged, folders).added.values()) == {0}
     assert (merged / ATTACKS).read_bytes() == before

@@ -1,14 +1,11 @@
 """Judges: did the reply do what was asked? One file a judge, found through ``registry.py``."""
 
+from core.records import COMPLIED, NEITHER, OUTCOMES, REFUSED
 from evaluation.judges.registry import (
-    COMPLIED,
     DEFAULT_JUDGE,
     DEFAULT_JUDGES,
     JUDGES,
-    NEITHER,
-    OUTCOMES,
     QUICK_JUDGE,
-    REFUSED,
     REFUSES,
     Exchange,
     Judge,

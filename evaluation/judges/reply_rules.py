@@ -21,7 +21,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from evaluation.judges.registry import COMPLIED, JUDGES, NEITHER, REFUSED, Exchange, JudgeKind
+from core.records import COMPLIED, NEITHER, REFUSED
+from evaluation.judges.registry import JUDGES, Exchange, JudgeKind
 
 NAME = "rules"
 

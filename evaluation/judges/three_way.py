@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from core.records import COMPLIED, NEITHER
 from evaluation.behaviours import load_behaviours
 from evaluation.judges import reply_rules
-from evaluation.judges.registry import COMPLIED, JUDGES, NEITHER, Exchange, Judge, JudgeKind
+from evaluation.judges.registry import JUDGES, Exchange, Judge, JudgeKind
 
 if TYPE_CHECKING:
     from core.continuations import Continuations

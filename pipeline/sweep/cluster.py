@@ -82,7 +82,7 @@ class Cluster:
         self.ray, self.config, self.count = ray, config, count
         # each takes one core, and a GPU; a second thread answers heartbeats while a job is done
         needs = {"num_cpus": 1, "num_gpus": int(on_gpus), "max_concurrency": 2}
-        self._actor = ray.remote(**needs)(_Actor)
+        self._actor = ray.remote(**needs)(Actor)
         self.members = [self._new() for _ in range(count)]
 
     def work(self, jobs: Sequence[Job], take: Take, failed: Callable[[Job, str], None]) -> None:
@@ -168,7 +168,7 @@ def _end_process(process: int) -> None:
         os.kill(process, signal.SIGKILL)
 
 
-class _Actor:
+class Actor:
     """A worker in its process on the cluster."""
 
     def __init__(self, config: SweepConfig, folder: str) -> None:

@@ -23,7 +23,6 @@ from core.models import ModelHandle
 from core.records import NO_SOURCE, Behaviour
 from core.rows import Row
 from core.store import ATTACKS, REPLAYS
-from pipeline.campaign import Cells
 from pipeline.sweep.cluster import Cluster, Take, opened
 from pipeline.sweep.config import SweepConfig
 from pipeline.sweep.plan import Step, attack_steps
@@ -107,11 +106,14 @@ class ClusterSweep(Sweep):
             if wanted and step[0].sources == "several":  # one suffix for all of them
                 wanted = fit
             self.run.note_behaviours(wanted)
-            for part in _parts(cells, step, wanted):
-                content: Row = {"attack": step[0].name, "step": number}
-                content["source"] = source.spec if source else NO_SOURCE
-                content["with_source"] = bool(source)
-                content["of"] = [b.behaviour_id for b in part]
+            for part in _parts(step, wanted):
+                content: Row = {
+                    "attack": step[0].name,
+                    "source": source.spec if source else NO_SOURCE,
+                    "with_source": bool(source),
+                    "step": number,
+                    "of": [b.behaviour_id for b in part],
+                }
                 ids = tuple(dict.fromkeys(i for b in part for i in cells.ids(b)))
                 yield Job("attack", source.spec if source else None, ids, content)
 
@@ -177,7 +179,7 @@ class ClusterSweep(Sweep):
         self.failures.add({**place_of(job), "reason": reason})
 
 
-def _parts(cells: Cells, step: Step, behaviours: Sequence[Behaviour]) -> Iterator[list[Behaviour]]:
+def _parts(step: Step, behaviours: Sequence[Behaviour]) -> Iterator[list[Behaviour]]:
     """Requests whose prompts are made in one job."""
     attack, config = step
     size = max(1, QUICK // max(1, attack.steps(config)))

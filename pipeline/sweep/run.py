@@ -100,8 +100,8 @@ class Failures:
     def add(self, row: dict[str, str]) -> None:
         self.rows.append(row)
         self.run.append(FAILURES, row)
-        *_, reason = row.values()
-        log.warning("failed: %s; %s", ", ".join([*row.values()][:-1]), reason[:200])
+        cell = ", ".join(value for key, value in row.items() if key != "reason")
+        log.warning("failed: %s; %s", cell, row["reason"][:200])
 
     @contextmanager
     def guard(self, stage: str, **cell: str) -> Iterator[None]:

@@ -84,7 +84,9 @@ class Worker:
 
     def open(self, spec: str) -> ModelHandle:
         """The job's model or a helper of its attack; kept while the model is."""
-        return self._handles.setdefault(spec, ModelHandle(spec))
+        if spec not in self._handles:
+            self._handles[spec] = ModelHandle(spec)
+        return self._handles[spec]
 
     def _release(self) -> None:
         for handle in self._handles.values():
