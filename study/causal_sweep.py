@@ -25,11 +25,11 @@ from study.intervene import SWEEP
 from study.outcomes import measure, site_of
 from study.study import Study
 
-PROMPTS = 12
+PROMPTS = 6
 """Held-out prompts of each label."""
 TEXTS = 2
 """Refusals, and openings that comply, in outcome D."""
-CONTROLS = 2
+CONTROLS = 1
 NEAR = 1.0
 UNIT = "nats per token per class difference"
 

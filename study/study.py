@@ -172,7 +172,9 @@ class Study:
     # --- contrasts --------------------------------------------------------------------------------
     @cached_property
     def estimator(self) -> str:
-        """Of the refusal contrast."""
+        """Of the refusal contrast. Only where it may be zhao are the model's replies made."""
+        if self.config.estimator == "harc":
+            return "harc"
         enough = min(map(len, refused_and_accepted(self.refused))) >= SMALLEST_CLASS
         if self.config.estimator == "zhao" and not enough:
             raise AttackPlaneError(
@@ -184,8 +186,6 @@ class Study:
                 ),
                 remedy="use the estimator harc",
             )
-        if self.config.estimator != "auto":
-            return self.config.estimator
         return "zhao" if enough else "harc"
 
     @property

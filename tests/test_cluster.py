@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,23 @@ def test_a_worker_says_what_it_cannot_do(config, tmp_path):
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_a_folder_that_a_dying_worker_holds_costs_a_job_its_state_alone(
+    config, plain, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("pipeline.sweep.work.PATIENCE", 0.2)
+    run = Path(shutil.copytree(plain, tmp_path / "run"))
+    asked = lines_of(plain / ATTACKS)[:2]
+    target = config.targets[0]
+    job = Job("replay", target, ("x",), {"target": target, "artifacts": asked})
+    worker = Worker(replace(config, run=str(run)))
+    with RunFolder(run / JOBS / job.name):
+        done = worker.do(job)
+    assert not done.failures and len(done.rows) == 2
+    assert not (run / JOBS / job.name / REPLAYS).exists()
+    assert len(worker.do(job).rows) == 2
+    assert (run / JOBS / job.name / REPLAYS).exists()
+
+
 # --- Ray ------------------------------------------------------------------------------------------
 def command(config, run, workers=2):
     text = Path(config.run).parent.joinpath("sweep.toml").read_text()
@@ -148,7 +166,7 @@ def test_nothing_is_lost_or_doubled_when_workers_and_driver_are_killed(
             command(config, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         while driver.poll() is None and kills < 5:
-            time.sleep(drawn.uniform(1, 8))
+            time.sleep(drawn.uniform(1, 4))
             victims = workers_of(driver) if drawn.random() < 0.6 else [driver.pid]
             if victims and driver.poll() is None:
                 os.kill(drawn.choice(victims), signal.SIGKILL)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
+
+from filelock import Timeout
 
 from core.errors import AttackPlaneError
 from core.files import write_atomically
@@ -32,6 +32,7 @@ from pipeline.sweep.schedule import Job, place_of
 from pipeline.transfer import Transfer
 
 JOBS = "jobs"
+PATIENCE = 15.0
 
 
 @dataclass
@@ -75,7 +76,8 @@ class Worker:
                 self.open(job.model).loaded  # noqa: B018
                 self._model = job.model
                 done.loaded = time.monotonic() - start
-            with self._folder(job) as folder, RunFolder(folder) as run:
+            with ExitStack() as stack:
+                run = self._entered(job, stack)
                 (self._attack if job.stage == "attack" else self._replay)(run, job, done)
         except Exception as error:  # noqa: BLE001  the other jobs go on
             done.failures.append({**place_of(job), "reason": reason_of(error)})
@@ -93,18 +95,22 @@ class Worker:
             handle.release()
         self._handles, self._model = {}, None
 
-    @contextmanager
-    def _folder(self, job: Job) -> Iterator[Path]:
-        """Where the job is done; the driver removes what lies in the sweep's own folder."""
-        shared = Path(self.config.run)
-        if (shared / "manifest.json").exists():
-            yield shared / JOBS / job.name
-            return
-        folder = Path(mkdtemp(prefix="attack-plane-"))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    def _entered(self, job: Job, stack: ExitStack) -> RunFolder:
+        """The run folder that the job is done in; the driver removes what lies in the sweep's own.
+
+        A worker that was given up may hold the job's folder until it is dead. After ``PATIENCE``
+        seconds the job begins anew in a temporary one.
+        """
+        shared, end = Path(self.config.run), time.monotonic() + PATIENCE
+        while (shared / "manifest.json").exists() and time.monotonic() < end:
+            try:
+                return stack.enter_context(RunFolder(shared / JOBS / job.name))
+            except AttackPlaneError as error:
+                if not isinstance(error.__cause__, Timeout):
+                    raise
+                time.sleep(0.5)
+        own = TemporaryDirectory(prefix="attack-plane-", ignore_cleanup_errors=True)
+        return stack.enter_context(RunFolder(stack.enter_context(own)))
 
     def _attack(self, run: RunFolder, job: Job, done: Done) -> None:
         config = replace(self.config, run=str(run.path))
