@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, NotRequired
 
-from core.errors import AttackPlaneError
+from typing_extensions import TypedDict
+
 from core.files import read_object, write_atomically
 from core.rows import Row
 from core.specs import parse_spec
+from core.typed import checked_row
 
 CARD = "attack_plane.json"
+
+
+class _Card(TypedDict):
+    arm: str
+    trained_on: list[str]
+    step: NotRequired[int]
+    seed: NotRequired[int | None]
+    base: NotRequired[str]
+    settings: NotRequired[str]
+    method: NotRequired[str]
+    variant: NotRequired[dict[str, Any]]
+    common: NotRequired[str]
 
 
 def card_of(spec: str) -> Row:
@@ -25,12 +40,7 @@ def card_of(spec: str) -> Row:
         return {}
     remedy = "train the checkpoint anew, or remove the file"
     card = read_object(path, "the card of a checkpoint", remedy=remedy)
-    trained_on, arm = card.get("trained_on"), card.get("arm")
-    if not isinstance(trained_on, list) or not isinstance(arm, str):
-        raise AttackPlaneError(
-            "not the card of a checkpoint", where=path, got=sorted(card), remedy=remedy
-        )
-    return card
+    return checked_row(card, _Card, path, remedy)
 
 
 def write_card(folder: Path, card: Row) -> None:

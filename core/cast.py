@@ -29,7 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from core.errors import AttackPlaneError
+from core.files import read_object, require_regular
 from core.hooks import before_block
+from core.typed import from_values
 
 SETTINGS, VECTORS = "cast.json", "cast.safetensors"
 HOOK = "CAST: a hook at inference time, not weights"
@@ -64,31 +66,54 @@ class Cast:
         (folder / SETTINGS).write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class _Settings:
+    """What stands in ``cast.json``."""
+
+    condition_layer: int
+    threshold: float
+    above: bool
+    layers: tuple[int, ...]
+    prompt_end: tuple[int, ...]
+
+
 def load_cast(folder: Path) -> Cast:
     """A folder that ``Cast.save`` wrote.
 
     Raises:
-        AttackPlaneError: a file is missing or broken.
+        AttackPlaneError: a file is missing or broken, a value of a wrong type, vectors of a wrong
+            form or not finite.
     """
+    remedy = f"it must hold {SETTINGS} and {VECTORS}, as `train cast` writes them"
+    what = "the settings of a CAST folder"
+    plain = from_values(
+        _Settings, read_object(folder / SETTINGS, what, remedy=remedy), str(folder / SETTINGS)
+    )
+    require_regular(folder / VECTORS)
     try:
-        plain = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         vectors = load_file(folder / VECTORS)
-        return Cast(
-            condition=vectors["condition"],
-            condition_layer=int(plain["condition_layer"]),
-            threshold=float(plain["threshold"]),
-            above=bool(plain["above"]),
-            behaviour=vectors["behaviour"],
-            layers=tuple(map(int, plain["layers"])),
-            prompt_end=tuple(map(int, plain["prompt_end"])),
-        )
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        condition, behaviour = vectors["condition"], vectors["behaviour"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise AttackPlaneError(
-            "cannot read this CAST folder",
-            where=folder,
+            "cannot read the vectors of a CAST folder",
+            where=folder / VECTORS,
             got=f"{type(error).__name__}: {error}",
-            remedy=f"it must hold {SETTINGS} and {VECTORS}, as `train cast` writes them",
+            remedy=remedy,
         ) from error
+    layers = [plain.condition_layer, *plain.layers]
+    forms = condition.dim(), behaviour.dim(), behaviour.shape[0] if behaviour.dim() else 0
+    if forms != (1, 2, len(plain.layers)) or min(layers) < 0:
+        raise AttackPlaneError(
+            "vectors and layers of a CAST folder do not fit",
+            where=folder,
+            got=f"shapes {[*condition.shape]} and {[*behaviour.shape]}, layers {layers}",
+            remedy="condition (d_model,), behaviour (layer, d_model), layers from 0",
+        )
+    if not (condition.isfinite().all() and behaviour.isfinite().all() and condition.any()):
+        raise AttackPlaneError(
+            "vectors of a CAST folder are not finite, or zero", where=folder / VECTORS
+        )
+    return Cast(condition=condition, behaviour=behaviour, **vars(plain))
 
 
 def similarity(states: Tensor, condition: Tensor) -> Tensor:

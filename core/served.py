@@ -81,7 +81,11 @@ def parse_server(text: str) -> ServerSpec:
     """
     name, _, query = text.strip().partition("?")
     url, _, model = name.partition("#")
-    if not model or not urlsplit(url).hostname:
+    try:
+        host = urlsplit(url).hostname
+    except ValueError:  # brackets that hold no address
+        host = None
+    if not model or not host:
         raise AttackPlaneError(
             "a server spec needs an address and its model's name", got=text, remedy=f"write {FORM}"
         )

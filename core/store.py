@@ -35,6 +35,7 @@ from core.files import (
 )
 from core.records import SCHEMA_VERSION, Behaviour, Record, content_hash, require_version
 from core.rows import Row
+from core.typed import checked_row
 
 log = logging.getLogger(__name__)
 Kind = TypeVar("Kind", bound=Record)
@@ -45,6 +46,20 @@ BEHAVIOURS = "behaviours.jsonl"
 PLANE = "plane.jsonl"
 FAILURES = "failures.jsonl"
 CLASSES = "plane_classes.jsonl"
+SEAL = "seal"
+"""The key of the hash of what else stands in an object."""
+
+
+def sealed(row: Row) -> Row:
+    """An object with a hash of itself, so that a change of what it holds is seen."""
+    row = json.loads(json.dumps(row))  # tuples become lists, as they will be read
+    return row | {SEAL: content_hash(row)}
+
+
+def intact(row: Row) -> bool:
+    """Whether a sealed object is what was written."""
+    rest = {name: value for name, value in row.items() if name != SEAL}
+    return row.get(SEAL) == content_hash(rest)
 
 
 class RunFolder:
@@ -167,7 +182,7 @@ class RunFolder:
             AttackPlaneError: a row that is none (its line is named), or two rows of one id.
         """
         lines: dict[str, int] = {}
-        for line, row in self._each_row(name):
+        for line, row in self.each_row(name):
             where = f"{self.path / name}, line {line}"
             record = cls.from_row(row, where)
             before = lines.setdefault(id_of(record), line)
@@ -182,11 +197,26 @@ class RunFolder:
 
     def each_id(self, name: str, key: str) -> Iterator[str]:
         """The id of each row, without holding the rows."""
-        for line, row in self._each_row(name):
+        for line, row in self.each_row(name):
             yield id_in(row, key, f"{self.path / name}, line {line}")
 
-    def _each_row(self, name: str) -> Iterator[tuple[int, Row]]:
+    def each_row(self, name: str) -> Iterator[tuple[int, Row]]:
+        """(line, row) of a file, one after another."""
         return each_row(self.path / name, repair=self._lock.is_locked)
+
+    def checked(self, name: str, kind: Any, remedy: str) -> Iterator[Row]:
+        """The rows of a file against a ``TypedDict``, and against their seals where they have one.
+
+        Raises:
+            AttackPlaneError: a row that does not fit, or was changed; its line is named.
+        """
+
+        for line, row in self.each_row(name):
+            where = f"{self.path / name}, line {line}"
+            if SEAL in row and not intact(row):
+                what = "a row was changed after it was written"
+                raise AttackPlaneError(what, where=where, remedy=remedy)
+            yield checked_row(row, kind, where, remedy)
 
     @contextmanager
     def appending(self, name: str) -> Iterator[Callable[[Row], None]]:
@@ -254,14 +284,19 @@ class RunFolder:
         return self.path / "state" / f"{name}.json"
 
     def save_state(self, name: str, state: Row) -> None:
-        write_atomically(self._state_path(name), json.dumps(state))
+        write_atomically(self._state_path(name), json.dumps(sealed(state)))
 
     def load_state(self, name: str) -> Row | None:
         path = self._state_path(name)
         if not path.exists():
             return None
         remedy = "remove the file; that piece of work begins anew"
-        return read_object(path, "the state of work in progress", remedy=remedy)
+        what = "the state of work in progress"
+        state = read_object(path, what, remedy=remedy)
+        if not intact(state):
+            got = "changed after it was written, or of another version"
+            raise AttackPlaneError(f"not {what}", where=path, got=got, remedy=remedy)
+        return {name: value for name, value in state.items() if name != SEAL}
 
     def drop_state(self, name: str) -> None:
         self._state_path(name).unlink(missing_ok=True)

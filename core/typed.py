@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
@@ -111,23 +111,26 @@ def _adapters(cls: Any) -> dict[str, Any]:
     }
 
 
-def checked_rows(
-    rows: Iterable[tuple[int, Row]], kind: Any, path: object, remedy: str
-) -> Iterator[Row]:
-    """Numbered rows of a file against a ``TypedDict``; keys that it does not name may be there too.
+def checked_row(row: Row, kind: Any, where: object, remedy: str) -> Row:
+    """A row against a ``TypedDict``; keys that it does not name may be there too.
 
     Raises:
-        AttackPlaneError: a row that does not fit; its line and the field are named.
+        AttackPlaneError: it does not fit; the field is named.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
-    adapter = TypeAdapter(kind)
-    for line, row in rows:
-        try:
-            adapter.validate_python(row, strict=True)
-        except ValidationError as error:
-            raise _fault(error, f"{path}, line {line}", remedy=remedy) from None
-        yield row
+    try:
+        _adapter(kind).validate_python(row, strict=True)
+    except ValidationError as error:
+        raise _fault(error, str(where), remedy=remedy) from None
+    return row
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 class _Instance:

@@ -26,9 +26,9 @@ from core.progress import bar as progress_bar
 from core.records import PLAIN, AttackArtifact, Behaviour, content_hash
 from core.rows import Row
 from core.store import ATTACKS as ATTACKS_FILE
-from core.store import RunFolder
+from core.store import RunFolder, id_in
 from core.tracking import track
-from pipeline.runs import check_specs
+from pipeline.runs import check_specs, each_artifact
 
 OnFailure = Callable[[Behaviour, Exception], None]
 
@@ -108,11 +108,11 @@ def _without_plain(run: RunFolder, cell: Cells) -> list[Behaviour]:
         return list(cell.bench.behaviours)
     own = {i for b in cell.bench.behaviours for i in cell.ids(b)}
     have = {
-        row["request"]
-        for row in run.rows(ATTACKS_FILE)
-        if row["attack"] == PLAIN
-        and row["artifact_id"] not in own
-        and row.get("system_prompt") == cell.plan.config.system_prompt
+        artifact.request
+        for artifact in each_artifact(run)
+        if artifact.attack == PLAIN
+        and artifact.artifact_id not in own
+        and artifact.system_prompt == cell.plan.config.system_prompt
     }
     return [b for b in cell.bench.behaviours if b.request not in have]
 
@@ -223,7 +223,10 @@ class Cells:
                 remedy="add a column target ('Sure, here is ...') to the behaviours file",
             )
         self.run.note_behaviours(behaviours)
-        done = self.done = {row["artifact_id"]: row for row in self.run.rows(ATTACKS_FILE)}
+        done = self.done = {
+            id_in(row, "artifact_id", f"{self.run.path / ATTACKS_FILE}, line {line}"): row
+            for line, row in self.run.each_row(ATTACKS_FILE)
+        }
         missing = self.missing(behaviours, done)
         steps = attack.steps(self.plan.config)
         bar = progress_bar(

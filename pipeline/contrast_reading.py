@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+from typing_extensions import TypedDict
+
 from core.generate import complete
 from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Prompt, Renderer
@@ -18,7 +20,7 @@ from core.readings import Activations
 from core.records import HARMFUL, Behaviour, content_hash
 from core.rows import Row
 from core.settings import LARGEST, check_settings, setting
-from core.store import RunFolder
+from core.store import RunFolder, sealed
 from evaluation.behaviours import (
     BUILT_IN,
     CONTRAST_SPLITS,
@@ -88,6 +90,11 @@ def rendered(
     return [renderer.render(Conversation.build(b.request, system=system)) for b in behaviours]
 
 
+class _Replies(TypedDict):
+    made_from: str
+    replies: dict[str, str]
+
+
 class ContrastReading:
     """One model in front of the contrast set. Use within the run's lock.
 
@@ -134,7 +141,8 @@ class ContrastReading:
         about = [self.model.fingerprint, self.config.reply_tokens, self.config.system_prompt]
         about += [self.config.template] if self.config.template != TEMPLATES[0] else []
         made_from = content_hash([*about, [b.request for b in self.behaviours]])
-        rows = [r for r in self.run.rows(CONTRAST) if r["made_from"] == made_from]
+        there = self.run.checked(CONTRAST, _Replies, "remove that line; its replies are made anew")
+        rows = [row for row in there if row["made_from"] == made_from]
         if not rows:
             made = complete(
                 self.renderer,
@@ -148,7 +156,7 @@ class ContrastReading:
                 "model": self.model.spec,
                 "replies": dict(zip(ids, made, strict=True)),
             }
-            self.run.append(CONTRAST, row)
+            self.run.append(CONTRAST, sealed(row))
             rows = [row]
         return [rows[0]["replies"][b.behaviour_id] for b in self.behaviours]
 

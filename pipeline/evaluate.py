@@ -51,9 +51,10 @@ from evaluation.usability import (
 )
 from pipeline.campaign import Plan, campaign
 from pipeline.capability import Measures
+from pipeline.matrices import require_whole
 from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows
 from pipeline.transfer import Transfer, transfer
-from plots.tradeoff_png import ROWS, draw
+from plots.tradeoff_png import ROWS, draw, evaluation_rows
 from transfer.matrix import matrix
 from transfer.replay import ReplayConfig
 
@@ -132,7 +133,7 @@ def evaluate(
             result.notes.append(f"not sent: {artifact.attack} {artifact.behaviour_id}. {error}")
 
         wanted = attacked | _plain_ids(run, requests)
-        before = {row["model"]: row for row in run.rows(ROWS)}
+        before = {row["model"]: row for row in evaluation_rows(path)}
         for handle in map(open_model, models):
             spec = handle.spec
             on_model(spec)
@@ -188,6 +189,7 @@ def _take_attacks(run: RunFolder, asked: Evaluation, notes: list[str]) -> set[st
         other = RunFolder.existing(path)
         known = other.behaviours()
         by_class: dict[str, list[AttackArtifact]] = {}
+        require_whole(other)
         for a in artifacts_of(other):
             if a.attack not in BASELINES and known[a.behaviour_id].label == HARMFUL:
                 by_class.setdefault(a.attack, []).append(a)

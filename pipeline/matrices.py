@@ -12,7 +12,6 @@ from core.files import ANEW, each_row
 from core.records import HARMFUL
 from core.rows import Row
 from core.store import ATTACKS, BEHAVIOURS, FAILURES, REPLAYS, RunFolder, id_in
-from core.typed import checked_rows
 from evaluation.calibration import Errors, known_errors, package_errors
 from pipeline.calibrate import errors_of_run
 from pipeline.runs import each_artifact, each_replay, write_rows
@@ -110,11 +109,11 @@ def failures_of(run: RunFolder) -> list[Row]:
     Raises:
         AttackPlaneError: a row that is none.
     """
-    path = run.path / FAILURES
-    rows = list(checked_rows(each_row(path), Failure, path, ANEW))
+    rows = list(run.checked(FAILURES, Failure, ANEW))
     for row in rows:
         if row["stage"] == "attack" and not {"attack", "source"} <= row.keys():
-            raise AttackPlaneError("not a failed cell", where=path, got=[*row], remedy=ANEW)
+            where = run.path / FAILURES
+            raise AttackPlaneError("not a failed cell", where=where, got=[*row], remedy=ANEW)
     return rows
 
 

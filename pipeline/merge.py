@@ -14,13 +14,18 @@ from pathlib import Path
 
 from core.errors import AttackPlaneError
 from core.files import each_row, write_atomically
-from core.records import content_hash
+from core.records import AttackArtifact, Behaviour, Record, Replay, content_hash
 from core.rows import Row
 from core.store import ATTACKS, BEHAVIOURS, FAILURES, REPLAYS, RunFolder, id_in
+from pipeline.matrices import failures_of
 from pipeline.sweep.shards import shard_of
 
-JOINED = {BEHAVIOURS: "behaviour_id", ATTACKS: "artifact_id", REPLAYS: "replay_id"}
-"""The files that are joined, and the ids of their rows."""
+JOINED: dict[str, tuple[str, type[Record]]] = {
+    BEHAVIOURS: ("behaviour_id", Behaviour),
+    ATTACKS: ("artifact_id", AttackArtifact),
+    REPLAYS: ("replay_id", Replay),
+}
+"""The files that are joined, the ids of their rows, and what their rows are."""
 
 
 @dataclass
@@ -48,15 +53,15 @@ def merge(path: Path, folders: Sequence[Path]) -> MergeResult:
                 got=f"among the folders to be joined: {folder}",
                 remedy="give --run another folder",
             )
-    result.notes += _shards(folders)
+    result.notes += _shards(path, folders)
     with RunFolder(path) as run:
         manifest = _manifest([run, *runs])
-        hashes = {name: _agreeing(name, key, [run, *runs]) for name, key in JOINED.items()}
+        hashes = {name: _agreeing(name, [run, *runs]) for name in JOINED}
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-        for name, key in JOINED.items():
-            result.added[name] = _join(name, key, run, runs, set(hashes[name]))
-        failures = {json.dumps(row): None for one in [run, *runs] for row in one.rows(FAILURES)}
+        for name in JOINED:
+            result.added[name] = _join(name, run, runs, set(hashes[name]))
+        failures = {json.dumps(row): None for one in [run, *runs] for row in failures_of(one)}
         if failures:
             write_atomically(path / FAILURES, "".join(f"{row}\n" for row in failures))
             result.notes.append(f"{len(failures)} cells failed; the sweep tries them again")
@@ -66,8 +71,14 @@ def merge(path: Path, folders: Sequence[Path]) -> MergeResult:
     return result
 
 
-def _shards(folders: Sequence[Path]) -> list[str]:
+def _shards(path: Path, folders: Sequence[Path]) -> list[str]:
     """What is to be said of the shards among the folders."""
+    if shard_of(path):
+        raise AttackPlaneError(
+            "other runs would be merged into a shard",
+            where=path,
+            remedy="give --run another folder; the shard is one of those to be joined",
+        )
     shards = {folder: shard for folder in folders if (shard := shard_of(folder))}
     counts = {shard.of for shard in shards.values()}
     if len(counts) > 1:
@@ -101,14 +112,16 @@ def _manifest(runs: Sequence[RunFolder]) -> Row:
     return whole
 
 
-def _agreeing(name: str, key: str, runs: Sequence[RunFolder]) -> dict[str, str]:
+def _agreeing(name: str, runs: Sequence[RunFolder]) -> dict[str, str]:
     """Hash of each row by its id, over the first of the runs; rows of one id must be alike."""
+    key, kind = JOINED[name]
     known: dict[str, str] = {}
     first: dict[str, str] = {}
     for run in runs:
         for line, row in each_row(run.path / name):
             place = f"{run.path / name}, line {line}"
             own, found = id_in(row, key, place), content_hash(row)
+            kind.from_row(row, place)
             if known.setdefault(own, found) != found:
                 raise AttackPlaneError(
                     "two different rows of one id",
@@ -121,9 +134,9 @@ def _agreeing(name: str, key: str, runs: Sequence[RunFolder]) -> dict[str, str]:
     return first
 
 
-def _join(name: str, key: str, run: RunFolder, runs: Sequence[RunFolder], have: set[str]) -> int:
+def _join(name: str, run: RunFolder, runs: Sequence[RunFolder], have: set[str]) -> int:
     """Append the rows that the run lacks; how many."""
-    count = 0
+    count, (key, _) = 0, JOINED[name]
     if not any((one.path / name).exists() for one in runs):
         return 0
     with run.appending(name) as add:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from core.files import each_row, write_atomically
+from core.files import write_atomically
 from core.records import AttackArtifact, Replay
 from core.rows import Row
 from core.specs import parse_spec, require_weights
 from core.store import ATTACKS, CLASSES, REPLAYS, RunFolder
-from core.typed import checked_rows
 
 
 def artifacts_of(run: RunFolder) -> list[AttackArtifact]:
@@ -89,5 +88,4 @@ def classes_of(folder: Path) -> list[Row]:
     Raises:
         AttackPlaneError: a row that is none.
     """
-    path = folder / CLASSES
-    return list(checked_rows(each_row(path), ClassRow, path, "make the plane anew, with plane"))
+    return list(RunFolder(folder).checked(CLASSES, ClassRow, "make the plane anew, with plane"))

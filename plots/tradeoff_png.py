@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from core.errors import AttackPlaneError
-from core.files import read_rows
 from core.records import HARMFUL
 from core.rows import Row
 from core.specs import short_spec
 from core.statistics import wilson
+from core.store import RunFolder
 from plots.style import COLOURS, MARKERS
 
 NAME, ROWS = "tradeoff.png", "evaluation.jsonl"
@@ -30,12 +32,52 @@ SMALLEST, LARGEST = 20.0, 260.0
 """Areas of points that follow no instruction and all of them."""
 
 
+class _Success(TypedDict):
+    behaviours: int
+    asr: float | None
+    wilson: list[float] | None
+    corrected: float | None
+    corrected_interval: list[float] | None
+
+
+class _Use(TypedDict):
+    label: str
+    n: int
+    full: float
+    none: float
+    full_wilson: list[float] | None
+    refused_wilson: list[float] | None
+    d: float | None
+
+
+class EvaluationRow(TypedDict):
+    """What is read of a model's evaluation; the rows hold more."""
+
+    model: str
+    fingerprint: str
+    arm: str | None
+    step: int
+    seed: int | None
+    training: list[Any]
+    robustness: dict[str, _Success]
+    usability: dict[str, _Use]
+
+
+def evaluation_rows(folder: Path) -> list[Row]:
+    """The rows of ``evaluation.jsonl``; none where there is no such file.
+
+    Raises:
+        AttackPlaneError: a row that is none.
+    """
+    return list(RunFolder(folder).checked(ROWS, EvaluationRow, "remove that line; evaluate again"))
+
+
 def draw(folder: Path) -> Path:
     """Draw ``tradeoff.png`` from the rows in ``folder``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = read_rows(folder / ROWS)
+    rows = evaluation_rows(folder)
     if not rows:
         raise AttackPlaneError("no evaluation in this run", where=folder, remedy="evaluate first")
     panels = [(k, t) for k, t in PANELS if any(k in row["robustness"] for row in rows)]

@@ -19,10 +19,10 @@ from tempfile import TemporaryDirectory
 from attacks.templates import ATTACK as TEMPLATES
 from attacks.templates import TemplatesConfig
 from core.errors import AttackPlaneError
-from core.files import read_rows
 from core.models import ModelHandle, OpenModel
 from core.records import HARMFUL, AttackArtifact
 from core.store import ATTACKS, REPLAYS, RunFolder
+from core.typed import from_values
 from evaluation.behaviours import load_behaviours, spread
 from evaluation.judges import DEFAULT_JUDGES, QUICK_JUDGE
 from pipeline.campaign import Plan, baseline_plans, campaign
@@ -224,7 +224,10 @@ class _Claims:
             self.plane.write(models)
             result.notes += self.plane.result.notes
         measured = {(c.number, c.model) for c in result.claims}
-        before = [claim_of(row) for row in read_rows(path / CLAIMS_FILE)]
+        before = [
+            claim_of(row, f"{path / CLAIMS_FILE}, line {line}")
+            for line, row in self.run.each_row(CLAIMS_FILE)
+        ]
         kept = [c for c in before if (c.number, c.model) not in measured]
         every = sorted(with_holm([*kept, *result.claims]), key=lambda c: c.number)
         order = list(self.specs)
@@ -239,7 +242,10 @@ def _replay_settings(run: RunFolder, config: StudyConfig) -> tuple[tuple[str, ..
     """Judges and settings of the run's replies; those of the study where it has none."""
     stages = run.manifest["stages"]
     if (run.path / REPLAYS).exists() and TRANSFER in stages:
-        before = dict(stages[TRANSFER])
-        return tuple(before.pop("judges")), ReplayConfig(**before)
+        before, where = dict(stages[TRANSFER]), f"{run.path / 'manifest.json'}, {TRANSFER}"
+        judges = before.pop("judges", None)
+        if not isinstance(judges, list) or not all(isinstance(j, str) for j in judges):
+            raise AttackPlaneError("judges: not a list of names", where=where, got=judges)
+        return tuple(judges), from_values(ReplayConfig, before, where)
     judges = DEFAULT_JUDGES if config.judge == QUICK_JUDGE else (config.judge, "target_prefix")
     return judges, ReplayConfig(None, 0.0, config.seed)

@@ -53,7 +53,7 @@ from geometry.layers import MAX_KL, inner_layers
 from pipeline.plane_files import as_parquet
 from pipeline.runs import check_specs, write_rows
 from plots import checkpoints_png, interventions_png
-from plots.tradeoff_png import ROWS as EVALUATION
+from plots.tradeoff_png import evaluation_rows
 from study.anchors import anchor_row, published_rows
 from study.behaviour_state import behaviour_state
 from study.causal_sweep import UNIT as SLOPE
@@ -117,7 +117,7 @@ def trajectory(
     with RunFolder(path) as run:
         settings = config.to_settings() | {"reference": reference}
         run.begin_stage(STAGE, settings, {})
-        states = {row["model"]: row for row in run.rows(EVALUATION)}
+        states = {row["model"]: row for row in evaluation_rows(path)}
         first = Study(run, open_model(reference), config)
         anchor = Reference(first)
         steered: list[Row] = []

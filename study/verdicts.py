@@ -22,13 +22,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
 
 import numpy as np
 
+from core.errors import AttackPlaneError
+from core.files import MEND
 from core.rows import Row
 from core.significance import FEWEST, LEVEL, draws_p, holm, mean_p, units_needed
 from core.statistics import Numbers, bootstrap_mean, permutation_p
+from core.typed import from_values
 from geometry.cross_half import CrossHalf
 
 NEAR_ORTHOGONAL = math.cos(math.radians(80))
@@ -144,21 +146,27 @@ class Claim:
         return row
 
 
-def claim_of(row: Row) -> Claim:
-    """The claim of a row, before Holm's correction."""
-    checks = []
-    for c in row["checks"]:
-        own: dict[str, Any] = {f.name: c[f.name] for f in fields(Check)}
-        checks.append(Check(**{k: _number(k, v) for k, v in own.items()}))
-    kept = {
-        f.name: row[f.name] for f in fields(Claim) if f.name not in ("checks", "holm", "family")
-    }
-    return Claim(**{**kept, "checks": tuple(checks), "held_back": tuple(row["held_back"])})
+def claim_of(row: Row, where: str) -> Claim:
+    """The claim of a row, before Holm's correction.
+
+    Raises:
+        AttackPlaneError: the row is none; ``where`` names its line.
+    """
+    checks = row.get("checks")
+    if not isinstance(checks, list) or not all(isinstance(c, dict) for c in checks):
+        raise AttackPlaneError("checks: not a list of objects", where=where, remedy=MEND)
+    names = {f.name for f in fields(Claim)} - {"checks", "holm", "family"}
+    own = {name: value for name, value in row.items() if name in names}
+    return from_values(Claim, own | {"checks": tuple(_check_of(c, where) for c in checks)}, where)
 
 
-def _number(name: str, value: Any) -> Any:
-    """NaN was written as null."""
-    return math.nan if value is None and name != "needed" else value
+def _check_of(row: Row, where: str) -> Check:
+    """NaN was written as null, and is no number of a file."""
+    own = {f.name: row[f.name] for f in fields(Check) if f.name in row}
+    unknown = [name for name, value in own.items() if value is None and name != "needed"]
+    known = from_values(Check, own | dict.fromkeys(unknown, 0.0), where)
+    nothing: Row = dict.fromkeys(unknown, math.nan)
+    return replace(known, **nothing)
 
 
 def _combined(p_values: Sequence[float], *, any_of: bool) -> float:

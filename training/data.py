@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from core.errors import AttackPlaneError
 from core.generate import complete
 from core.models import LoadedModel
 from core.prompt import Conversation, Renderer
 from core.records import HARMLESS, PSEUDO_HARMFUL, content_hash
-from core.store import RunFolder
+from core.store import RunFolder, sealed
 from evaluation.judges.reply_rules import is_refusal
 from evaluation.refusals import refusal_replies
 from training.examples import Example, make_example
@@ -32,6 +35,11 @@ JUDGED_TOKENS = 32
 """Of a reply, enough to see whether it refuses."""
 OPENING = "Sure, here is"
 """What an ordinary request is answered with in the model's name where the model itself refuses."""
+
+
+class _Made(TypedDict):
+    key: str
+    replies: list[Any]
 
 
 class Texts:
@@ -148,7 +156,9 @@ class Texts:
     ) -> list[tuple[str, bool]]:
         """Replies of the base, from the folder where it has them."""
         key = content_hash([kind, list(requests), list(openings), self._tokens])
-        kept = [row for row in self._folder.rows(REPLIES) if row["key"] == key]
+        remedy = "remove that line; its replies are made anew"
+        there = self._folder.checked(REPLIES, _Made, remedy)
+        kept = [row for row in there if row["key"] == key]
         if not kept and requests:
             if openings:
                 made = continued(self.base, requests, openings, self._tokens)
@@ -156,7 +166,7 @@ class Texts:
                 made = own_replies(self.base, requests, self._tokens)
             replies = [[reply, ended] for reply, ended in made]
             kept = [{"key": key, "kind": kind, "requests": list(requests), "replies": replies}]
-            self._folder.append(REPLIES, kept[0])
+            self._folder.append(REPLIES, sealed(kept[0]))
         return [(reply, ended) for reply, ended in kept[0]["replies"]] if kept else []
 
 

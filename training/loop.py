@@ -198,9 +198,22 @@ class Run:
         self.seconds: list[dict[str, float]] = []
 
     def restore(self, state: Row) -> None:
-        self.adapted.restore(state["adapter"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.method.restore(state["method"])
+        """Go on from a saved state.
+
+        Raises:
+            AttackPlaneError: it is not one of this training.
+        """
+        try:
+            self.adapted.restore(state["adapter"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.method.restore(state["method"])
+        except Exception as error:  # what does not fit stops in any way
+            raise AttackPlaneError(
+                "the saved state does not fit this training",
+                where=self.out / STATE,
+                got=f"{type(error).__name__}: {str(error)[:100]}",
+                remedy="remove the file to train anew, or choose another --out",
+            ) from error
         self.losses, self.seconds = state["losses"], state["seconds"]
 
     def go_on(self, save_every: int) -> None:

@@ -16,7 +16,7 @@ from plots.training_png import LOSSES
 from training.data import REPLIES
 
 STATE, SECONDS = "state.pt", "seconds.csv"
-KEPT = ("adapter", "optimiser", "method", "losses", "seconds")
+KEPT = {"adapter": dict, "optimiser": dict, "method": dict, "losses": list, "seconds": list}
 """What the saved state holds."""
 
 
@@ -56,11 +56,14 @@ def saved_state(path: Path) -> Row | None:
             got=f"{type(error).__name__}: {str(error)[:80]}",
             remedy="remove the file to train anew, or choose another --out",
         ) from error
-    if not isinstance(state, dict) or set(state) != set(KEPT):
+    forms = {k: type(v) for k, v in state.items()} if isinstance(state, dict) else {}
+    rows = [*state["losses"], *state["seconds"]] if forms == KEPT else [None]
+    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
         raise AttackPlaneError(
-            "this training was begun by an earlier version and cannot be continued",
+            "not the state of a training, or one of an earlier version",
             where=path,
-            remedy="choose another --out",
+            got=sorted(state) if isinstance(state, dict) else type(state).__name__,
+            remedy="remove the file to train anew, or choose another --out",
         )
     return state
 

@@ -54,12 +54,13 @@ def parse_shard(text: str) -> Shard:
         AttackPlaneError: anything else.
     """
     number, slash, of = text.partition("/")
-    if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) < 10**6:
+    whole = number.isdecimal() and of.isdecimal() and len(text) < 14
+    if slash and whole and 1 <= int(number) <= int(of) < 10**6:
         return Shard(int(number), int(of))
     raise AttackPlaneError(
         "not a shard",
         where="--shard",
-        got=text,
+        got=text[:60],
         remedy="write i/n with i from 1 to n, such as 2/7, and n below a million",
     )
 

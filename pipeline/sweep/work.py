@@ -120,7 +120,7 @@ class Worker:
             chosen = Chosen(frozenset(job.cells))
             work = Sweep(config, run, self.open, progress, SweepResult(), chosen)
             work.attack_with(step, (self.open(job.model),) if job.model else ())
-        done.rows = [row for row in run.rows(ATTACKS) if row["artifact_id"] in chosen.cells]
+        done.rows = [row for row in run.rows(ATTACKS) if row.get("artifact_id") in chosen.cells]
         made = {row["artifact_id"] for row in done.rows}
         done.failures = [row for row in work.failures.rows if row["behaviour"] in content["of"]]
         if made < chosen.cells and not done.failures:
