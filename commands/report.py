@@ -43,10 +43,16 @@ def report(run: Path, attack: str | None, target: str | None, prompts: bool) -> 
     folder = RunFolder.existing(run)
     require_whole(folder)
 
+    without = 0  # of the last pass over the replies
+
     def chosen() -> Iterator[Replay]:
+        nonlocal without
+        without = 0
         for r in each_replay(folder):
-            if r.certificate and attack in (None, r.attack) and target in (None, r.target_model):
-                yield r
+            if attack in (None, r.attack) and target in (None, r.target_model):
+                without += not r.certificate
+                if r.certificate:
+                    yield r
 
     if next(chosen(), None) is None:
         raise AttackPlaneError(
@@ -58,6 +64,8 @@ def report(run: Path, attack: str | None, target: str | None, prompts: bool) -> 
     names = ("artifact_id", "behaviour_id", "attack", "source_model", "target_model")
     rows = ({n: getattr(r, n) for n in names} | r.certificate for r in chosen())
     echo_table(certificates_table, chosen(), rows=rows)
+    if without:
+        click.echo(f"note: left out: {without} replies without a certificate", err=True)
     for r in chosen() if prompts else ():
         if r.certificate["sent_as_meant"] is False:
             where = f"{r.artifact_id}  {r.attack}  {r.behaviour_id}  {r.target_model}"

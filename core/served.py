@@ -79,7 +79,7 @@ def parse_server(text: str) -> ServerSpec:
     Raises:
         AttackPlaneError: no model's name, an unknown option, or a value that it does not take.
     """
-    name, _, query = text.strip().partition("?")
+    name, mark, query = text.strip().partition("?")
     url, _, model = name.partition("#")
     try:
         host = urlsplit(url).hostname
@@ -90,7 +90,7 @@ def parse_server(text: str) -> ServerSpec:
             "a server spec needs an address and its model's name", got=text, remedy=f"write {FORM}"
         )
     options: Row = {}
-    for pair in filter(None, query.split("&")):
+    for pair in query.split("&") if mark else ():
         key, _, value = pair.partition("=")
         try:
             number = float(value) if key not in ("at_once", "tries") else int(value)
@@ -104,7 +104,7 @@ def parse_server(text: str) -> ServerSpec:
             raise AttackPlaneError(
                 "no option of a server, one given twice, or no number that it takes",
                 where=f"model spec {text!r}",
-                got=pair,
+                got=pair or "nothing between ?, & and the end",
                 remedy=f"options: {', '.join(OPTIONS)}; numbers above 0",
             )
         options[key] = number

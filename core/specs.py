@@ -67,12 +67,12 @@ def parse_spec(text: str) -> ModelSpec:
     if is_served(text):
         named = parse_server(text)
         return ModelSpec(named.text, "served", text.strip())
-    rest, _, query = text.strip().partition("?")
+    rest, mark, query = text.strip().partition("?")
     options: dict[str, str] = {}
-    for pair in filter(None, query.split("&")):
+    for pair in query.split("&") if mark else ():
         key, _, value = pair.partition("=")
         if value not in OPTIONS.get(key, ()):
-            raise fault("unknown option", pair)
+            raise fault("unknown option", pair or "nothing between ?, & and the end")
         if key in options:
             raise fault("an option that is given twice", key)
         options[key] = value

@@ -2,19 +2,23 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 
+from cli import cli
 from core.cards import CARD, card_of
 from core.cast import SETTINGS, VECTORS, load_cast
 from core.errors import AttackPlaneError
 from core.kept import Kept
 from core.records import Behaviour
 from core.served import parse_server
-from core.store import ATTACKS, RunFolder, intact, sealed
+from core.specs import parse_spec
+from core.store import ATTACKS, REPLAYS, RunFolder, intact, sealed
 from pipeline.evaluate import Evaluation, _take_attacks
 from pipeline.merge import merge
 from pipeline.sweep.shards import Shard, parse_shard
@@ -22,7 +26,7 @@ from plots.tradeoff_png import ROWS, evaluation_rows
 from study.config import StudyConfig
 from study.measure import _replay_settings
 from study.verdicts import Check, Claim, claim_of
-from tests.test_inspect_log import REQUEST, artifact
+from tests.test_inspect_log import REQUEST, artifact, replay
 from training.saved import KEPT, STATE, saved_state
 
 MODEL = SimpleNamespace(spec="m", fingerprint="f")
@@ -159,6 +163,25 @@ def test_words_of_no_form_are_told():
         parse_server("http://[x/v1#m")
     with pytest.raises(AttackPlaneError, match="not a shard"):
         parse_shard(f"1/{'9' * 5000}")
+
+
+@pytest.mark.parametrize(
+    "spec", ["embedded?", "embedded?dtype=bfloat16&", "embedded?&", "http://localhost:1/v1#m?"]
+)
+def test_a_spec_has_one_spelling(spec):
+    with pytest.raises(AttackPlaneError, match="nothing between"):
+        parse_spec(spec)
+
+
+def test_a_report_says_how_many_replies_it_leaves_out(tmp_path):
+    run = run_of(tmp_path, artifact("a", "gcg").to_row())
+    sent = {"sent_as_meant": True, "verbatim": True, "fault": None}
+    one, two = replay("a", "m", "refused"), replay("a", "n", "refused")
+    run.append(REPLAYS, replace(one, certificate=sent).to_row())
+    run.append(REPLAYS, two.to_row())
+    result = CliRunner().invoke(cli, ["report", "--run", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "left out: 1 replies" in result.stderr
 
 
 def run_of(path, *prompts, behaviours=True):
