@@ -17,7 +17,6 @@ The paper's settings are 16 starts, learning rate 10, momentum 0.99, 5000 steps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -35,7 +34,7 @@ class ADCConfig(SuffixConfig):
     """The paper's settings."""
 
     num_steps: int = setting(5000, "Optimiser steps.", flag="--steps", low=1)
-    starts: int = setting(16, "Suffixes optimised side by side.", low=1)
+    starts: int = setting(16, "Suffixes optimised side by side.", low=1, high=10**4)
     learning_rate: float = setting(10.0, "Of the descent.", low=0)
     momentum: float = setting(0.99, "Of the descent.", low=0, below=1)
     read_every: int = setting(5, "Steps between exact scores of the suffixes.", low=1)
@@ -119,7 +118,10 @@ def run_adc(
 def _read(objective: TargetLoss, slot: SuffixPlace, suffixes: Tensor, best: ADCResult) -> None:
     """Score the starts' suffixes that keep their tokens, and take the best into the result."""
     kept = suffixes[torch.tensor(slot.faithful(suffixes.tolist()), dtype=torch.bool)]
-    losses = objective.losses(kept) if len(kept) else torch.tensor([math.inf])
+    if not len(kept):  # a reading of which nothing is known stands as the one before
+        best.losses.append(best.losses[-1])
+        return
+    losses = objective.losses(kept)
     best.losses.append(float(losses.min()))
     if best.losses[-1] < best.loss:
         winner = kept[losses.argmin()]

@@ -54,7 +54,7 @@ class SuffixSearchConfig(SuffixConfig):
     """
 
     num_steps: int = setting(500, "Optimiser steps.", flag="--steps", low=0)
-    search_width: int = setting(512, "Candidates per step.", flag="--width", low=1)
+    search_width: int = setting(512, "Candidates per step.", flag="--width", low=1, high=10**6)
     topk: int = setting(256, "Tokens tried per position.", low=1)
     n_replace: int = setting(1, "Positions replaced in each candidate.", low=1)
 

@@ -36,6 +36,7 @@ from attacks.likelihood import ROUNDING, plain_loss
 from attacks.slot import SuffixSlot
 from core.embedded import cache_folder
 from core.errors import AttackPlaneError
+from core.files import row_of_line
 from core.models import LoadedModel
 from core.prompt import Conversation, Renderer
 from core.rows import Row
@@ -136,11 +137,12 @@ class Reference:
     def _read(self) -> Row:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        answer = (
-            json.loads(line)
-            if line
-            else {"error": f"it ended with exit status {self._process.wait()}"}
-        )
+        try:
+            answer = row_of_line(line.encode(), "its answer") if line else None
+        except AttackPlaneError:
+            answer = {"error": f"it says {line[:80]!r}"}
+        if answer is None:
+            answer = {"error": f"it ended with exit status {self._process.wait()}"}
         if "error" in answer:
             raise AttackPlaneError(
                 "nanogcg failed",

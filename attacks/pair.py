@@ -33,7 +33,7 @@ from core.prompt import Conversation
 from core.records import PLAIN, AttackArtifact, Behaviour, stream_seed
 from core.rows import Row
 from core.settings import check_settings, setting
-from evaluation.judges import QUICK_JUDGE, Exchange, succeeded
+from evaluation.judges import QUICK_JUDGE, Exchange, judge_kind, succeeded
 
 NAME = "pair"
 APPROACHES = {
@@ -85,6 +85,7 @@ class PAIRConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "pair")
+        judge_kind(self.judge)
 
 
 def proposal(text: str) -> tuple[str, str] | None:
@@ -96,7 +97,7 @@ def proposal(text: str) -> tuple[str, str] | None:
     for ending in ("", "}", '"}'):
         try:
             row, _ = json.JSONDecoder(strict=False).raw_decode(text[start:].rstrip() + ending)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if (
             isinstance(row, dict)
@@ -112,7 +113,7 @@ def score_of(text: str) -> int | None:
 
     None if there is none.
     """
-    rating = re.search(r"\[\[\s*(\d+)\s*\]\]", text) or re.match(r"\s*(\d+)\b", text)
+    rating = re.search(r"\[\[\s*(\d{1,4})\s*\]\]", text) or re.match(r"\s*(\d{1,4})\b", text)
     return int(rating.group(1)) if rating and 1 <= int(rating.group(1)) <= 10 else None
 
 

@@ -118,7 +118,7 @@ def make_slot(
 class SuffixConfig:
     """Where a suffix stands, how it begins, and which tokens it may hold; GCG's defaults."""
 
-    suffix_length: int = setting(20, 'Words of the initial suffix ("! ! ...").', low=1)
+    suffix_length: int = setting(20, 'Words of the initial suffix ("! ! ...").', low=1, high=10**4)
     init_suffix: str | None = setting(None, "Initial suffix in its place.")
     placement: str = setting("{request} {suffix}", "Where the suffix stands.")
     system_prompt: str | None = setting(None, "System prompt.", flag="--system")

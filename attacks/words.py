@@ -6,7 +6,6 @@ These are plain functions of a text and a random generator. A prompt template ho
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from functools import cache
 from pathlib import Path
 
 from core.errors import AttackPlaneError
+from core.files import MOST, json_once, require_regular
+from core.text import is_text
 
 MARKER = "{request}"
 WORD = re.compile(r"[A-Za-z]+(?:-[A-Za-z]+)*")
@@ -55,17 +56,20 @@ def read_seeds(path: Path | None = None) -> dict[str, str]:
     """
     path = path or DATA / "seeds.jsonl"
     texts: dict[str, str] = {}
+    require_regular(path, MOST)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise AttackPlaneError("cannot read the seeds", where=path, got=error) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            name, text = str(row["name"]), str(row["text"]).replace("[REPLACE]", MARKER)
-        except (ValueError, KeyError, TypeError) as error:
+            row = json_once(line)
+            name, text = row["name"], row["text"].replace("[REPLACE]", MARKER)
+            if not isinstance(name, str) or not is_text(name, text):
+                raise TypeError("name and text are no Unicode text")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             fault: object = f"{type(error).__name__}: {error}"
         else:
             fault = f"the name {name!r} again" if name in texts else None

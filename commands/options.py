@@ -62,6 +62,14 @@ class CleanGroup(click.Group):
         except Exception as error:  # a fault of ours: one line here, all of it under --debug
             if ctx.find_root().params.get("debug"):
                 raise
+            if _lacks_memory(error):
+                told = AttackPlaneError(
+                    "the memory does not suffice",
+                    got=" ".join(str(error).split())[:200] or type(error).__name__,
+                    remedy="a smaller width, batch or model; the same command goes on from here",
+                )
+                click.echo(f"error: {told}", err=True)
+                ctx.exit(EXIT_ERROR)
             click.echo(f"unexpected error: {type(error).__name__}: {error}", err=True)
             click.echo(
                 "this is a fault of the suite: please report it with the traceback that --debug "
@@ -72,6 +80,13 @@ class CleanGroup(click.Group):
         except KeyboardInterrupt:
             click.echo("\nstopped; the same command goes on from here", err=True)
             ctx.exit(EXIT_INTERRUPTED)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether Python, or torch on any device, could not get the memory it asked for."""
+    words = ("can't allocate memory", "not enough memory")
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or any(word in str(error) for word in words)
 
 
 def _hush(ctx: click.Context, option: click.Parameter, value: bool) -> None:

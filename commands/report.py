@@ -75,9 +75,11 @@ def report(run: Path, attack: str | None, target: str | None, prompts: bool) -> 
 def difference(certificate: Row) -> str:
     """How what was sent differs from what the source saw."""
     trimmed = "white space around it was removed"
-    what = certificate.get("fault") or ("other token ids" if certificate["verbatim"] else trimmed)
+    what = certificate.get("fault") or (
+        "other token ids" if certificate.get("verbatim", True) else trimmed
+    )
     if "content_tokens" in certificate:
-        source = certificate["source_content_tokens"] or "not known"
+        source = certificate.get("source_content_tokens") or "not known"
         what += f"; {certificate['content_tokens']} tokens, source {source}"
     return what
 

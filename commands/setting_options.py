@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import types
 import typing
 from collections.abc import Callable, Collection
@@ -12,6 +11,7 @@ from typing import Any
 import click
 
 from commands.types import Count, Finite, count
+from core.files import json_of
 from core.rows import Row
 from core.settings import BELOW, CHOICES, FLAG, HELP, HIGH, LOW, default_of
 
@@ -80,7 +80,7 @@ def _json_pairs(pairs: tuple[str, ...]) -> Row:
     for pair in pairs:
         name, _, value = pair.partition("=")
         try:
-            values[name] = json.loads(value)
+            values[name] = json_of(value)
         except ValueError as error:
             example = "for example buffer_size=4"
             raise click.BadParameter(f"{pair!r}: expected NAME=JSON, {example}") from error

@@ -160,10 +160,11 @@ def convert_gguf(path: Path) -> Path:
             quantised = AutoModelForCausalLM.from_pretrained(
                 trust_remote_code=False, dtype=torch.float32, **where
             )
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # the reader indexes into what is not there
             shutil.rmtree(part, ignore_errors=True)
+            first = (str(error).splitlines() or [""])[0]
             raise AttackPlaneError(
-                "cannot read the GGUF file", where=path, got=str(error).splitlines()[0]
+                "cannot read the GGUF file", where=path, got=f"{type(error).__name__}: {first}"
             ) from error
         # transformers marks the model as quantised and will not save it: hand its float32 weights
         # to a plain one.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from core.cards import CARD
+from core.files import json_of
 from core.specs import ModelSpec
 from core.weights import default_device, default_dtype, local_folder
 
@@ -92,13 +93,13 @@ def _canonical(file: Path) -> str:
     """The settings of a JSON file as one text; the file itself where it is no JSON."""
     content = file.read_bytes()
     try:
-        values = json.loads(content)
+        values = json_of(content)
     except ValueError:
         return hashlib.sha256(content).hexdigest()
     if file.name == "adapter_config.json" and isinstance(values, dict):
         values = {k: v for k, v in values.items() if k not in ORIGIN}
-        sets = {k: sorted(v) for k, v in values.items() if k in SETS and isinstance(v, list)}
-        values |= sets
+        sets = {k: v for k, v in values.items() if k in SETS and isinstance(v, list)}
+        values |= {k: sorted(map(str, v)) for k, v in sets.items()}
     return json.dumps(values, sort_keys=True)
 
 

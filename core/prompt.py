@@ -100,8 +100,8 @@ class Renderer:
         if reply is not None:
             messages.append({"role": "assistant", "content": reply})
         options: Row = {"tokenize": False, "add_generation_prompt": reply is None}
-        options["chat_template"] = self.template
         try:
+            options["chat_template"] = self.template
             with at_most(TEMPLATE_SECONDS):
                 text = self.tokenizer.apply_chat_template(messages, **options, **FIXED)
         except TooLong as error:

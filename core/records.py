@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from core.errors import AttackPlaneError
 from core.rows import Row
+from core.text import is_text
 from core.typed import from_values
 
 SCHEMA_VERSION = 1
@@ -31,8 +32,13 @@ OUTCOMES = REFUSED, COMPLIED, NEITHER = "refused", "complied", "neither"
 """What a judge says of a reply. ``refused``: the model declines. ``complied``: it does what was
 asked, well or badly. ``neither``: off topic, an echo, degenerate, evasive, a warning, or another
 and safe task."""
-CERTIFIED = ("sent_as_meant", "verbatim", "same_ids", "same_vocabulary", "same_template")
-"""What a certificate says or leaves open."""
+CERTIFIED: dict[str, type] = {
+    **dict.fromkeys(("sent_as_meant", "verbatim", "same_ids"), bool),
+    **dict.fromkeys(("same_vocabulary", "same_template"), bool),
+    **dict.fromkeys(("content_tokens", "source_content_tokens", "prompt_tokens"), int),
+    **dict.fromkeys(("prompt_hash", "template_hash", "system_prompt_hash", "fault"), str),
+}
+"""What a certificate says or leaves open, and its types."""
 NO_SOURCE = "none"
 """The source model of prompts that were made with no model."""
 
@@ -72,6 +78,10 @@ def require_version(found: object, what: str, where: object, remedy: str | None 
         )
 
 
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
 class Record:
     """Conversion to and from JSON rows, shared by the records that live in ``*.jsonl`` files."""
 
@@ -82,7 +92,13 @@ class Record:
     def from_row(cls, row: Row, where: str = "a row") -> Self:
         row_version = row.get("schema_version", SCHEMA_VERSION)
         require_version(row_version, f"{cls.__name__} of another schema version", where)
-        return from_values(cls, row, where, of="field")
+        record = from_values(cls, row, where, of="field")
+        for name, value in row.items():
+            if isinstance(value, str) and not is_text(value):
+                raise AttackPlaneError(
+                    f"{name}: no Unicode text", where=where, got="half of a surrogate pair"
+                )
+        return record
 
 
 @dataclass(frozen=True)
@@ -200,12 +216,26 @@ class AttackArtifact(Record):
         for ids in (rendering.get("content_ids"), rendering.get("prompt_ids")):
             good = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
             require(ids is None or good, "rendering: token ids are whole numbers", self, ids)
+        losses = self.provenance.get("losses", {})
+        require(
+            isinstance(losses, dict) and all(v is None or _is_finite(v) for v in losses.values()),
+            "provenance: losses are numbers by model",
+            self,
+            losses,
+        )
         hashes = [rendering.get(name) for name in ("vocabulary", "template")]
         require(
             all(h is None or isinstance(h, str) for h in hashes),
             "rendering: vocabulary and template are texts",
             self,
             hashes,
+        )
+        kinds = [(type(s.get("step")), type(s.get("prompt"))) for s in self.snapshots]
+        require(
+            all(kind == (int, str) for kind in kinds),
+            "a snapshot has a step and a prompt",
+            self,
+            self.snapshots,
         )
         steps = [s["step"] for s in self.snapshots]
         require(
@@ -260,10 +290,9 @@ class Replay(Record):
         agrees = self.outcome is None or self.jailbroken is (self.outcome == COMPLIED)
         require(agrees, "jailbroken is what outcome says", self, (self.outcome, self.jailbroken))
         require(self.sample >= 0, "sample counts from 0", self, self.sample)
-        said = [self.certificate.get(name) for name in CERTIFIED]
-        require(
-            all(value is None or isinstance(value, bool) for value in said),
-            f"certificate: {', '.join(CERTIFIED)} are true, false or null",
-            self,
-            said,
-        )
+        for name, value in self.certificate.items():
+            kind = CERTIFIED.get(name, object)
+            good = value is None or type(value) is kind or kind is object
+            require(good, f"certificate: {name} is {kind.__name__} or null", self, value)
+        told = not self.certificate or "sent_as_meant" in self.certificate
+        require(told, "a certificate says sent_as_meant", self, self.certificate)

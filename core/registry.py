@@ -113,7 +113,7 @@ def load_plugin(path: Path) -> None:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a plugin raises is the plugin's fault
+    except (Exception, SystemExit) as error:  # whatever a plugin raises is the plugin's fault
         del sys.modules[name]
         raise AttackPlaneError(
             "the plugin cannot be loaded", where=path, got=f"{type(error).__name__}: {error}"

@@ -82,8 +82,8 @@ def parse_server(text: str) -> ServerSpec:
     name, mark, query = text.strip().partition("?")
     url, _, model = name.partition("#")
     try:
-        host = urlsplit(url).hostname
-    except ValueError:  # brackets that hold no address
+        host, _ = urlsplit(url).hostname, urlsplit(url).port
+    except ValueError:  # brackets that hold no address, or no port
         host = None
     if not model or not host:
         raise AttackPlaneError(
@@ -287,8 +287,10 @@ class Server:
         counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
         prices = self.parsed.price_in, self.parsed.price_out
         cost = sum(p * (n or 0) for p, n in zip(prices, counts, strict=True)) / 1e6
+        if not isinstance(text, (str, type(None))):
+            raise TypeError(f"the reply is a {type(text).__name__}, no text")
         return Answer(
-            str(text or "").strip(),
+            (text or "").strip(),
             choice.get("finish_reason"),
             *counts,
             said.get("model"),

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import jsonlines
 from filelock import FileLock, Timeout
@@ -28,6 +28,7 @@ from core.files import (
     MEND,
     clear_leftovers,
     each_row,
+    mend_last_line,
     read_object,
     read_rows,
     refuse_link,
@@ -73,6 +74,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._lock = FileLock(str(self.path / ".lock"), timeout=0)
+        self._mended: set[str] = set()
 
     @classmethod
     def existing(cls, path: str | Path) -> RunFolder:
@@ -119,11 +121,20 @@ class RunFolder:
         return _manifest(path)
 
     def begin_stage(
-        self, stage: str, settings: Row, models: dict[str, str], *, derived: bool = False
+        self,
+        stage: str,
+        settings: Row,
+        models: dict[str, str],
+        *,
+        derived: bool = False,
+        empty: Callable[[], bool] = lambda: False,
     ) -> str:
         """Record a stage's settings and the identities of its models; returns the settings' hash.
 
-        What a ``derived`` stage writes is replaced whole each time, so its settings may change.
+        Args:
+            derived: what the stage writes is replaced whole each time, so its settings may change.
+            empty: whether the run holds nothing yet that was made with its settings; then they may
+                change too. Asked where they differ.
 
         Raises:
             AttackPlaneError: the folder holds the same stage with other settings, or another model
@@ -134,7 +145,7 @@ class RunFolder:
         manifest = self.manifest
         before = manifest["stages"].get(stage)
         differences = []
-        if before is not None and not derived:
+        if before is not None and before != settings and not derived and not empty():
             for key in sorted(before | settings):
                 if before.get(key) != settings.get(key):
                     differences.append(
@@ -221,8 +232,7 @@ class RunFolder:
     @contextmanager
     def appending(self, name: str) -> Iterator[Callable[[Row], None]]:
         """Append many rows at once: synced to disk every thousand rows and at the end."""
-        refuse_link(self.path / name)
-        with open(self.path / name, "a", encoding="utf-8") as file:
+        with self._at_end_of(name) as file:
             count = 0
 
             def add(row: Row) -> None:
@@ -243,12 +253,20 @@ class RunFolder:
 
     def append(self, name: str, row: Row) -> None:
         """Append one row and sync it to disk."""
-        refuse_link(self.path / name)
-        with open(self.path / name, "a", encoding="utf-8") as file:
+        with self._at_end_of(name) as file:
             with jsonlines.Writer(file, compact=True) as writer:
                 writer.write(row)
             file.flush()
             os.fsync(file.fileno())
+
+    def _at_end_of(self, name: str) -> TextIO:
+        """The file, open at its end; before the first row a torn last line is cut."""
+        path = self.path / name
+        refuse_link(path)
+        if name not in self._mended and path.exists():
+            mend_last_line(path)
+        self._mended.add(name)
+        return open(path, "a", encoding="utf-8")
 
     def behaviours(self) -> dict[str, Behaviour]:
         """Behaviours that the run knows, by id."""

@@ -71,7 +71,10 @@ def tracking(kind: str | None, folder: Path, settings: Row) -> Iterator[None]:
         yield
     finally:
         _log.reset(token)
-        close()
+        try:
+            close()
+        except Exception as error:  # noqa: BLE001  what was logged is no part of the result
+            log.warning("%s did not end well: %s: %s", kind, type(error).__name__, error)
 
 
 Opened = tuple[Log, Callable[[], object]]

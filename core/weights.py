@@ -17,12 +17,14 @@ import torch
 
 from core.embedded import cache_folder, convert_gguf, embedded_folder
 from core.errors import AttackPlaneError
+from core.files import read_object
 from core.rows import Row
 from core.specs import FORMS, ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HARMLESS_KEYS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.masked_bias")
 """Ends of the names of buffers that some checkpoints hold and newer models compute anew."""
+GENERATION = "generation_config.json"
 UNREADABLE = (Exception,)
 """What other people's readers raise from a folder that is no model: anything."""
 MOST_LAYERS = 10_000
@@ -71,6 +73,8 @@ def load_base(
         options |= {"device_map": places, "offload_folder": str(cache_folder() / "offload")}
     where = f"model spec {spec.text!r}"
     config = _readable_config("model", name, where, spec.revision)
+    if folder and (folder / GENERATION).exists():  # transformers passes over a broken one
+        read_object(folder / GENERATION, "the generation settings", remedy="mend or remove it")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=spec.revision, trust_remote_code=False
@@ -92,6 +96,7 @@ def load_base(
             "not a decoder-only model", where=spec.text, got=type(model).__name__
         )
     _require_all_weights(report, where)
+    _require_stop_tokens(model, where)
     if not isinstance(tokenizer.chat_template, (str, dict, type(None))):
         raise AttackPlaneError(
             "the chat template is no text",
@@ -100,6 +105,19 @@ def load_base(
             remedy="mend it, or remove it: then the model is taken as a base model",
         )
     return (model if spec.load or places else model.to(device)), tokenizer
+
+
+def _require_stop_tokens(model: Any, where: str) -> None:
+    """Refuse a checkpoint whose replies could not end."""
+    stop = model.generation_config.eos_token_id
+    ids = stop if isinstance(stop, list) else [stop]
+    if stop is not None and not all(type(token) is int for token in ids):
+        raise AttackPlaneError(
+            "eos_token_id is no token id",
+            where=f"{where}, generation_config.json",
+            got=repr(stop)[:100],
+            remedy="write a whole number or a list of them",
+        )
 
 
 @contextmanager

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from typing_extensions import TypedDict
+
 from core.errors import AttackPlaneError
-from core.files import write_atomically
+from core.files import MEND, write_atomically
 from core.records import NO_SOURCE, AttackArtifact, Behaviour, content_hash
 from core.rows import Row
 from core.store import ATTACKS, BEHAVIOURS, RunFolder
@@ -170,9 +172,14 @@ def import_file(
     return result
 
 
+class _Rejected(TypedDict):
+    file: str
+    format: str
+
+
 def forget_rejects(run: RunFolder, path: Path, kind: str) -> None:
     """Leave out what an earlier import of the same file rejected, since it is read anew."""
-    rows = run.rows(REJECTS)
+    rows = list(run.checked(REJECTS, _Rejected, MEND))
     kept = [row for row in rows if (row["file"], row["format"]) != (path.name, kind)]
     if len(kept) < len(rows):
         write_atomically(run.path / REJECTS, "".join(json.dumps(row) + "\n" for row in kept))
@@ -210,9 +217,10 @@ class Behaviours:
         name = f"{kind}-{record.behaviour_id or key[:12]}"
         if name in self.by_id:
             name = f"{kind}-{key[:12]}"
-        made = Behaviour(
-            name, record.request, record.target_string, record.category, "harmful", kind
-        )
+        given = (name, record.request, record.target_string, record.category)
+        if not is_text(*given):
+            raise AttackPlaneError("a text is no Unicode text", got="half of a surrogate pair")
+        made = Behaviour(*given, "harmful", kind)
         self.by_id[name] = self.by_request[key] = made
         return made
 
@@ -221,11 +229,12 @@ def _artifact(
     record: Foreign, behaviour: Behaviour, kind: str, path: Path, hints: Hints, result: ImportResult
 ) -> AttackArtifact:
     inner = unwrap(record.prompt)
-    if not is_text(inner.content, behaviour.request):
-        raise AttackPlaneError("the prompt is no Unicode text", got="half of a surrogate pair")
     model = hints.model or record.model or NO_SOURCE
     attack = slug(hints.attack or record.attack or kind)
     system = record.system or inner.system
+    texts = (inner.content, behaviour.request, model, attack, system, record.target_string)
+    if not is_text(*texts, record.category, record.suffix, record.variant, *record.faults):
+        raise AttackPlaneError("a text is no Unicode text", got="half of a surrogate pair")
     faults = [*record.faults, *([inner.fault] if inner.fault else [])]
     said: Row = {"format": kind, "file": path.name, "place": record.place, **record.said}
     if inner.form:

@@ -8,7 +8,6 @@ reason.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from interchange.foreign import (
     Hints,
     Reject,
     check_encoding,
+    is_finite,
     json_items,
     json_lines,
 )
@@ -122,8 +122,8 @@ def adversariallm(path: Path, hints: Hints) -> Found:
         if not isinstance(steps, list) or not all(isinstance(s, dict) for s in steps) or not steps:
             yield Reject(place, "no steps")
             continue
-        losses = [float(s["loss"]) for s in steps if isinstance(s.get("loss"), (int, float))]
-        if len(losses) != len(steps) or not all(map(math.isfinite, losses)):
+        losses = [float(s["loss"]) for s in steps if is_finite(s.get("loss"))]
+        if len(losses) != len(steps):
             losses = []
         best = losses.index(min(losses)) if losses else len(steps) - 1
         sent, original = (

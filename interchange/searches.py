@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from core.errors import AttackPlaneError
 from core.files import json_of
 from core.rows import Row
-from interchange.foreign import Foreign, Found, Hints, Reject, json_items, json_lines
+from interchange.foreign import (
+    Foreign,
+    Found,
+    Hints,
+    Reject,
+    is_finite,
+    json_items,
+    json_lines,
+    texts,
+)
 
 
 def nanogcg(path: Path, hints: Hints) -> Found:
@@ -31,9 +39,7 @@ def nanogcg(path: Path, hints: Hints) -> Found:
             continue
         strings, losses = row.get("strings"), row.get("losses") or []
         best, faults, step = row.get("best_string"), [], None
-        if not isinstance(losses, list) or not all(
-            isinstance(x, (int, float)) and math.isfinite(x) for x in losses
-        ):
+        if not isinstance(losses, list) or not all(map(is_finite, losses)):
             yield Reject(place, "losses are not finite numbers")
             continue
         if isinstance(strings, list) and losses and len(strings) == len(losses):
@@ -53,7 +59,7 @@ def nanogcg(path: Path, hints: Hints) -> Found:
             request=whole.replace(marker, "").strip(),
             attack="nanogcg",
             suffix=best,
-            loss=float(loss) if isinstance(loss, (int, float)) and math.isfinite(loss) else None,
+            loss=float(loss) if is_finite(loss) else None,
             losses=[float(x) for x in losses] if step is not None else [],
             best_step=step,
             faults=faults,
@@ -88,7 +94,8 @@ def gcg_log(path: Path, hints: Hints) -> Found:
     try:
         log = json_of(path.read_text(encoding="utf-8-sig"))
         params, controls, losses = log["params"], log["controls"], log["losses"]
-        goals, targets = list(params["goals"]), list(params.get("targets") or [])
+        goals, targets = texts(params["goals"]), texts(params.get("targets") or [])
+        tests = [texts(tried) for tried in log.get("tests") or []]
     except (ValueError, KeyError, TypeError) as error:
         yield Reject("the file", f"not a log of llm-attacks: {type(error).__name__}: {error}")
         return
@@ -98,14 +105,9 @@ def gcg_log(path: Path, hints: Hints) -> Found:
     if len(controls) != len(losses):
         yield Reject("the file", f"{len(controls)} controls and {len(losses)} losses")
         return
-    tests = log.get("tests") or []
     best: dict[tuple[str, ...], int] = {}
     for i, (control, loss) in enumerate(zip(controls, losses, strict=True)):
-        if (
-            not isinstance(control, str)
-            or not isinstance(loss, (int, float))
-            or not math.isfinite(loss)
-        ):
+        if not isinstance(control, str) or not is_finite(loss):
             yield Reject(
                 f"control {i + 1}", f"not text with a finite loss: {str((control, loss))[:80]}"
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 from core.errors import AttackPlaneError
 from core.files import refuse_twice
 from core.rows import Row
+from core.text import is_text
 from interchange.foreign import Foreign, Found, Hints, Reject, json_items, json_lines
 
 
@@ -80,7 +81,15 @@ def csv_file(path: Path, hints: Hints) -> Found:
     """CSV with a column ``prompt`` and the other columns of ``jsonl``."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, strict=True)
-        refuse_twice(reader.fieldnames, path)
+        try:
+            names = reader.fieldnames
+        except csv.Error as error:
+            yield Reject("line 1", f"not CSV: {error}")
+            return
+        if not is_text(*(names or ())):
+            yield Reject("line 1", "not UTF-8")
+            return
+        refuse_twice(names, path)
         while True:
             try:
                 row = next(reader)

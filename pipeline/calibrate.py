@@ -154,8 +154,8 @@ def sheet(paths: Sequence[Path], limit: int, *, seed: int = 0) -> list[Path]:
         )
         title = f"=== {number} {replay.replay_id} {replay.attack} {replay.target_model}"
         text.append(f"{title}\nREQUEST: {artifact.request}\nREPLY: {replay.reply}\n")
-    write_rows(target, (label.to_row() for label in labels))
     write_atomically(paths[0] / READABLE, "\n".join(text))
+    write_rows(target, (label.to_row() for label in labels))  # last: with it the sheet is there
     return [paths[0] / READABLE, target]
 
 

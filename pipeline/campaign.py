@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,19 @@ class Cells:
         for name in names:
             settings = {**self.identity(name), "seed": self.bench.seed}
             models = [*self.plan.sources, *self.bench.used.values()]
-            self.run.begin_stage(name, settings, {m.spec: m.fingerprint for m in models})
+            self.run.begin_stage(
+                name,
+                settings,
+                {m.spec: m.fingerprint for m in models},
+                empty=partial(self._made_none, name),
+            )
+
+    def _made_none(self, name: str) -> bool:
+        """Whether the run has no prompt of this name, and no search in progress."""
+        rows = self.run.each_row(ATTACKS_FILE)
+        return not any((self.run.path / "state").glob("*.json")) and all(
+            row.get("attack") != name for _, row in rows
+        )
 
     def attack(
         self, behaviours: Sequence[Behaviour], on_failure: OnFailure | None = None

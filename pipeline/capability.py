@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from core.conversation import Conversation
-from core.errors import AttackPlaneError
+from core.errors import AttackPlaneError, nearest
 from core.generate import complete
 from core.kept import Kept
 from core.models import LoadedModel, ModelHandle
@@ -209,6 +209,34 @@ def _replies(model: ModelHandle, requests: Sequence[str]) -> list[tuple[str, int
     return list(zip(replies, lengths, strict=True))
 
 
+def require_tasks(tasks: Sequence[str]) -> None:
+    """Refuse tasks that are not there, before hours of work.
+
+    Raises:
+        AttackPlaneError: lm-evaluation-harness is missing, or knows no such task; a file that is no
+            text.
+    """
+    if not tasks:
+        return
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise AttackPlaneError(
+            "tasks need the package lm-eval", remedy="pip install 'attack-plane[capability]'"
+        ) from error
+    names = set(TaskManager().all_tasks)
+    for task in tasks:
+        path = Path(task)
+        if path.is_file():
+            try:
+                path.read_text(encoding="utf-8")
+            except ValueError as error:
+                raise AttackPlaneError("not a task's file", where=path, got=error) from error
+        elif task not in names:
+            remedy = nearest(task, names) if names else None
+            raise AttackPlaneError("no such task", where="--task", got=task, remedy=remedy)
+
+
 def harness(loaded: LoadedModel, task: str, limit: int | None) -> Row:
     """Scores of one task of lm-evaluation-harness on the loaded model: metric -> value.
 
@@ -217,18 +245,14 @@ def harness(loaded: LoadedModel, task: str, limit: int | None) -> Row:
     A model with a hook has no scores: the harness pads batches in ways that a hook cannot see.
 
     Raises:
-        AttackPlaneError: the package is missing, or the task cannot be run.
+        AttackPlaneError: the task cannot be run.
     """
     if loaded.hook:
         return {}
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise AttackPlaneError(
-            "tasks need the package lm-eval", remedy="pip install 'attack-plane[capability]'"
-        ) from error
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     try:
         own = copy.deepcopy(loaded.tokenizer)  # it may be given a pad token
         model = HFLM(pretrained=loaded.model, tokenizer=own, batch_size=8)

@@ -140,7 +140,8 @@ class ContrastReading:
         """The model's own greedy reply to each prompt, made once per run."""
         about = [self.model.fingerprint, self.config.reply_tokens, self.config.system_prompt]
         about += [self.config.template] if self.config.template != TEMPLATES[0] else []
-        made_from = content_hash([*about, [b.request for b in self.behaviours]])
+        asked = [(b.behaviour_id, b.request) for b in self.behaviours]
+        made_from = content_hash([*about, asked])
         there = self.run.checked(CONTRAST, _Replies, "remove that line; its replies are made anew")
         rows = [row for row in there if row["made_from"] == made_from]
         if not rows:

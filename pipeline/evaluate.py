@@ -36,7 +36,7 @@ from core.rows import Row
 from core.served import is_served
 from core.specs import canonical_name, short_spec
 from core.statistics import wilson
-from core.store import ATTACKS, RunFolder
+from core.store import ATTACKS, REPLAYS, RunFolder
 from evaluation.behaviours import DEMONSTRATION, load_behaviours, load_held_out, spread
 from evaluation.budget import EvaluateConfig
 from evaluation.calibration import known_errors
@@ -50,7 +50,7 @@ from evaluation.usability import (
     trained_requests,
 )
 from pipeline.campaign import Plan, campaign
-from pipeline.capability import Measures
+from pipeline.capability import Measures, require_tasks
 from pipeline.matrices import require_whole
 from pipeline.runs import artifacts_of, check_specs, replays_of, write_rows
 from pipeline.transfer import Transfer, transfer
@@ -124,9 +124,15 @@ def evaluate(
     config = asked.config
     replays = ReplayConfig(config.max_new_tokens)
     with RunFolder(path) as run:
-        run.begin_stage(STAGE, {**asdict(config), "base": base}, {})
+        run.begin_stage(
+            STAGE,
+            {**asdict(config), "base": base},
+            {},
+            empty=lambda: next(run.each_row(REPLAYS), None) is None,
+        )
         attacked = _take_attacks(run, asked, result.notes)
         stage = Transfer(run, asked.judges, replays, behaviours=requests)
+        require_tasks(asked.tasks)
         measures = Measures(run, open_model(base), config, asked.tasks, asked.task_limit)
 
         def not_sent(artifact: AttackArtifact, error: Exception) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NotRequired
 
 from typing_extensions import TypedDict
 
@@ -20,19 +21,36 @@ from transfer.matrix import Cell, matrix
 TRANSFER, MATRIX = "transfer", "matrix.jsonl"
 
 
+def judges_of(run: RunFolder) -> list[str]:
+    """Names of the judges that replies of this run were judged by; the first decides.
+
+    Raises:
+        AttackPlaneError: the manifest says something else there.
+    """
+    judges: Any = run.manifest["stages"].get(TRANSFER, {}).get("judges", [])
+    if not isinstance(judges, list) or not all(isinstance(name, str) for name in judges):
+        raise AttackPlaneError(
+            "judges: not a list of names",
+            where=f"{run.path / 'manifest.json'}, {TRANSFER}",
+            got=repr(judges)[:100],
+            remedy="restore the file, or choose another run folder",
+        )
+    return judges
+
+
 def _known_errors(run: RunFolder) -> Callable[[str], Errors | None]:
     """What is known of the first judge's errors, by attack class.
 
     Errors that were counted in this run stand before those of the package's labels.
     """
-    judges = run.manifest["stages"].get(TRANSFER, {}).get("judges", [])
+    judges = judges_of(run)
     table = {**package_errors(), **(errors_of_run(run.path) or {})}
     return lambda attack: known_errors(judges[0], attack, table) if judges else None
 
 
 def error_notes(run: RunFolder) -> list[str]:
     """Says where no rate can be corrected, since the judge's errors are not known."""
-    judges = run.manifest["stages"].get(TRANSFER, {}).get("judges", [])
+    judges = judges_of(run)
     if judges and _known_errors(run)("") is None:
         return [f"the errors of the judge {judges[0]} are not known: rates are raw only"]
     return []
@@ -101,6 +119,10 @@ class Failure(TypedDict):
 
     stage: str
     reason: str
+    attack: NotRequired[str]
+    source: NotRequired[str]
+    behaviour: NotRequired[str]
+    variant: NotRequired[str | None]
 
 
 def failures_of(run: RunFolder) -> list[Row]:

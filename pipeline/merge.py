@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from core.files import each_row, write_atomically
 from core.records import AttackArtifact, Behaviour, Record, Replay, content_hash
 from core.rows import Row
 from core.store import ATTACKS, BEHAVIOURS, FAILURES, REPLAYS, RunFolder, id_in
-from pipeline.matrices import failures_of
+from interchange.importer import REJECTS
+from pipeline.calibrate import ERRORS
+from pipeline.matrices import failures_of, require_whole
 from pipeline.sweep.shards import shard_of
 
 JOINED: dict[str, tuple[str, type[Record]]] = {
@@ -26,6 +29,12 @@ JOINED: dict[str, tuple[str, type[Record]]] = {
     REPLAYS: ("replay_id", Replay),
 }
 """The files that are joined, the ids of their rows, and what their rows are."""
+
+
+LEFT = (ERRORS, REJECTS)
+"""What a run may hold besides, that no stage makes anew."""
+DERIVED = ("plane", "layers", "intervene", "import")
+"""Stages whose settings may differ: what they write is not joined."""
 
 
 @dataclass
@@ -44,6 +53,7 @@ def merge(path: Path, folders: Sequence[Path]) -> MergeResult:
             of a model, shards of other numbers, or two rows of one id.
     """
     result = MergeResult()
+    folders = list({folder.resolve(): folder for folder in folders}.values())
     runs = [RunFolder.existing(folder) for folder in folders]
     for folder in folders:
         if path.resolve().is_relative_to(folder.resolve()):
@@ -54,20 +64,29 @@ def merge(path: Path, folders: Sequence[Path]) -> MergeResult:
                 remedy="give --run another folder",
             )
     result.notes += _shards(path, folders)
-    with RunFolder(path) as run:
+    with RunFolder(path) as run, ExitStack() as held:
+        for one in runs:  # a run that is still being written would be joined in part
+            held.enter_context(one)
         manifest = _manifest([run, *runs])
         hashes = {name: _agreeing(name, [run, *runs]) for name in JOINED}
+        for one in runs:
+            require_whole(one)
+        failures = {json.dumps(row): None for one in [run, *runs] for row in failures_of(one)}
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
         for name in JOINED:
             result.added[name] = _join(name, run, runs, set(hashes[name]))
-        failures = {json.dumps(row): None for one in [run, *runs] for row in failures_of(one)}
         if failures:
             write_atomically(path / FAILURES, "".join(f"{row}\n" for row in failures))
             result.notes.append(f"{len(failures)} cells failed; the sweep tries them again")
+    if len({json.dumps(run.manifest["history"][-1:]) for run in runs}) > 1:
+        result.notes.append("made with different versions: see the history in the manifest")
     for folder in folders:
         if any((folder / "state").glob("*.json")):
             result.notes.append(f"{folder} has searches in progress: finish it, and merge again")
+        left = [name for name in LEFT if (folder / name).exists()]
+        if left:
+            result.notes.append(f"not joined: {', '.join(left)} of {folder}")
     return result
 
 
@@ -100,6 +119,8 @@ def _manifest(runs: Sequence[RunFolder]) -> Row:
     for run, one in zip(runs, manifests, strict=True):
         for kind in ("stages", "models"):
             for name, value in one[kind].items():
+                if kind == "stages" and name in DERIVED:
+                    continue
                 if whole[kind].setdefault(name, value) != value:
                     what = "settings" if kind == "stages" else "files"
                     raise AttackPlaneError(
@@ -118,7 +139,7 @@ def _agreeing(name: str, runs: Sequence[RunFolder]) -> dict[str, str]:
     known: dict[str, str] = {}
     first: dict[str, str] = {}
     for run in runs:
-        for line, row in each_row(run.path / name):
+        for line, row in run.each_row(name):
             place = f"{run.path / name}, line {line}"
             own, found = id_in(row, key, place), content_hash(row)
             kind.from_row(row, place)

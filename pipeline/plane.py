@@ -6,6 +6,7 @@ that they depend on has changed they stay, and no weights are loaded.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +22,7 @@ from core.records import HARMFUL, PLAIN, AttackArtifact, Behaviour, content_hash
 from core.rows import Row
 from core.served import is_served
 from core.specs import short_spec
-from core.store import RunFolder
+from core.store import RunFolder, intact, sealed
 from evaluation.behaviours import DEMONSTRATION, HELD_OUT_SPLITS, counterparts, load_behaviours
 from geometry.activations import collect
 from geometry.directions import best_layers
@@ -162,8 +163,10 @@ class PlaneStage:
             return False  # a model of the hub that is not here yet
         path = self.run.path / NOTE
         note = read_object(path, "a note on a plane", remedy=ANEW) if path.exists() else {}
-        files = [self.run.path / name for name in note.get("files", [])]
-        if note.get("made_from") != self.made_from(models) or not all(f.exists() for f in files):
+        if not intact(note) or note["made_from"] != self.made_from(models):
+            return False
+        files = [self.run.path / name for name in note["files"]]
+        if {f.name: _hash_of(f) for f in files if f.is_file()} != note["files"]:
             return False
         self.result.files, self.result.notes = files, note["notes"]
         return True
@@ -263,6 +266,7 @@ class PlaneStage:
     def write(self, models: Sequence[ModelHandle]) -> None:
         """Export and draw what was read."""
         folder = self.run.path
+        (folder / NOTE).unlink(missing_ok=True)  # until all files are there, there is no plane
         files = export(self.points, folder, self.nulls)
         trajectories = write_rows(folder / TRAJECTORIES, self.trajectories)
         files += [plane_png.draw(folder), plane_html.draw(folder)]
@@ -272,10 +276,15 @@ class PlaneStage:
         self.result.files = files
         note = {
             "made_from": self.made_from(models),
-            "files": [file.name for file in files],
+            "files": {file.name: _hash_of(file) for file in files},
             "notes": self.result.notes,
         }
-        write_atomically(folder / NOTE, json.dumps(note, indent=2) + "\n")
+        write_atomically(folder / NOTE, json.dumps(sealed(note), indent=2) + "\n")
+
+
+def _hash_of(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def prompt_infos(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
+from annotated_types import Len
 from typing_extensions import TypedDict
 
 from core.files import write_atomically
@@ -62,21 +64,22 @@ def write_rows(path: Path, rows: Iterable[Row]) -> Path:
     return path
 
 
-Pair = list[float] | None
+Pair = Annotated[list[float], Len(2, 2)]
 ClassRow = TypedDict(
     "ClassRow",
     {
         "target": str,
         "frame": str,
         "class": str,
+        "kind": str,
         "n": int,
         "judged": int,
         "jailbroken": int,
-        "centroid": list[float],
-        "displacement": Pair,
-        "displacement_interval": list[list[float]] | None,
-        "null_random": Pair,
-        "null_permuted": Pair,
+        "centroid": Pair,
+        "displacement": Pair | None,
+        "displacement_interval": Annotated[list[Pair], Len(2, 2)] | None,
+        "null_random": Pair | None,
+        "null_permuted": Pair | None,
     },
 )
 """What is printed of a class; the rows hold more."""

@@ -53,13 +53,19 @@ class Transfer:
         self.run, self.config, self.batch_size = run, config, batch_size
         self.settings = {**config.of_one, "judges": list(judges)}
         self._specs, self.made_judges = judges, list[Judge]()
-        run.begin_stage(TRANSFER, self.settings, {})
+        self._begin({})
         self.added = add_plain_requests(run, behaviours, system_prompt) if add_plain else 0
         self.artifacts = artifacts_of(run)
 
     def begin(self, target: ModelHandle) -> None:
         """Write a target into the manifest; one whose files have changed is refused."""
-        self.run.begin_stage(TRANSFER, self.settings, {target.spec: target.fingerprint})
+        self._begin({target.spec: target.fingerprint})
+
+    def _begin(self, models: dict[str, str]) -> None:
+        def empty() -> bool:
+            return next(self.run.each_row(REPLAYS), None) is None
+
+        self.run.begin_stage(TRANSFER, self.settings, models, empty=empty)
 
     def replay_on(self, target: ModelHandle, not_sent: NotSent | None = None) -> int:
         """Make the replies that the run lacks on one target; returns how many those are."""

@@ -19,7 +19,7 @@ from core.errors import AttackPlaneError
 from core.files import read_rows
 from core.rows import Row
 from core.specs import short_spec
-from plots.style import COLOURS, MARKERS
+from plots.style import COLOURS, MARKERS, save
 
 ROWS, NAME = "trajectory.jsonl", "trajectory_{}.png"
 TRANSFERS = "trajectory_transfers.jsonl"
@@ -46,11 +46,11 @@ def draw(folder: Path) -> list[Path]:
         own = [r for r in rows if r["family"] == family]
         figure = plane_of(own) if family == PLANE else figure_of(own)
         files.append(folder / NAME.format(family))
-        figure.savefig(files[-1], dpi=120)
+        save(figure, files[-1], 120)
     transfers = read_rows(folder / TRANSFERS)
     if transfers:
         files.append(folder / NAME.format("transfers"))
-        heat_map(transfers, [r["model"] for r in rows]).savefig(files[-1], dpi=120)
+        save(heat_map(transfers, [r["model"] for r in rows]), files[-1], 120)
     return files
 
 

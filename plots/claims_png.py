@@ -18,6 +18,7 @@ from core.errors import AttackPlaneError
 from core.files import read_rows
 from core.rows import Row
 from core.specs import short_spec
+from plots.style import save
 
 COLOURS = {"yes": "#1b7837", "no": "#b2182b", "unclear": "#777777"}
 
@@ -77,7 +78,7 @@ def draw(folder: Path) -> Path:
         fontsize=7.5,
     )
     path = folder / "claims.png"
-    figure.savefig(path, dpi=150)
+    save(figure, path, 150)
     return path
 
 

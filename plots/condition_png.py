@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 from core.errors import AttackPlaneError
-from plots.style import COLOURS
+from plots.style import COLOURS, save
 
 NAME, GRID, SCORES = "condition.png", "condition.csv", "condition_scores.csv"
 
@@ -39,5 +39,5 @@ def draw(folder: Path) -> Path:
     right.set_title(f"layer {best['layer']}: the vector is added {side} the line", fontsize=9)
     right.set_xlabel("similarity s", fontsize=9)
     right.legend(fontsize=8)
-    figure.savefig(folder / NAME, dpi=120)
+    save(figure, folder / NAME, 120)
     return folder / NAME

@@ -16,7 +16,7 @@ from core.errors import AttackPlaneError
 from core.files import read_rows
 from core.rows import Row
 from core.specs import short_spec
-from plots.style import COLOURS, MARKERS
+from plots.style import COLOURS, MARKERS, save
 
 PANELS = (
     ("harmful", "complied", "ASR on harmful prompts"),
@@ -33,7 +33,7 @@ ROWS = "interventions_summary.jsonl"
 def draw(folder: Path) -> Path:
     """Read ``interventions_summary.jsonl`` in ``folder`` and write ``interventions.png`` there."""
     path = folder / "interventions.png"
-    figure_of(_rows(folder)).savefig(path, dpi=120)
+    save(figure_of(_rows(folder)), path, 120)
     return path
 
 
@@ -43,7 +43,7 @@ def draw_each(folder: Path, name: str) -> list[Path]:
     files = []
     for number, model in enumerate(dict.fromkeys(r["model"] for r in rows), start=1):
         files.append(folder / f"{name}_{number}.png")
-        figure_of([r for r in rows if r["model"] == model]).savefig(files[-1], dpi=120)
+        save(figure_of([r for r in rows if r["model"] == model]), files[-1], 120)
     return files
 
 

@@ -12,7 +12,7 @@ from core.errors import AttackPlaneError
 from core.files import read_rows
 from core.rows import Row
 from core.specs import short_spec
-from plots.style import COLOURS
+from plots.style import COLOURS, save
 
 SHOWN = {"harmful - harmless": ("t_inst", "-1"), "refused - accepted": ("-1",)}
 
@@ -46,7 +46,7 @@ def draw(folder: Path) -> Path:
         _field(figure, axes[line][4], mine[0])
         axes[line][0].set_ylabel(f"{short_spec(model)}\n\nheld-out AUROC", fontsize=9)
     path = folder / "layers.png"
-    figure.savefig(path, dpi=110)
+    save(figure, path, 110)
     return path
 
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from core.files import read_rows
+from core.files import read_rows, write_atomically
 from core.rows import Row
 from core.specs import short_spec
 from core.statistics import FEW
@@ -73,7 +73,7 @@ def draw(folder: Path) -> Path:
         height=760,
     )
     path = folder / "plane.html"
-    figure.write_html(path, include_plotlyjs=True, full_html=True)
+    write_atomically(path, figure.to_html(include_plotlyjs=True, full_html=True))
     return path
 
 

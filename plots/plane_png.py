@@ -24,6 +24,7 @@ from plots.style import (
     centres_of,
     class_styles,
     read_exports,
+    save,
 )
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ marker."""
 def draw(folder: Path) -> Path:
     """Read the exports in ``folder`` and write ``plane.png`` there."""
     path = folder / "plane.png"
-    figure_of(*read_exports(folder)).savefig(path, dpi=130)
+    save(figure_of(*read_exports(folder)), path, 130)
     return path
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from core.errors import AttackPlaneError
-from core.files import read_rows
+from core.files import read_rows, write_atomically
 from core.records import BASELINES
 from core.rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = ("#d55e00", "#0072b2", "#cc79a7", "#e69f00", "#56b4e9", "#009e73", "#7f3c8d", "#333333")
@@ -31,6 +36,13 @@ ANCHORS = {
 NOT_JUDGED = "#bbbbbb"
 """Fill of points that no judge has judged; failures are white."""
 PLOTLY_ANCHORS = {"x": "x-thin", "+": "cross-thin", "1": "y-down"}
+
+
+def save(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=dpi)
+    write_atomically(path, image.getvalue())
 
 
 def read_exports(folder: Path) -> tuple[list[Row], list[Row]]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
+from annotated_types import Len
 from typing_extensions import TypedDict
 
 from core.errors import AttackPlaneError
@@ -20,7 +21,7 @@ from core.rows import Row
 from core.specs import short_spec
 from core.statistics import wilson
 from core.store import RunFolder
-from plots.style import COLOURS, MARKERS
+from plots.style import COLOURS, MARKERS, save
 
 NAME, ROWS = "tradeoff.png", "evaluation.jsonl"
 PANELS = (
@@ -32,12 +33,15 @@ SMALLEST, LARGEST = 20.0, 260.0
 """Areas of points that follow no instruction and all of them."""
 
 
+_Pair = Annotated[list[float], Len(2, 2)]
+
+
 class _Success(TypedDict):
     behaviours: int
     asr: float | None
-    wilson: list[float] | None
+    wilson: _Pair | None
     corrected: float | None
-    corrected_interval: list[float] | None
+    corrected_interval: _Pair | None
 
 
 class _Use(TypedDict):
@@ -45,8 +49,8 @@ class _Use(TypedDict):
     n: int
     full: float
     none: float
-    full_wilson: list[float] | None
-    refused_wilson: list[float] | None
+    full_wilson: _Pair | None
+    refused_wilson: _Pair | None
     d: float | None
 
 
@@ -61,6 +65,11 @@ class EvaluationRow(TypedDict):
     training: list[Any]
     robustness: dict[str, _Success]
     usability: dict[str, _Use]
+    instructions: NotRequired[float | None]
+    instructions_wilson: NotRequired[_Pair | None]
+    degenerate: NotRequired[float | None]
+    kl: NotRequired[float | None]
+    perplexity: NotRequired[float | None]
 
 
 def evaluation_rows(folder: Path) -> list[Row]:
@@ -94,7 +103,7 @@ def draw(folder: Path) -> Path:
     axes[0].set_ylabel("attack success rate (raw)", fontsize=9)
     axes[-1].legend(fontsize=8, loc="upper right")
     figure.suptitle("size: verifiable instructions followed", fontsize=9)
-    figure.savefig(folder / NAME, dpi=120)
+    save(figure, folder / NAME, 120)
     return folder / NAME
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import AttackPlaneError
-from plots.style import COLOURS
+from plots.style import COLOURS, save
 
 NAME, LOSSES = "losses.png", "losses.csv"
 LOGGED = ("loss", "gradient_norm", "learning_rate")
@@ -54,5 +54,5 @@ def draw(folder: Path) -> Path:
         axis.set_xlabel("update", fontsize=7)
     for axis in axes[len(names) :]:
         axis.set_visible(False)
-    figure.savefig(folder / NAME, dpi=120)
+    save(figure, folder / NAME, 120)
     return folder / NAME

@@ -17,7 +17,7 @@ from core.errors import AttackPlaneError
 from core.files import read_rows
 from core.rows import Row
 from core.specs import short_spec
-from plots.style import MARKERS, attack_names, class_styles, read_exports
+from plots.style import MARKERS, attack_names, class_styles, read_exports, save
 
 PARTS = 5
 NAME = "plane_trajectories.png"
@@ -58,7 +58,7 @@ def draw(folder: Path) -> Path:
             axis.set_ylabel("refusal at t_post_inst", fontsize=8)
     _checkpoints(figure.add_subplot(grid[1, :]), classes, attack_names(points))
     path = folder / NAME
-    figure.savefig(path, dpi=120)
+    save(figure, path, 120)
     return path
 
 

@@ -46,7 +46,7 @@ def _measures(row: Row) -> Iterator[Row]:
         if cell["d"] is not None:
             yield _row(f"D, {name}", cell["d"], None, cell["n"])
     if row.get("instructions") is not None:
-        interval, n = row["instructions_wilson"], row.get("instructions_n")
+        interval, n = row.get("instructions_wilson"), row.get("instructions_n")
         yield _row("instructions", row["instructions"], interval, n)
     for name in OTHERS:
         if row.get(name) is not None:

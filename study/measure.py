@@ -28,7 +28,7 @@ from evaluation.judges import DEFAULT_JUDGES, QUICK_JUDGE
 from pipeline.campaign import Plan, baseline_plans, campaign
 from pipeline.contrast_reading import contrast_set
 from pipeline.directions import begin_directions
-from pipeline.matrices import TRANSFER, labels_of, write_matrix
+from pipeline.matrices import TRANSFER, judges_of, labels_of, write_matrix
 from pipeline.plane import PlaneConfig, PlaneStage
 from pipeline.runs import artifacts_of, check_specs, each_replay, first_replies, write_rows
 from pipeline.transfer import Transfer
@@ -230,7 +230,7 @@ class _Claims:
         ]
         kept = [c for c in before if (c.number, c.model) not in measured]
         every = sorted(with_holm([*kept, *result.claims]), key=lambda c: c.number)
-        order = list(self.specs)
+        order = [model.spec for model in models]
         result.claims = [c for c in every if (c.number, c.model) in measured]
         result.claims.sort(key=lambda c: (c.number, order.index(c.model)))
         rows = [c.to_row() for c in every]
@@ -242,10 +242,8 @@ def _replay_settings(run: RunFolder, config: StudyConfig) -> tuple[tuple[str, ..
     """Judges and settings of the run's replies; those of the study where it has none."""
     stages = run.manifest["stages"]
     if (run.path / REPLAYS).exists() and TRANSFER in stages:
-        before, where = dict(stages[TRANSFER]), f"{run.path / 'manifest.json'}, {TRANSFER}"
-        judges = before.pop("judges", None)
-        if not isinstance(judges, list) or not all(isinstance(j, str) for j in judges):
-            raise AttackPlaneError("judges: not a list of names", where=where, got=judges)
-        return tuple(judges), from_values(ReplayConfig, before, where)
+        where = f"{run.path / 'manifest.json'}, {TRANSFER}"
+        before = {k: v for k, v in stages[TRANSFER].items() if k != "judges"}
+        return tuple(judges_of(run)), from_values(ReplayConfig, before, where)
     judges = DEFAULT_JUDGES if config.judge == QUICK_JUDGE else (config.judge, "target_prefix")
     return judges, ReplayConfig(None, 0.0, config.seed)

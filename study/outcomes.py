@@ -17,8 +17,9 @@ from geometry.rollout import Outcome, rollout
 from pipeline.contrast_reading import rendered
 from study.study import Study
 
-TOGETHER = 4
-"""Prompts whose outcomes are kept as one piece: what a stopped command loses at most."""
+TOGETHER, ROWS = 4, 64
+"""Prompts whose outcomes are kept as one piece: what a stopped command loses at most. More where
+that makes no more rows than this: prompts of one length share their passes."""
 
 
 def site_of(
@@ -76,9 +77,9 @@ def measure(
     edits = [None, *todo.values()]
     texts = texts or study.openings
     rows: list[Row] = []
-    starts = range(0, len(behaviours), TOGETHER)
-    for start in starts:
-        part = slice(start, start + TOGETHER)
+    together = max(TOGETHER, ROWS // len(edits))
+    for start in range(0, len(behaviours), together):
+        part = slice(start, start + together)
 
         def make(part: slice = part) -> list[list[Row]]:
             outcomes = rollout(

@@ -150,8 +150,12 @@ class Adapted:
         config["target_modules"] = sorted(config["target_modules"])
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         write_card(part, card)
-        shutil.rmtree(path, ignore_errors=True)
+        old = path.with_name(path.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
         part.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _in_bfloat16(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:

@@ -35,13 +35,14 @@ from core.rows import Row
 from core.settings import LARGEST, check_settings, setting
 from core.store import RunFolder
 from plots.condition_png import GRID, SCORES, draw
+from plots.condition_png import NAME as PICTURE
 from training.data import Texts
 from training.examples import Example
 from training.forward import Forward
 from training.loop import STAGE, card, refuse_adapter, settings_of
 from training.registry import ARMS, SEQUENCE, Arm, TrainResult
 from training.requests import Requests
-from training.saved import table
+from training.saved import refuse_foreign, table
 
 FOLDER = "cast"
 READ = 1_000
@@ -106,6 +107,7 @@ def fit(arm: Arm, spec: str, requests: Requests, config: CASTConfig, out: Path) 
     refuse_adapter(spec)
     folder = RunFolder(out)
     with folder:
+        refuse_foreign(out, GRID, SCORES, FOLDER, PICTURE)
         handle = ModelHandle(spec)
         settings = settings_of(arm, config, requests)
         folder.begin_stage(STAGE, settings, {spec: handle.fingerprint})

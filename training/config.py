@@ -32,7 +32,7 @@ class TrainConfig:
     warmup_steps: int = setting(0, "Updates of linear warm-up.", flag="--warmup", low=0)
     max_norm: float = setting(0.0, "Clip the gradient at this norm; 0: never.", low=0)
     weight_decay: float = setting(0.0, "Of AdamW.", low=0, high=1)
-    lora_rank: int = setting(64, "LoRA rank.", flag="--rank", low=1)
+    lora_rank: int = setting(64, "LoRA rank.", flag="--rank", low=1, high=10**5)
     lora_alpha: int = setting(16, "LoRA alpha.", flag="--alpha", low=1)
     lora_dropout: float = setting(0.1, "LoRA dropout.", flag="--dropout", low=0, below=1)
     all_linear: bool = setting(False, "LoRA on all linear layers, not on attention alone.")

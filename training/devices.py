@@ -26,7 +26,15 @@ class Devices:
     def __init__(self) -> None:
         self._accelerator: Any = None
         self.rank, self.count = 0, 1
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        count = os.environ.get("WORLD_SIZE", "1")
+        if not count.isdecimal():
+            raise AttackPlaneError(
+                "no number of processes",
+                where="the environment variable WORLD_SIZE",
+                got=repr(count),
+                remedy="unset it, or start the training by `accelerate launch`",
+            )
+        if int(count) > 1:
             from accelerate import Accelerator
 
             self._accelerator = Accelerator(cpu=not torch.cuda.is_available())

@@ -46,7 +46,7 @@ class R2D2Config(TrainConfig):
     pool: int = setting(180, "Test cases (N).", low=1)
     cases: int = setting(8, "Cases of a micro-batch (n).", low=1)
     attack_steps: int = setting(5, "GCG steps on each (m).", low=0)
-    search_width: int = setting(512, "GCG candidates per step.", flag="--width", low=1)
+    search_width: int = setting(512, "GCG candidates per step.", flag="--width", low=1, high=10**6)
     topk: int = setting(256, "GCG tokens tried per position.", low=1)
     filtered: bool = setting(False, "Keep token fidelity in the attack (not in HarmBench).")
     reset_every: int = setting(50, "Updates between two renewals of the pool.", low=1)

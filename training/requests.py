@@ -9,6 +9,7 @@ from pathlib import Path
 from core.errors import AttackPlaneError
 from core.records import HARMFUL, HARMLESS, LABELS, PSEUDO_HARMFUL, Behaviour, content_hash
 from core.rows import Row
+from core.text import is_text
 from evaluation.behaviour_rows import read_csv, read_jsonl
 from evaluation.behaviours import decoded, load_behaviours, open_hub_set
 
@@ -124,7 +125,8 @@ def read_replies(path: Path) -> dict[str, str]:
     replies: dict[str, str] = {}
     for number, (_, row) in enumerate(rows, start=1):
         request, reply = row.get("request"), row.get("reply")
-        wrong = not all(isinstance(t, str) and t.strip() for t in (request, reply))
+        pair = (request, reply)
+        wrong = not all(isinstance(t, str) and t.strip() and is_text(t) for t in pair)
         if wrong or request in replies:
             raise AttackPlaneError(
                 "not a request with its reply" if wrong else "a request stands there twice",

@@ -20,16 +20,17 @@ KEPT = {"adapter": dict, "optimiser": dict, "method": dict, "losses": list, "sec
 """What the saved state holds."""
 
 
-def refuse_foreign(out: Path) -> None:
-    """Refuse a folder that holds files of a training's names and no run.
+def refuse_foreign(out: Path, *names: str) -> None:
+    """Refuse a folder that holds files of a training's names, or of ``names``, and no run.
 
     Raises:
         AttackPlaneError: it does; nothing was written.
     """
     if (out / "manifest.json").is_file() or not out.is_dir():
         return
-    names = [path.name for path in out.iterdir()]
-    ours = [n for n in names if n in (STATE, LOSSES, SECONDS, REPLIES) or n.startswith("step-")]
+    known = (STATE, LOSSES, SECONDS, REPLIES, *names)
+    there = [path.name for path in out.iterdir()]
+    ours = [n for n in there if n in known or n.startswith("step-")]
     if ours:
         raise AttackPlaneError(
             "the folder holds files that no training of ours wrote",

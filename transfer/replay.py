@@ -28,6 +28,7 @@ from transfer.certificate import certificate
 
 REPLY_TOKENS = 64
 """New tokens of a reply, where the attack class asks for no more."""
+COLDEST = 1e-3
 NotSent = Callable[[AttackArtifact, Exception], None]
 
 
@@ -44,6 +45,13 @@ class ReplayConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "replay")
+        if 0 < self.temperature < COLDEST:
+            raise AttackPlaneError(
+                "a temperature that no float32 divides by",
+                where="replay",
+                got=self.temperature,
+                remedy=f"give 0 for greedy replies, or at least {COLDEST}",
+            )
         if self.replies > 1 and not self.temperature:
             raise AttackPlaneError(
                 "several greedy replies would be one and the same",

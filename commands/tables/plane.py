@@ -22,7 +22,7 @@ def classes_table(
 
     def moved(axis: int) -> Callable[[Any], str]:
         def fill(c: Row) -> str:
-            if not c["displacement"]:
+            if not c["displacement"] or not c["displacement_interval"]:
                 return ""
             if c.get("displaced", FEW) < FEW:  # rows of earlier versions do not say
                 return TOO_FEW

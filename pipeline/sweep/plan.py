@@ -30,6 +30,7 @@ from core.models import LoadedModel, ModelHandle
 from core.prompt import Conversation, Renderer
 from core.records import NO_SOURCE, PLAIN
 from core.served import is_served
+from core.typed import from_values
 from core.weights import default_device
 from evaluation.behaviours import load_behaviours
 from pipeline.contrast_reading import contrast_set
@@ -88,8 +89,8 @@ def speed_of(model: ModelHandle, run: Path, *, keep: bool) -> Speed:
     try:
         kept = read_object(path, "a measured speed")
         if kept.get("model") == model.known_fingerprint() and kept.get("machine") == here:
-            return Speed(**kept["speed"])
-    except (AttackPlaneError, KeyError, TypeError):
+            return from_values(Speed, kept["speed"], str(path))
+    except (AttackPlaneError, KeyError, TypeError, AttributeError):
         pass  # it is measured again
     speed = calibrate(model.loaded)
     if keep:

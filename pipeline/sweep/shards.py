@@ -40,7 +40,7 @@ class Shard:
 
     def folder(self, run: str) -> str:
         """The run folder of this shard."""
-        return f"{run}-shard-{self.number}-of-{self.of}"
+        return f"{run.rstrip('/')}-shard-{self.number}-of-{self.of}"
 
     def mark(self, folder: Path) -> None:
         """Write into a run folder which shard it is."""
