@@ -62,6 +62,11 @@ def name_of(config: AutoDANConfig) -> str:
     return f"autodan_{config.variant}" + ("" if config.word_level else "_without_words")
 
 
+def check(bench: Workbench, config: AutoDANConfig) -> None:
+    """The judge is made first: one that cannot be would stop the search after its first step."""
+    bench.judge(config.judge)
+
+
 def run(bench: Workbench, task: Task, config: AutoDANConfig) -> Iterator[AttackResult]:
     """One evolved prompt for one request."""
     behaviour, seeds = task.behaviour, list(seeds_of(config.seeds).values())
@@ -172,6 +177,7 @@ ATTACK = ATTACKS.add(
         },
         sources="one",
         needs_target=True,
+        check=check,
         keys=lambda config, behaviour, bench: [(name_of(config), None)],
         identity=identity,
         baselines=baselines,

@@ -43,7 +43,7 @@ from attacks.words import (
 from core.chat import ChatModel
 from core.errors import AttackPlaneError
 from core.settings import check_settings, setting
-from evaluation.judges import QUICK_JUDGE, judge_kind
+from evaluation.judges import QUICK_JUDGE
 
 REWRITE = (
     "Rewrite the text below in other words. Keep its meaning and its length, and keep {request} "
@@ -94,7 +94,6 @@ class AutoDANConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "autodan")
-        judge_kind(self.judge)
 
     @property
     def elites(self) -> int:

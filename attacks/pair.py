@@ -33,7 +33,7 @@ from core.prompt import Conversation
 from core.records import PLAIN, AttackArtifact, Behaviour, stream_seed
 from core.rows import Row
 from core.settings import check_settings, setting
-from evaluation.judges import QUICK_JUDGE, Exchange, judge_kind, succeeded
+from evaluation.judges import QUICK_JUDGE, Exchange, succeeded
 
 NAME = "pair"
 APPROACHES = {
@@ -85,7 +85,6 @@ class PAIRConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "pair")
-        judge_kind(self.judge)
 
 
 def proposal(text: str) -> tuple[str, str] | None:
@@ -282,6 +281,11 @@ def cost(config: PAIRConfig, count: int, speed: Speed) -> float:
     return count * steps * speed.decoding_step
 
 
+def check(bench: Workbench, config: PAIRConfig) -> None:
+    """The judge is made first: one that cannot be would stop the search after its first step."""
+    bench.judge(config.judge)
+
+
 def describe(artifact: AttackArtifact) -> str:
     """What a PAIR artifact says of its search, in a line."""
     provenance = artifact.provenance
@@ -309,6 +313,7 @@ ATTACK = ATTACKS.add(
         sources="one",
         identity=identity,
         reads_weights=False,
+        check=check,
         baselines=lambda config: [(PLAIN, PlainConfig(config.system_prompt))],
         steps=lambda config: config.depth,
         unit="round",

@@ -85,17 +85,20 @@ def load_cast(folder: Path) -> Cast:
             form or not finite.
     """
     remedy = f"it must hold {SETTINGS} and {VECTORS}, as `train cast` writes them"
-    what = "the settings of a CAST folder"
-    plain = from_values(
-        _Settings, read_object(folder / SETTINGS, what, remedy=remedy), str(folder / SETTINGS)
-    )
-    require_regular(folder / VECTORS)
+    what = "cannot read this CAST folder"
+    try:
+        settings = read_object(folder / SETTINGS, "its settings")
+        plain = from_values(_Settings, settings, str(folder / SETTINGS))
+        require_regular(folder / VECTORS)
+    except AttackPlaneError as error:
+        told = f"{what}: {error.what}"
+        raise AttackPlaneError(told, where=error.where, got=error.got, remedy=remedy) from error
     try:
         vectors = load_file(folder / VECTORS)
         condition, behaviour = vectors["condition"], vectors["behaviour"]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise AttackPlaneError(
-            "cannot read the vectors of a CAST folder",
+            what,
             where=folder / VECTORS,
             got=f"{type(error).__name__}: {error}",
             remedy=remedy,

@@ -39,6 +39,7 @@ CERTIFIED: dict[str, type] = {
     **dict.fromkeys(("prompt_hash", "template_hash", "system_prompt_hash", "fault"), str),
 }
 """What a certificate says or leaves open, and its types."""
+WORDS = {bool: "true, false", int: "a whole number", str: "a text"}
 NO_SOURCE = "none"
 """The source model of prompts that were made with no model."""
 
@@ -293,6 +294,6 @@ class Replay(Record):
         for name, value in self.certificate.items():
             kind = CERTIFIED.get(name, object)
             good = value is None or type(value) is kind or kind is object
-            require(good, f"certificate: {name} is {kind.__name__} or null", self, value)
+            require(good, f"certificate: {name} is {WORDS.get(kind)} or null", self, value)
         told = not self.certificate or "sent_as_meant" in self.certificate
         require(told, "a certificate says sent_as_meant", self, self.certificate)

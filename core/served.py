@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -77,18 +78,16 @@ def parse_server(text: str) -> ServerSpec:
     """Parse the spec of a served model.
 
     Raises:
-        AttackPlaneError: no model's name, an unknown option, or a value that it does not take.
+        AttackPlaneError: no model's name, an unknown option, or a bad value.
     """
     name, mark, query = text.strip().partition("?")
     url, _, model = name.partition("#")
-    try:
+    host = None
+    with suppress(ValueError):  # brackets that hold no address, or no port
         host, _ = urlsplit(url).hostname, urlsplit(url).port
-    except ValueError:  # brackets that hold no address, or no port
-        host = None
     if not model or not host:
-        raise AttackPlaneError(
-            "a server spec needs an address and its model's name", got=text, remedy=f"write {FORM}"
-        )
+        what = "a server spec needs an address and its model's name"
+        raise AttackPlaneError(what, got=text, remedy=f"write {FORM}")
     options: Row = {}
     for pair in query.split("&") if mark else ():
         key, _, value = pair.partition("=")
@@ -96,11 +95,8 @@ def parse_server(text: str) -> ServerSpec:
             number = float(value) if key not in ("at_once", "tries") else int(value)
         except ValueError:
             number = -1
-        if (
-            key in options
-            or key not in OPTIONS
-            or not (0 < number < 1e6 or (number == 0 and key in MAY_BE_ZERO))
-        ):
+        fits = 0 < number < 1e6 or (number == 0 and key in MAY_BE_ZERO)
+        if key in options or key not in OPTIONS or not fits:
             raise AttackPlaneError(
                 "no option of a server, one given twice, or no number that it takes",
                 where=f"model spec {text!r}",
@@ -287,7 +283,7 @@ class Server:
         counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
         prices = self.parsed.price_in, self.parsed.price_out
         cost = sum(p * (n or 0) for p, n in zip(prices, counts, strict=True)) / 1e6
-        if not isinstance(text, (str, type(None))):
+        if not isinstance(text or "", str):
             raise TypeError(f"the reply is a {type(text).__name__}, no text")
         return Answer(
             (text or "").strip(),

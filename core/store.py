@@ -12,11 +12,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -34,7 +31,8 @@ from core.files import (
     refuse_link,
     write_atomically,
 )
-from core.records import SCHEMA_VERSION, Behaviour, Record, content_hash, require_version
+from core.manifest import environment_versions, read_manifest
+from core.records import SCHEMA_VERSION, Behaviour, Record, content_hash
 from core.rows import Row
 from core.typed import checked_row
 
@@ -118,7 +116,7 @@ class RunFolder:
         path = self.path / "manifest.json"
         if not path.exists():
             return {"schema_version": SCHEMA_VERSION, "stages": {}, "models": {}, "history": []}
-        return _manifest(path)
+        return read_manifest(path)
 
     def begin_stage(
         self,
@@ -333,52 +331,6 @@ def id_in(row: Row, key: str, where: str) -> str:
     return name
 
 
-def _manifest(path: Path) -> Row:
-    """The manifest of a run.
-
-    Raises:
-        AttackPlaneError: it is broken, or of another version of the suite.
-    """
-    remedy = "restore the file, or choose another run folder"
-    manifest = read_object(path, "the manifest of a run", remedy=remedy)
-    for key, kind in {"stages": dict, "models": dict, "history": list}.items():
-        if not isinstance(manifest.get(key), kind):
-            got = f"{key} is a {type(manifest[key]).__name__}" if key in manifest else f"no {key}"
-            raise AttackPlaneError("not the manifest of a run", where=path, got=got, remedy=remedy)
-    for key, kind in {"stages": dict, "models": str}.items():
-        for name, value in manifest[key].items():
-            if not isinstance(value, kind):
-                got, where = repr(value)[:100], f"{path}, {key}, {name}"
-                raise AttackPlaneError(
-                    "not the manifest of a run", where=where, got=got, remedy=remedy
-                )
-    what = "the run was written by another version of the suite"
-    require_version(manifest.get("schema_version"), what, path, remedy)
-    return manifest
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:100]}... ({content_hash(value, 8)})"
-
-
-def environment_versions() -> Row:
-    """Versions that a result depends on: Python, the main packages, this suite's git commit."""
-    packages: dict[str, str | None] = {}
-    for package in ("torch", "transformers", "tokenizers", "peft", "numpy"):
-        try:
-            packages[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            packages[package] = None
-    here = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        commit = ""
-    return {"python": platform.python_version(), **packages, "git_commit": commit or None}

@@ -95,7 +95,10 @@ def gcg_log(path: Path, hints: Hints) -> Found:
         log = json_of(path.read_text(encoding="utf-8-sig"))
         params, controls, losses = log["params"], log["controls"], log["losses"]
         goals, targets = texts(params["goals"]), texts(params.get("targets") or [])
-        tests = [texts(tried) for tried in log.get("tests") or []]
+        tests = [
+            texts([*tried] if isinstance(tried, dict) else tried)
+            for tried in log.get("tests") or []
+        ]
     except (ValueError, KeyError, TypeError) as error:
         yield Reject("the file", f"not a log of llm-attacks: {type(error).__name__}: {error}")
         return

@@ -199,6 +199,6 @@ def test_broken_and_foreign_folders_are_refused(tiny_folders, folder):
 
 def _wider(folder):
     cast = load_cast(folder)
-    Cast(torch.zeros(33), 1, cast.threshold, True, torch.zeros(1, 33), (2,), cast.prompt_end).save(
+    Cast(torch.ones(33), 1, cast.threshold, True, torch.zeros(1, 33), (2,), cast.prompt_end).save(
         folder
     )

@@ -6,9 +6,11 @@ import os
 import pytest
 from click.testing import CliRunner
 
+from attacks import autodan, pair
 from attacks.autodan_search import AutoDANConfig
 from attacks.pair import proposal, score_of
 from attacks.words import read_seeds
+from attacks.workbench import Workbench
 from cli import cli
 from commands.options import _lacks_memory
 from core.embedded import convert_gguf
@@ -246,8 +248,9 @@ def test_a_lack_of_memory_is_no_fault_of_ours():
 
 
 def test_what_would_fail_late_fails_first(tmp_path, monkeypatch):
-    with pytest.raises(AttackPlaneError, match="judge"):
-        AutoDANConfig(judge="nonsense")
+    for check, config in ((autodan.check, AutoDANConfig), (pair.check, pair.PAIRConfig)):
+        with pytest.raises(AttackPlaneError, match="judge"):
+            check(Workbench(), config(judge="nonsense"))
     with pytest.raises(AttackPlaneError):
         require_tasks(["no_such_task_of_anyone"])
     for spec in ("http://host:abc/v1#m", "http://host:99999/v1#m"):
