@@ -140,14 +140,24 @@ class PackedDecoder:
             torch.set_num_threads(threads)
 
     def _run(self, embeddings: Tensor, groups: Sequence[Group], keep: int, leading: bool) -> Tensor:
-        positions = torch.cat(
-            [torch.arange(g.shared, g.shared + g.length).repeat(g.count) for g in groups]
-        ).to(embeddings.device)
+        positions = torch.cat([self._positions(g).repeat(g.count) for g in groups])
+        positions = positions.to(embeddings.device)
         self._now.groups, self._now.keep, self._now.leading = groups, keep, leading
         output = self.loaded.decoder(
             inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False
         )
         return output.last_hidden_state[0]
+
+    def _positions(self, group: Group) -> Tensor:
+        """(length,) the positions of one row's fed tokens."""
+        return torch.arange(group.shared, group.shared + group.length)
+
+    def _visible(self, group: Group, window: int | None) -> Tensor:
+        """(length, shared + length) which tokens each fed token of one row sees."""
+        fed = self._positions(group)
+        seen = torch.cat([torch.arange(group.shared), fed])
+        distance = fed[:, None] - seen
+        return (distance >= 0) & (distance < (window or len(seen)))
 
     @contextmanager
     def _installed(self) -> Iterator[None]:
@@ -221,9 +231,7 @@ class PackedDecoder:
         if key not in self._masks:
             if len(self._masks) >= MASKS:  # lengths that vary would fill the memory
                 self._masks.clear()
-            seen = torch.arange(group.shared + group.length, device=like.device)
-            distance = seen[group.shared :, None] - seen
-            visible = (distance >= 0) & (distance < (window or len(seen)))
+            visible = self._visible(group, window).to(like.device)
             mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
             self._masks[key] = mask.masked_fill(~visible, float("-inf")).repeat(fold, 1)[None, None]
         return self._masks[key]

@@ -14,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from core.batching import BatchSize
 from core.continuations import Continuations, Ids, log_odds
 from core.conversation import Conversation
 from core.prompt import Renderer
+from core.tree import reader_of
 from evaluation.refusals import COMPLIANCE_OPENINGS, REFUSAL_OPENINGS
 
 REFUSAL_WORDS = ("I", "As", "Sorry", "Unfortunately")
@@ -75,6 +78,15 @@ def openings_of(renderer: Renderer) -> Openings:
     )
 
 
+def _read(renderer: Renderer, prompts: Sequence[Ids], openings: Openings) -> tuple[Tensor, Tensor]:
+    """(prompt, text) log-probabilities of the openings; (prompt, vocabulary) of the next token."""
+    reader = reader_of(renderer.loaded, openings.texts, prompts[0])
+    if reader:
+        return reader.read(prompts)
+    read = Continuations(renderer.loaded, prompts)
+    return read.log_probabilities(openings.texts), read.next
+
+
 def refusal_scores(
     renderer: Renderer, prompts: Sequence[Ids], *, batch_size: int = 16
 ) -> list[RefusalScore]:
@@ -84,11 +96,10 @@ def refusal_scores(
     scores: dict[int, RefusalScore] = {}
 
     def work(part: Sequence[int]) -> None:
-        read = Continuations(renderer.loaded, [prompts[i] for i in part])
-        table = read.log_probabilities(openings.texts)
+        table, following = _read(renderer, [prompts[i] for i in part], openings)
         count = len(openings.refusals)
         refusal, compliance = table[:, :count].mean(1), table[:, count:].mean(1)
-        odds = log_odds(read.next, openings.first_tokens).cpu()
+        odds = log_odds(following, openings.first_tokens).cpu()
         for i, r, c, o in zip(
             part, refusal.tolist(), compliance.tolist(), odds.tolist(), strict=True
         ):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from core.continuations import Continuations, after_own_prompt, log_odds
-from core.prefix import shared_length
+from core.prefix import keeps_keys_and_values_only, shared_length
 from core.prompt import Conversation, Renderer
+from core.tree import reader_of
 from evaluation.refusal_score import openings_of, refusal_scores
 from evaluation.refusals import (
     COMPLIANCE_OPENINGS,
@@ -41,6 +42,24 @@ def test_scores_equal_plain_passes_in_every_family(tiny):
         for j, text in enumerate(texts):
             assert float(table[i, j]) == pytest.approx(plain_score(tiny, prompt, text), abs=1e-4)
         assert float(own[i]) == pytest.approx(float(table[i, i]), abs=1e-4)
+
+
+def test_texts_behind_their_prompts_in_one_row_equal_plain_passes_in_every_family(tiny):
+    prompts = [*prompts_of(tiny), prompts_of(tiny)[0]]
+    texts = [prompts[0][:5], prompts[1][2:4], prompts[2][:1]]
+    reader = reader_of(tiny, texts, prompts[1])
+    if not keeps_keys_and_values_only(tiny):
+        assert reader is None
+        return
+    assert reader is not None
+    for batch in (prompts, prompts[:1], [p[n:] for n, p in enumerate(prompts)]):
+        table, following = reader.read(batch)
+        for i, prompt in enumerate(batch):
+            for j, text in enumerate(texts):
+                score = plain_score(tiny, prompt, text)
+                assert float(table[i, j]) == pytest.approx(score, abs=1e-4)
+            own = tiny.last_logits(1, input_ids=torch.tensor([prompt]))[0, -1].log_softmax(-1)
+            torch.testing.assert_close(following[i], own, atol=1e-4, rtol=1e-4)
 
 
 def test_a_text_without_tokens_has_no_score(qwen):
