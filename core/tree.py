@@ -31,6 +31,30 @@ LOGIT_BYTES = 1 << 28
 """Of the logits that are held at once."""
 
 
+class _Rows:
+    """Prompts without their start, each with all texts behind it, shortest first.
+
+    Attributes:
+        flat: token ids of all rows.
+        last: (row,) where each prompt ends. behind: (row, fed token of the texts) places in
+            ``flat``.
+        back: puts rows into the order of the prompts.
+    """
+
+    def __init__(self, prompts: Sequence[Ids], start: int, texts: Sequence[Ids]) -> None:
+        fed = [token for text in texts for token in text[:-1]]
+        order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+        rows = [[*prompts[n][start:], *fed] for n in order]
+        self.groups = [
+            Group(start, size, len(list(same))) for size, same in groupby(map(len, rows))
+        ]
+        self.flat = torch.tensor([token for row in rows for token in row])
+        ends = torch.tensor([len(row) for row in rows]).cumsum(0)
+        self.last = ends - len(fed) - 1
+        self.behind = ends[:, None] - len(fed) + torch.arange(len(fed))
+        self.back = torch.tensor(order).argsort()
+
+
 class TreeReader(PackedDecoder):
     """Reads texts after prompts of one model.
 
@@ -54,25 +78,27 @@ class TreeReader(PackedDecoder):
         Args:
             prompts: token ids of rendered prompts, up to the reply. They are read as one batch.
         """
-        device = self.loaded.device
         start = shared_length(prompts, min(map(len, prompts)) - 1)
         self._masks, self._with_texts = {}, False
         if start:
-            ids = torch.tensor(list(prompts[0][:start]), device=device)
+            ids = torch.tensor(list(prompts[0][:start]), device=self.loaded.device)
             self.hidden(self._embed(ids), [Group(0, start, 1)], keep=start)
-        order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-        fed = [token for text in self.texts for token in text[:-1]]
-        rows = [[*prompts[n][start:], *fed] for n in order]
-        groups = [Group(start, size, len(list(same))) for size, same in groupby(map(len, rows))]
-        flat = torch.tensor([token for row in rows for token in row], device=device)
+        rows = _Rows(prompts, start, self.texts)
+        return self._scores(self._embed(rows.flat.to(self.loaded.device)), rows)
+
+    def with_gradients(self, prompts: Sequence[Ids]) -> Tensor:
+        """(prompt, text) as ``read``; gradients flow to the residuals of all tokens."""
+        rows = _Rows(prompts, 0, self.texts)
+        with torch.enable_grad():
+            entered = self._embed(rows.flat.to(self.loaded.device)).detach().requires_grad_(True)
+            return self._scores(entered, rows)[0]
+
+    def _scores(self, entered: Tensor, rows: _Rows) -> tuple[Tensor, Tensor]:
         self._masks, self._with_texts = {}, True
-        hidden = self.hidden(self._embed(flat), groups)
-        ends = torch.tensor([len(row) for row in rows]).cumsum(0)
-        behind = ends[:, None] - len(fed) + torch.arange(len(fed))
-        last = self.head.logits(hidden[(ends - len(fed) - 1).to(device)]).log_softmax(-1)
-        scores = torch.cat([self._first(last), self._later(hidden, behind)], 1)
-        back = torch.tensor(order).argsort()
-        return (scores @ self._mean())[back], last[back.to(device)]
+        hidden = self.hidden(entered, rows.groups)
+        last = self.head.logits(hidden[rows.last.to(hidden.device)]).log_softmax(-1)
+        scores = torch.cat([self._first(last), self._later(hidden, rows.behind)], 1)
+        return (scores @ self._mean())[rows.back], last[rows.back.to(last.device)]
 
     def _first(self, last: Tensor) -> Tensor:
         """(row, vocabulary) -> (row, text) log-probability of each text's first token."""

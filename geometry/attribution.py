@@ -34,12 +34,13 @@ from torch import Tensor
 
 from core.models import LoadedModel
 from core.prompt import Prompt
+from core.tree import reader_of
 from geometry.activations import read_residuals
 
 LIKELIEST = 8
 """Next tokens that a KL is estimated from."""
 TOGETHER = 8
-"""Texts of one prompt that go through the model at once."""
+"""Prompts, or texts of one prompt, that go through the model at once."""
 
 
 class Texts(NamedTuple):
@@ -70,8 +71,8 @@ def ablated(
     ``read`` (d_model,): the direction along which the residual is read, where it is another.
     """
     total = torch.zeros(len(directions), dtype=torch.float64)
-    for weight, written, gradient in _of_texts(loaded, prompts, texts):
-        total -= weight * _products(directions, written, gradient, read)
+    for written, gradient in _of_texts(loaded, prompts, texts):
+        total -= _products(directions, written, gradient, read)
     return total / len(prompts)
 
 
@@ -85,8 +86,8 @@ def added(
 ) -> Tensor:
     """The same where each direction is added at its layer and length."""
     pushes = torch.zeros(loaded.n_layers + 1, loaded.d_model, dtype=torch.float64)
-    for weight, _, gradient in _of_texts(loaded, prompts, texts):
-        pushes += weight * gradient.double().sum(1).cpu()
+    for _, gradient in _of_texts(loaded, prompts, texts):
+        pushes += gradient.double().sum(1).cpu()
     along = (directions.double() * pushes[list(layers)]).sum(-1)
     return along * lengths.double() / len(prompts)
 
@@ -114,16 +115,27 @@ def next_token_kl(
 
 def _of_texts(
     loaded: LoadedModel, prompts: Sequence[Prompt], texts: Texts
-) -> Iterator[tuple[float, Tensor, Tensor]]:
-    """(weight, written, gradient) of every prompt with every text; (layer, token, d_model)."""
-    for prompt in prompts:
-        for start in range(0, len(texts.weighted), TOGETHER):
-            yield from _of_some(loaded, prompt, texts.weighted[start : start + TOGETHER])
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(written, gradient of the summed outcome D) of some prompts each; (layer, token, d_model)."""
+    ids, weights = zip(*texts.weighted, strict=True)
+    reader = reader_of(loaded, ids, prompts[0].ids)
+    if reader is None:
+        for prompt in prompts:
+            for start in range(0, len(ids), TOGETHER):
+                yield from _of_some(loaded, prompt, texts.weighted[start : start + TOGETHER])
+        return
+    for start in range(0, len(prompts), TOGETHER):
+        states: dict[int, Tensor] = {}
+        with read_residuals(loaded, states.__setitem__):
+            scores = reader.with_gradients([p.ids for p in prompts[start : start + TOGETHER]])
+        residuals = [states[layer] for layer in range(loaded.n_layers + 1)]
+        gradients = torch.autograd.grad((scores @ torch.tensor(weights)).sum(), residuals)
+        yield _written(residuals)[0], torch.stack(gradients, 1)[0].float()
 
 
 def _of_some(
     loaded: LoadedModel, prompt: Prompt, texts: Sequence[tuple[Sequence[int], float]]
-) -> Iterator[tuple[float, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The same of one prompt with some texts, in one pass; what follows a text changes nothing."""
     longest, before = max(len(ids) for ids, _ in texts), len(prompt.ids)
     rows = [[*prompt.ids, *ids, *[ids[-1]] * (longest - len(ids))] for ids, _ in texts]
@@ -137,7 +149,7 @@ def _of_some(
         gradient, written = torch.stack(gradients, 1).float(), _written(states)
     for n, (ids, weight) in enumerate(texts):
         end = before + len(ids)
-        yield weight, written[n, :, :end], gradient[n, :, :end]
+        yield written[n, :, :end], weight * gradient[n, :, :end]
 
 
 @contextmanager

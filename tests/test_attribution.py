@@ -58,6 +58,27 @@ def test_a_small_push_does_what_attribution_says(setting):
         assert torch.allclose(pushed, expected, rtol=0.05, atol=2e-4)
 
 
+def test_texts_in_one_row_and_texts_one_by_one_give_the_same(tiny, monkeypatch):
+    renderer = Renderer(tiny)
+    prompts = [renderer.render(Conversation.build(t)) for t in ("Brew some tea", "Say hello")]
+    no, cannot, sure = (
+        renderer.render(Conversation.build("x"), target=t).target_ids
+        for t in ("No", "I cannot do", "Sure, here")
+    )
+    texts = Texts([no, cannot], [sure])
+    directions = unit(torch.randn(3, tiny.d_model, generator=torch.Generator().manual_seed(0)))
+    layers, lengths = [0, 1, tiny.n_layers], torch.ones(3)
+
+    def both():
+        pushed = added(tiny, prompts, texts, directions, layers, lengths)
+        return ablated(tiny, prompts, texts, directions), pushed
+
+    together = both()
+    monkeypatch.setattr("geometry.attribution.reader_of", lambda *_: None)
+    for one, other in zip(together, both(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
 def test_an_ablation_is_what_small_pushes_against_all_writes_add_up_to(setting):
     """On one prompt and one refusal: -(u . w) of every write, as a push, times its effect."""
     loaded, prompts, texts, directions = setting

@@ -222,6 +222,17 @@ def test_a_judge_sees_the_target_and_may_not_know(tiny_folders, tmp_path):
     assert differences(rows, alone, "complied") == {"a": 1.0, "c": 0.0}
 
 
+def test_replies_are_made_only_where_the_estimator_depends_on_them(
+    tiny_folders, tmp_path, monkeypatch
+):
+    made = lambda *_, **__: pytest.fail("replies were made")  # noqa: E731
+    monkeypatch.setattr("pipeline.contrast_reading.complete", made)
+    with RunFolder(tmp_path) as run:
+        config = replace(CONFIG, estimator="harc")
+        study = Study(run, ModelHandle(str(tiny_folders["qwen2"])), config)
+        assert study.estimator == "harc" and study.refusal_kind == "harm"
+
+
 def test_layers_and_intervene_on_two_models(refusing, claimed, tiny_folders):
     tmp_path = claimed[0]  # replies and directions are there
     other = str(tiny_folders["qwen2"])
