@@ -22,7 +22,7 @@ from attacks.prompt_loss import PromptLoss
 from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
 from attacks.result import AttackResult, Search, scored_result
 from attacks.words import MARKER, read_seeds
-from attacks.workbench import Progress, Task, Workbench
+from attacks.workbench import Progress, Task, Workbench, judge_first
 from core.records import AUTODAN_SEED, PLAIN, content_hash, stream_seed
 from core.rows import Row
 from core.settings import setting
@@ -60,11 +60,6 @@ def run_seeds(bench: Workbench, task: Task, config: AutoDANSeedConfig) -> Iterat
 def name_of(config: AutoDANConfig) -> str:
     """The name of a variant in the artifacts."""
     return f"autodan_{config.variant}" + ("" if config.word_level else "_without_words")
-
-
-def check(bench: Workbench, config: AutoDANConfig) -> None:
-    """The judge is made first: one that cannot be would stop the search after its first step."""
-    bench.judge(config.judge)
 
 
 def run(bench: Workbench, task: Task, config: AutoDANConfig) -> Iterator[AttackResult]:
@@ -177,7 +172,7 @@ ATTACK = ATTACKS.add(
         },
         sources="one",
         needs_target=True,
-        check=check,
+        check=judge_first,
         keys=lambda config, behaviour, bench: [(name_of(config), None)],
         identity=identity,
         baselines=baselines,

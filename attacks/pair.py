@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from attacks.plain import PlainConfig
 from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
 from attacks.result import AttackResult, prompt_result, rendering_of
-from attacks.workbench import Progress, Task, Workbench
+from attacks.workbench import Progress, Task, Workbench, judge_first
 from core.chat import LocalChat, Message
 from core.errors import AttackPlaneError
 from core.prompt import Conversation
@@ -281,11 +281,6 @@ def cost(config: PAIRConfig, count: int, speed: Speed) -> float:
     return count * steps * speed.decoding_step
 
 
-def check(bench: Workbench, config: PAIRConfig) -> None:
-    """The judge is made first: one that cannot be would stop the search after its first step."""
-    bench.judge(config.judge)
-
-
 def describe(artifact: AttackArtifact) -> str:
     """What a PAIR artifact says of its search, in a line."""
     provenance = artifact.provenance
@@ -313,7 +308,7 @@ ATTACK = ATTACKS.add(
         sources="one",
         identity=identity,
         reads_weights=False,
-        check=check,
+        check=judge_first,
         baselines=lambda config: [(PLAIN, PlainConfig(config.system_prompt))],
         steps=lambda config: config.depth,
         unit="round",

@@ -160,3 +160,8 @@ class Task:
         """The target string of an attack that needs one."""
         assert self.behaviour.target_string is not None
         return self.behaviour.target_string
+
+
+def judge_first(bench: Workbench, config: Any) -> None:
+    """A check for attacks with a judge: one that cannot be made would stop them after a step."""
+    bench.judge(config.judge)

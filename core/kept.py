@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,9 +32,10 @@ class Kept:
         key = content_hash([what, model.fingerprint, depends])
         if key not in self._known:
             start = time.monotonic()
-            value = json.loads(json.dumps(make()))  # as a later command will read it
+            value = make()
             seconds = round(time.monotonic() - start, 1)
             row = {"key": key, "what": what, "model": model.spec, "seconds": seconds}
-            self._run.append(self._name, sealed(row | {"value": value}))
-            self._known[key] = value
+            row = sealed(row | {"value": value})
+            self._run.append(self._name, row)
+            self._known[key] = row["value"]  # as a later command will read it
         return self._known[key]

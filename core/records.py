@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from core.errors import AttackPlaneError
-from core.rows import Row
+from core.rows import Row, is_finite
 from core.text import is_text
 from core.typed import from_values
 
@@ -77,10 +77,6 @@ def require_version(found: object, what: str, where: object, remedy: str | None 
             got=f"schema_version {found!r}",
             remedy=f"{reads}; {remedy}" if remedy else reads,
         )
-
-
-def _is_finite(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 class Record:
@@ -218,8 +214,9 @@ class AttackArtifact(Record):
             good = isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
             require(ids is None or good, "rendering: token ids are whole numbers", self, ids)
         losses = self.provenance.get("losses", {})
+        values = [*losses.values()] if isinstance(losses, dict) else ["no object"]
         require(
-            isinstance(losses, dict) and all(v is None or _is_finite(v) for v in losses.values()),
+            all(v is None or (is_finite(v) and not isinstance(v, bool)) for v in values),
             "provenance: losses are numbers by model",
             self,
             losses,

@@ -213,13 +213,16 @@ class RunFolder:
         """(line, row) of a file, one after another."""
         return each_row(self.path / name, repair=self._lock.is_locked)
 
+    def lacks(self, name: str) -> bool:
+        """Whether a file has no row."""
+        return next(self.each_row(name), None) is None
+
     def checked(self, name: str, kind: Any, remedy: str) -> Iterator[Row]:
         """The rows of a file against a ``TypedDict``, and against their seals where they have one.
 
         Raises:
             AttackPlaneError: a row that does not fit, or was changed; its line is named.
         """
-
         for line, row in self.each_row(name):
             where = f"{self.path / name}, line {line}"
             if SEAL in row and not intact(row):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from core.errors import AttackPlaneError
 from core.files import json_once
@@ -14,14 +13,6 @@ from core.rows import Row
 
 DEEPEST = 100
 """Levels of a JSON document; no prompt of another tool lies deeper than six."""
-
-
-def is_finite(value: object) -> TypeGuard[float]:
-    """Whether a value of a JSON file is a number that a float holds."""
-    try:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    except OverflowError:  # a whole number of hundreds of digits
-        return False
 
 
 def texts(value: object) -> list[str]:

@@ -14,13 +14,13 @@ from typing import Any
 
 from core.errors import AttackPlaneError, nearest
 from core.files import require_regular
+from core.rows import is_finite
 from interchange.foreign import (
     Foreign,
     Found,
     Hints,
     Reject,
     check_encoding,
-    is_finite,
     json_items,
     json_lines,
 )

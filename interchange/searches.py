@@ -7,13 +7,12 @@ from pathlib import Path
 
 from core.errors import AttackPlaneError
 from core.files import json_of
-from core.rows import Row
+from core.rows import Row, is_finite
 from interchange.foreign import (
     Foreign,
     Found,
     Hints,
     Reject,
-    is_finite,
     json_items,
     json_lines,
     texts,

@@ -128,7 +128,7 @@ def evaluate(
             STAGE,
             {**asdict(config), "base": base},
             {},
-            empty=lambda: next(run.each_row(REPLAYS), None) is None,
+            empty=lambda: run.lacks(REPLAYS),
         )
         attacked = _take_attacks(run, asked, result.notes)
         stage = Transfer(run, asked.judges, replays, behaviours=requests)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from core.errors import AttackPlaneError
@@ -62,9 +63,7 @@ class Transfer:
         self._begin({target.spec: target.fingerprint})
 
     def _begin(self, models: dict[str, str]) -> None:
-        def empty() -> bool:
-            return next(self.run.each_row(REPLAYS), None) is None
-
+        empty = partial(self.run.lacks, REPLAYS)
         self.run.begin_stage(TRANSFER, self.settings, models, empty=empty)
 
     def replay_on(self, target: ModelHandle, not_sent: NotSent | None = None) -> int:

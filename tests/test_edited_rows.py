@@ -248,7 +248,10 @@ def test_a_lack_of_memory_is_no_fault_of_ours():
 
 
 def test_what_would_fail_late_fails_first(tmp_path, monkeypatch):
-    for check, config in ((autodan.check, AutoDANConfig), (pair.check, pair.PAIRConfig)):
+    for check, config in (
+        (autodan.ATTACK.check, AutoDANConfig),
+        (pair.ATTACK.check, pair.PAIRConfig),
+    ):
         with pytest.raises(AttackPlaneError, match="judge"):
             check(Workbench(), config(judge="nonsense"))
     with pytest.raises(AttackPlaneError):
