@@ -1,7 +1,7 @@
 """One GCG step against nanogcg 0.3.0, in one run: time by parts, operations, memory. Usage:
 
-    python -m benchmarks.gcg_speed                                       (embedded model, widths 64
-                                                                         and 256)
+    python -m benchmarks.gcg_speed --width 64 --width 256 --width 512    (embedded model)
+    python -m benchmarks.gcg_speed --behaviours 4 --pairs 25             (other suffixes, requests)
     python -m benchmarks.gcg_speed --random llama-8b --dtype bfloat16 --width 512   (random weights,
                                                                                     no download)
     python -m benchmarks.gcg_speed --no-reference --path cached           (ours alone, by another
@@ -11,10 +11,12 @@
 
 nanogcg runs its own optimiser in its own environment and waits before every step. After each of its
 steps ours runs one on the same suffix and the same candidates, so both see the same machine; losses
-must agree to 1e-4 (float32). Where rough scores are faster here, ours finds its winner by them
-first, as `gcg` does: the report says how often it is nanogcg's winner, and how much higher its loss
-is where it is not. The last line is `ratio R`: seconds of a step of nanogcg over ours,
-median over the pairs, the smallest of the widths.
+must agree to 1e-4 (float32): the winner's in every step, all candidates' in every tenth. Where
+rough scores are faster here, ours finds its winner by them first, as `gcg` does: the report says
+how often it is nanogcg's winner, and how much higher its loss is where it is not. A width's ratio
+is seconds of a step of nanogcg over ours, the median over the pairs. The last line is `ratio R`:
+that over the width's goal (3 at 64, 4 at 256, 4.5 at 512), the smallest of the widths; 1 or more
+says that all are reached.
 
 GFLOP counts necessary operations: per fed token two per block weight and four per attention channel
 and visible token; the head over the likely tokens for every candidate, over the whole vocabulary
@@ -53,6 +55,8 @@ from core.text import aligned
 from core.weights import DTYPES
 from evaluation.behaviours import load_behaviours
 
+GOALS = {64: 3.0, 256: 4.0, 512: 4.5}
+"""Ratios that are wanted, by width."""
 PARTS = ("gradient", "sampling", "fidelity", "scoring", "step")
 ON_A_GPU = (
     "python -m benchmarks.gcg_speed --model 'embedded?dtype=bfloat16' --width 512",
@@ -98,10 +102,9 @@ class Ours:
         topk: int,
         *,
         path: str | None,
-        exact: bool,
+        rough: LoadedModel | None,
     ) -> None:
         self.loaded, self.slot, self.width, self.topk = loaded, slot, width, topk
-        rough = None if exact else rough_copy(loaded)
         self.objective = TargetLoss(loaded, slot, path=path, rough=rough)
         pays = rough is not None and gains(self.objective, torch.tensor(slot.initial_ids))
         self.screening = Screening() if pays else None
@@ -129,7 +132,9 @@ class Ours:
         """One step by parts; scores ``candidates``, or its own where there are none."""
         device, objective = self.loaded.device, self.objective
         peak = matrix_peak(device, self.loaded.dtype)
+        rough_peak = matrix_peak(device, torch.bfloat16)
         forget_peak(device)
+        before = self.screening.exactly if self.screening else 0
         start = time.perf_counter()
         gradient_s, (_, gradient) = timed(lambda: objective.token_gradient(suffix), device)
         sampling_s, drawn = timed(lambda: self.draw(suffix, gradient), device)
@@ -149,25 +154,31 @@ class Ours:
             "seconds": seconds | {"step": step_s},
             "peak_mib": memory,
             "peak_gflops": peak,
+            "rough_peak_gflops": rough_peak,
             "gflop": gflop,
             "scored": len(scored),
             "screened": self.screening is not None,
             "fully_scored": objective.fully_scored,
-            "exactly": self.screening.exactly if self.screening else None,
+            "exactly": self.screening.exactly - before if self.screening else None,
             "winner": winner,
             "loss": loss,
             "candidates": scored,
         }
 
 
-def compare(ours: Ours, theirs: Row, row: Row, candidates: torch.Tensor) -> float:
-    """Largest difference of the candidates' losses; refuses where it is more than rounding."""
+def compare(
+    ours: Ours, theirs: Row, row: Row, candidates: torch.Tensor, every: bool = True
+) -> float:
+    """Largest difference of the winner's loss, or of every candidate's; more than rounding is
+    refused."""
     expected = torch.tensor(theirs["losses"])
-    worst = float((ours.objective.losses(candidates) - expected).abs().max())
     limit = AGREEMENT[ours.loaded.dtype]
     row["behind"] = float(expected[row["winner"]] - expected.min())
     row["same_winner"] = row["behind"] <= 1e-5  # ties but for rounding
-    if worst > limit or abs(row["loss"] - float(expected[row["winner"]])) > limit:
+    worst = abs(row["loss"] - float(expected[row["winner"]]))
+    if every:
+        worst = max(worst, float((ours.objective.losses(candidates) - expected).abs().max()))
+    if worst > limit:
         raise click.ClickException(
             f"losses differ by {worst:.2g} (limit {limit}); best {row['loss']:.6f}, nanogcg "
             f"{float(expected.min()):.6f}"
@@ -183,7 +194,7 @@ def pairs_with_reference(ours: Ours, steps: int, batch_size: int | None) -> list
     def follow(theirs: Row) -> None:
         suffix, candidates = torch.tensor(theirs["suffix"]), torch.tensor(theirs["candidates"])
         row = ours.step(suffix, candidates)
-        row["difference"] = compare(ours, theirs, row, candidates)
+        row["difference"] = compare(ours, theirs, row, candidates, every=len(rows) % 10 == 0)
         row["nanogcg"] = {key: theirs[key] for key in ("seconds", "peak_mib")}
         rows.append(row)
         click.echo(
@@ -229,8 +240,9 @@ def table(rows: list[Row]) -> str:
     rates = [r["gflop"] / r["seconds"]["scoring"] for r in rows]
     text = aligned(lines)
     if "nanogcg" in rows[0]:
-        ratios = [r["nanogcg"]["seconds"]["step"] / r["seconds"]["step"] for r in rows]
-        text += "\nratio of each pair: " + " ".join(f"{ratio:.2f}" for ratio in ratios)
+        ratios = sorted(ratios_of(rows))
+        text += f"\nratio of the pairs: {ratios[0]:.2f} to {ratios[-1]:.2f}, median "
+        text += f"{median(ratios):.2f}"
         text += f"\nsame winner in {sum(r['same_winner'] for r in rows)} of {len(rows)} steps"
         text += (
             f"; where it is another, its loss is up to {max(r['behind'] for r in rows):.2g} higher"
@@ -246,18 +258,41 @@ def table(rows: list[Row]) -> str:
         text += f"\npeak memory: nanogcg {memory[0]:.0f} MiB, ours {memory[1]:.0f} MiB"
     else:
         text += f"\npeak memory: {max(r['peak_mib'] or 0 for r in rows):.0f} MiB"
+    peaks = [median([r[k] for r in rows]) for k in ("peak_gflops", "rough_peak_gflops")]
+    text += "\nlarge products: {:.0f} GFLOP/s, in bfloat16 {:.0f}".format(*peaks)
     if rows[0]["screened"]:
-        scored = rows[-1]["exactly"] / (1 + len(rows))
-        return f"{text}\nscored exactly: {scored:.0f} of {rows[0]['scored']} a step"
+        exactly = median([r["exactly"] for r in rows])
+        return f"{text}\nscored exactly: {exactly:.0f} of {rows[0]['scored']} a step"
     share = median([rate / r["peak_gflops"] for rate, r in zip(rates, rows, strict=True)])
     return (
         f"{text}\nscoring: {median([r['gflop'] / r['scored'] for r in rows]):.2f} GFLOP a "
         "candidate, "
-        f"{median(rates):.0f} GFLOP/s, {100 * share:.0f} % of the matrix product's "
-        f"{median([r['peak_gflops'] for r in rows]):.0f}; whole head for "
-        f"{median([r['fully_scored'] for r in rows])} "
-        f"of {rows[0]['scored']}"
+        f"{median(rates):.0f} GFLOP/s, {100 * share:.0f} % of the product's; whole head for "
+        f"{median([r['fully_scored'] for r in rows])} of {rows[0]['scored']}"
     )
+
+
+def ratios_of(rows: list[Row]) -> list[float]:
+    """nanogcg's seconds over ours, of each pair."""
+    return [r["nanogcg"]["seconds"]["step"] / r["seconds"]["step"] for r in rows]
+
+
+def slots_of(loaded: LoadedModel, count: int) -> list[SuffixSlot]:
+    """Slots of the demonstration set's first behaviours."""
+    found = []
+    for behaviour in load_behaviours(label="harmful", splits=["test"])[:count]:
+        assert behaviour.target_string is not None
+        found.append(
+            default_slot(
+                Renderer(loaded),
+                behaviour.request,
+                behaviour.target_string,
+                length=20,
+                placement="{request} {suffix}",
+                system=None,
+            )
+        )
+    return found
 
 
 @click.command()
@@ -274,6 +309,7 @@ def table(rows: list[Row]) -> str:
 @click.option(
     "--pairs", type=click.IntRange(1), default=5, help="Measured steps, after one that warms up."
 )
+@click.option("--behaviours", "count", type=click.IntRange(1), default=1)
 @click.option("--exact", is_flag=True, help="Score all candidates exactly, none roughly first.")
 @click.option("--path", type=click.Choice(PATHS), help="Force a way of scoring.")
 @click.option("--reference/--no-reference", "with_reference", default=True, help="Run nanogcg too.")
@@ -291,6 +327,7 @@ def main(
     widths: tuple[int, ...],
     topk: int,
     pairs: int,
+    count: int,
     path: str | None,
     exact: bool,
     with_reference: bool,
@@ -302,54 +339,46 @@ def main(
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("attacks").setLevel(logging.INFO)
     loaded = random_model(random_name, DTYPES[dtype]) if random_name else load(model)
-    behaviour = load_behaviours(label="harmful", splits=["test"])[0]
-    assert behaviour.target_string is not None
-    slot = default_slot(
-        Renderer(loaded),
-        behaviour.request,
-        behaviour.target_string,
-        length=20,
-        placement="{request} {suffix}",
-        system=None,
-    )
+    slots = slots_of(loaded, count)
     click.echo(f"{loaded.describe()}; {device_name(loaded.device)}")
-    sizes = len(slot.before_ids), len(slot.initial_ids), len(slot.after_ids), len(slot.target_ids)
-    click.echo("tokens: {} prefix, {} suffix, {} tail, {} target".format(*sizes))
+    for slot in slots:
+        sizes = map(len, (slot.before_ids, slot.initial_ids, slot.after_ids, slot.target_ids))
+        click.echo("tokens: {} prefix, {} suffix, {} tail, {} target".format(*sizes))
     if dry_run:
         how = "in turn with nanogcg" if with_reference else "alone"
-        click.echo(f"would run {pairs} steps at widths {widths}, {how}")
+        click.echo(f"would run {pairs} steps at widths {widths} for each, {how}")
         return
-    medians = []
+    rough = None if exact else rough_copy(loaded)
+    shares = []
     for width in widths:
-        ours = Ours(loaded, slot, width, topk, path=path, exact=exact)
-        rows = (
-            pairs_with_reference(ours, pairs, reference_batch)
-            if with_reference
-            else alone(ours, pairs)
-        )
-        how = f"path {ours.objective.path}" + (", screened" if ours.screening else ", all exactly")
-        click.echo(f"\nwidth {width}, top-k {topk}, {how}, {pairs} steps\n{table(rows)}")
-        if with_reference:
-            medians.append(
-                median([r["nanogcg"]["seconds"]["step"] / r["seconds"]["step"] for r in rows])
+        rows: list[Row] = []
+        for slot in slots:
+            ours = Ours(loaded, slot, width, topk, path=path, rough=rough)
+            found = (
+                pairs_with_reference(ours, pairs, reference_batch)
+                if with_reference
+                else alone(ours, pairs)
             )
-        if out:
-            about = {
-                "model": loaded.spec,
-                "device": device_name(loaded.device),
-                "width": width,
-                "topk": topk,
-            }
-            with open(out, "a") as file:
-                for row in rows:
-                    row.pop("candidates")
-                    file.write(json.dumps(about | {"path": ours.objective.path} | row) + "\n")
+            if out:
+                about: Row = {"model": loaded.spec, "device": device_name(loaded.device)}
+                about |= {"width": width, "topk": topk, "path": ours.objective.path}
+                with open(out, "a") as file:
+                    for row in found:
+                        kept = {name: row[name] for name in row if name != "candidates"}
+                        file.write(json.dumps(about | kept) + "\n")
+            rows += found
+        how = f"path {ours.objective.path}" + (", screened" if ours.screening else ", all exactly")
+        click.echo(f"\nwidth {width}, top-k {topk}, {how}, {len(rows)} steps\n{table(rows)}")
+        if with_reference:
+            goal = GOALS.get(width, GOALS[64])
+            shares.append(median(ratios_of(rows)) / goal)
+            click.echo(f"goal: {goal}")
     if not torch.cuda.is_available():
         click.echo(
             "\nno CUDA device here; on one this would be run too:\n  " + "\n  ".join(ON_A_GPU)
         )
-    if medians:
-        click.echo(f"\nratio {min(medians):.2f}")
+    if shares:
+        click.echo(f"\nratio {min(shares):.2f}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from commands.options import echo_notes, numbers_of, open_model, quiet_libraries
 from commands.output import echo_table, json_option
 from commands.study_options import study_config, study_options, study_run
 from commands.types import Finite, count
+from core.settings import MOST
 
 
 @click.command()
@@ -29,7 +30,7 @@ from commands.types import Finite, count
     "--strength",
     "strengths",
     multiple=True,
-    type=Finite(),
+    type=Finite(-MOST, MOST),
     help="Lambda; steering in units of the refusal carrier's class difference. Repeatable "
     "[default: 1]",
 )

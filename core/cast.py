@@ -105,12 +105,13 @@ def load_cast(folder: Path) -> Cast:
         ) from error
     layers = [plain.condition_layer, *plain.layers]
     forms = condition.dim(), behaviour.dim(), behaviour.shape[0] if behaviour.dim() else 0
-    if forms != (1, 2, len(plain.layers)) or min(layers) < 0:
+    repeated = len({*plain.layers}) < len(plain.layers)
+    if forms != (1, 2, len(plain.layers)) or min(layers) < 0 or repeated:
         raise AttackPlaneError(
             "vectors and layers of a CAST folder do not fit",
             where=folder,
             got=f"shapes {[*condition.shape]} and {[*behaviour.shape]}, layers {layers}",
-            remedy="condition (d_model,), behaviour (layer, d_model), layers from 0",
+            remedy="condition (d_model,), behaviour (layer, d_model), each layer once, from 0",
         )
     if not (condition.isfinite().all() and behaviour.isfinite().all() and condition.any()):
         raise AttackPlaneError(
@@ -140,6 +141,15 @@ def attach(model: Any, cast: Cast, blocks: nn.ModuleList, spec: str) -> None:
             where=spec,
             got=f"vectors of {found[0]} and {found[1]}, layers up to {found[2]}",
             remedy=f"this base has d_model {width} and {depth} blocks",
+        )
+    tokens = len(model.get_input_embeddings().weight)
+    strange = [t for t in cast.prompt_end if not 0 <= t < tokens]
+    if strange:
+        raise AttackPlaneError(
+            "the end of a prompt holds tokens that this base has not",
+            where=spec,
+            got=f"prompt_end with {strange}",
+            remedy=f"its ids go from 0 to {tokens - 1}",
         )
     hooks = _Hooks(model, cast)
     model.base_model.register_forward_pre_hook(hooks.begin, with_kwargs=True)

@@ -87,7 +87,8 @@ class Activations:
     """Residual stream of prompts at named positions, before each block and after the last one.
 
     ``resid`` is (prompt, layer, position, d_model) float32 on the CPU, layer in 0..n_layers. A
-    position that a prompt does not have (no request span, say) holds NaN.
+    position that a prompt does not have (no request span, say) holds NaN. Where ``layers`` is
+    given, only those were kept, in that order.
     """
 
     resid: torch.Tensor
@@ -95,6 +96,7 @@ class Activations:
     prompt_ids: tuple[str, ...]
     model: str
     schema_version: int = SCHEMA_VERSION
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.resid.shape)
@@ -105,6 +107,11 @@ class Activations:
     def at(self, position: str) -> torch.Tensor:
         """(prompt, layer, d_model) at one named position."""
         return self.resid[:, :, self.positions.index(position)]
+
+    def of(self, layer: int, position: str) -> torch.Tensor:
+        """(prompt, d_model) of one layer at one named position."""
+        row = layer if self.layers is None else self.layers.index(layer)
+        return self.at(position)[:, row]
 
 
 @dataclass(frozen=True)

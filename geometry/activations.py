@@ -26,7 +26,7 @@ How it is made fast:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -112,15 +112,19 @@ class _Wanted:
     lengths: Tensor
     out: Tensor
     """(row, layer, position, d_model), float32 on the CPU."""
+    layers: Mapping[int, int]
+    """Where each wanted layer stands in ``out``."""
 
     def keep(self, layer: int, hidden: Tensor) -> None:
+        if layer not in self.layers:
+            return
         picked = hidden.flatten(0, -2)[self.tokens].float().cpu()
         if len(picked) != len(self.lengths):  # means over several tokens, in float64
             sums = torch.zeros(len(self.lengths), picked.shape[1], dtype=torch.float64)
             picked = (
                 sums.index_add_(0, self.owners, picked.double()) / self.lengths[:, None]
             ).float()
-        self.out[:, layer] = picked.view(-1, *self.out.shape[2:])
+        self.out[:, self.layers[layer]] = picked.view(-1, *self.out.shape[2:])
 
 
 class _Reader:
@@ -128,12 +132,18 @@ class _Reader:
     d_model)."""
 
     def __init__(
-        self, loaded: LoadedModel, ids: list[list[int]], spans: list[list[range]], shared: int
+        self,
+        loaded: LoadedModel,
+        ids: list[list[int]],
+        spans: list[list[range]],
+        shared: int,
+        layers: Sequence[int],
     ) -> None:
         self.loaded, self.ids, self.spans = loaded, ids, spans
         self.prefix = torch.tensor(ids[0][:shared], dtype=torch.long, device=loaded.device)
         self.shared = shared
-        self.resid = torch.empty(len(ids), loaded.n_layers + 1, len(spans[0]), loaded.d_model)
+        self.layers = {layer: row for row, layer in enumerate(layers)}
+        self.resid = torch.empty(len(ids), len(layers), len(spans[0]), loaded.d_model)
         self._packed: PackedDecoder | None = None
         self._plain: SharedPrefix | None = None
 
@@ -150,7 +160,8 @@ class _Reader:
         lengths = torch.tensor([len(s) for s in spans])
         owners = torch.arange(len(spans)).repeat_interleave(lengths)
         tokens = torch.tensor([t for s in spans for t in s], device=self.loaded.device)
-        return _Wanted(tokens, owners, lengths, torch.empty(len(rows), *self.resid.shape[1:]))
+        out = torch.empty(len(rows), *self.resid.shape[1:])
+        return _Wanted(tokens, owners, lengths, out, self.layers)
 
     @torch.no_grad()
     def plain(self, rows: Sequence[int]) -> None:
@@ -233,6 +244,7 @@ def collect(
     prompt_ids: Sequence[str],
     *,
     positions: Sequence[str] = POSITIONS,
+    layers: Sequence[int] | None = None,
     batch_tokens: int | None = None,
     share_prefix: bool = True,
     packed: bool = True,
@@ -241,6 +253,7 @@ def collect(
     """Residuals of ``prompts`` at ``positions``; NaN where a prompt has no such position.
 
     Args:
+        layers: only these are kept, for many prompts [default: all].
         batch_tokens: fed tokens of a batch; halved when the device runs out of memory.
         packed: False pads prompts on the right in place of packing them.
     """
@@ -257,7 +270,12 @@ def collect(
         for p, row in zip(prompts, spans, strict=True)
     ]
     first = min(s.start for row in spans for s in row)
-    reader = _Reader(loaded, ids, spans, shared_length(ids, first) if share_prefix else 0)
+    shared = shared_length(ids, first) if share_prefix else 0
+    wanted = range(loaded.n_layers + 1) if layers is None else layers
+    if outside := [layer for layer in wanted if not 0 <= layer <= loaded.n_layers]:
+        got, remedy = outside, f"0 to {loaded.n_layers}"
+        raise AttackPlaneError("no such layer", where=loaded.spec, got=got, remedy=remedy)
+    reader = _Reader(loaded, ids, spans, shared, wanted)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     if packed and (fault := reader.fault_of_packing(order[-1])):
         log.warning("%s: prompts are padded, not packed (%s)", loaded.spec, fault)
@@ -276,4 +294,6 @@ def collect(
         for column, span in enumerate(spans_found):
             if span is None:
                 reader.resid[row, :, column] = torch.nan
-    return Activations(reader.resid, tuple(positions), tuple(prompt_ids), loaded.spec)
+    kept = None if layers is None else tuple(layers)
+    names = tuple(positions), tuple(prompt_ids)
+    return Activations(reader.resid, *names, loaded.spec, layers=kept)

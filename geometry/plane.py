@@ -81,7 +81,7 @@ def points(
     """Points of all prompts in both frames, frame by frame, in the order of ``infos``.
 
     Args:
-        activations: of the prompts of ``infos``, and others after them.
+        activations: of the prompts of ``infos``, and others after them, with this layer.
         position: where x is read, t_inst or t_goal. A prompt that has no t_goal has no point.
         wrappers: prompt -> (the same wrapper with a harmless request in it, that request plain),
             as numbers of rows of ``activations``.
@@ -103,11 +103,10 @@ def points(
     for frame, directions in (("base", base), ("own", own)):
         h, r = directions.harmfulness[layer], directions.refusal[layer]
         centre = directions.harmless_t_inst[layer]
-        x, x_cosine = project(activations.at(position)[:, layer], h, centre)
-        x_goal, _ = project(activations.at("t_goal")[:, layer], h, centre)
-        y, y_cosine = project(
-            activations.at("t_post_inst")[:, layer], r, directions.harmless_t_post_inst[layer]
-        )
+        x, x_cosine = project(activations.of(layer, position), h, centre)
+        x_goal, _ = project(activations.of(layer, "t_goal"), h, centre)
+        centre = directions.harmless_t_post_inst[layer]
+        y, y_cosine = project(activations.of(layer, "t_post_inst"), r, centre)
         for i, (info, plain) in enumerate(zip(infos, plain_requests(infos), strict=True)):
             if np.isnan(float(x[i])):
                 continue
@@ -166,10 +165,10 @@ def displacement_nulls(
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(draws, activations.resid.shape[-1], generator=generator)
     random = unit(random)
+    read = ~activations.of(layer, position).isnan().any(-1)
     pairs: dict[str, list[tuple[int, int, str]]] = {}
     for n, (info, start) in enumerate(zip(infos, plain_requests(infos), strict=True)):
-        there = not activations.at(position)[n, layer].isnan().any()
-        if start is not None and there:
+        if start is not None and read[n]:
             pairs.setdefault(info.class_name, []).append((n, start, info.behaviour_id))
     nulls: Nulls = {}
     for name, members in pairs.items():
@@ -181,7 +180,7 @@ def displacement_nulls(
         for frame, directions in (("base", base), ("own", own)):
             ends: dict[str, list[float]] = {"null_random": [], "null_permuted": []}
             for where, axis in ((position, "harmfulness"), ("t_post_inst", "refusal")):
-                resid = activations.at(where)[:, layer]
+                resid = activations.of(layer, where)
                 moved = (weights[:, None] * (resid[attacked] - resid[begun])).sum(0)
                 permuted = directions.statistics[f"null_permuted_directions_{axis}"][:, layer]
                 for key, vectors in (("null_random", random), ("null_permuted", permuted)):

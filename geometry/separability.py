@@ -32,6 +32,9 @@ FOLDS = 10
 MARGIN = 0.05
 """Accuracy beyond the permuted labels' that counts as none."""
 
+AT_ONCE = 8_000_000
+"""Permuted labels times classes that are scored at once: 64 MB each time they are held."""
+
 
 def held_out_predictions(
     where: np.ndarray, labels: np.ndarray, folds: np.ndarray, classes: int
@@ -84,8 +87,14 @@ def separability(
         inside = np.nonzero(groups == group)[0]
         permuted[:, inside] = rng.permuted(permuted[:, inside], axis=1)
     predicted = held_out_predictions(where, labels[None], folds, len(names))[0]
-    nulls = balanced_accuracy(
-        permuted, held_out_predictions(where, permuted, folds, len(names)), len(names)
+    parts = np.array_split(permuted, -(-permuted.size * len(names) // AT_ONCE))
+    nulls = np.concatenate(
+        [
+            balanced_accuracy(
+                part, held_out_predictions(where, part, folds, len(names)), len(names)
+            )
+            for part in parts
+        ]
     )
     resampled = [
         balanced_accuracy(labels[rows][None], predicted[rows][None], len(names))[0]

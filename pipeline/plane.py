@@ -93,7 +93,7 @@ def plane(
         models = [open_model(spec) for spec in stage.targets]
         if not stage.is_done(models):
             for model in models:
-                stage.read(model)
+                stage.read(model, [stage.layer])
                 model.release()
             stage.write(models)
         return stage.result
@@ -172,8 +172,8 @@ class PlaneStage:
         return True
 
     # --- work -------------------------------------------------------------------------------------
-    def read(self, model: ModelHandle) -> PlaneReading:
-        """Project everything on one target, in both frames."""
+    def read(self, model: ModelHandle, layers: Sequence[int] | None = None) -> PlaneReading:
+        """Project everything on one target, in both frames; keep these residual layers, or all."""
         spec, own = model.spec, self._directions(model.spec)
         base, layer, position = self.frame, self.layer, self.config.position
         self._begin(model)
@@ -184,7 +184,7 @@ class PlaneStage:
         judged = [replace(i, jailbroken=verdicts.get(i.prompt_id)) for i in infos]
         others, wrappers = self._counterparts(renderer, infos)
         ids = [i.prompt_id for i in infos] + [f"counterpart {n}" for n in range(len(others))]
-        activations = collect(model.loaded, [*prompts, *others], ids)
+        activations = collect(model.loaded, [*prompts, *others], ids, layers=layers)
         found = points(activations, judged, own, base, layer, position=position, wrappers=wrappers)
         if len(found) < 2 * len(judged):
             lacking = len(judged) - len(found) // 2

@@ -49,10 +49,10 @@ def trajectory_rows(
         prompts,
         [f"{a.artifact_id} {s['step']}" for a, s in snapshots],
         positions=("t_inst", "t_post_inst"),
+        layers=[layer],
         description="trajectories",
     )
-    at_inst = activations.at("t_inst")[:, layer]
-    at_post = activations.at("t_post_inst")[:, layer]
+    at_inst, at_post = (activations.of(layer, where) for where in ("t_inst", "t_post_inst"))
     rows = []
     for name, d in frames.items():
         x, _ = project(at_inst, d.harmfulness[layer], d.harmless_t_inst[layer])

@@ -13,7 +13,7 @@ from core.prompt import Renderer
 from core.records import SEVERAL_SOURCES, AttackArtifact
 from core.store import ATTACKS, RunFolder
 from pipeline.matrices import require_whole
-from pipeline.runs import artifacts_of
+from pipeline.runs import each_artifact
 
 Verified = tuple[AttackArtifact, Verification | None]
 
@@ -21,35 +21,41 @@ Verified = tuple[AttackArtifact, Verification | None]
 def verify(
     path: Path, tolerance: float, *, open_model: OpenModel = ModelHandle
 ) -> Iterator[Verified]:
-    """Check every artifact of a run, source model by source model.
+    """Check every artifact of a run, source model by source model; rows are not held.
 
     None for those that claim nothing to check: prompts without a loss (prompt-level attacks), and
     imported ones whose source is no model spec of ours.
     """
     run = RunFolder.existing(path)
     require_whole(run)
-    artifacts = artifacts_of(run)
-    if not artifacts:
+    sources = dict.fromkeys(spec for a in each_artifact(run) for spec in _sources(a))
+    if not sources:
         raise AttackPlaneError("no artifacts to verify in this run", where=path / ATTACKS)
     recorded = run.manifest["models"]
-    pairs = [(spec, a) for a in artifacts for spec in a.source_model.split(SEVERAL_SOURCES)]
-    for source in dict.fromkeys(spec for spec, _ in pairs):
-        checked = []
-        for spec, artifact in pairs:
-            if spec == source:
-                foreign = artifact.provenance.get("format") and source not in recorded
-                if artifact.loss is None or foreign:
-                    yield artifact, None
-                else:
-                    checked.append(artifact)
-        if checked:
-            yield from _verify_on(open_model(source), checked, recorded, tolerance)
+    for source in sources:
+        own = (a for a in each_artifact(run) if source in _sources(a))
+        model: ModelHandle | None = None
+        for artifact in own:
+            foreign = artifact.provenance.get("format") and source not in recorded
+            if artifact.loss is None or foreign:
+                yield artifact, None
+                continue
+            if model is None:
+                model = _the_runs(open_model(source), recorded)
+                renderer = Renderer(model.loaded)
+            claimed = artifact.provenance.get("losses", {}).get(source, artifact.loss)
+            claim = replace(artifact, loss=claimed)
+            yield artifact, verify_artifact(renderer, claim, tolerance=tolerance)
+        if model:
+            model.release()
 
 
-def _verify_on(
-    model: ModelHandle, artifacts: list[AttackArtifact], recorded: dict[str, str], tolerance: float
-) -> Iterator[Verified]:
-    """Check artifacts on their source model, which must be the run's."""
+def _sources(artifact: AttackArtifact) -> list[str]:
+    return artifact.source_model.split(SEVERAL_SOURCES)
+
+
+def _the_runs(model: ModelHandle, recorded: dict[str, str]) -> ModelHandle:
+    """The model, if it is the one of the run."""
     known = recorded.get(model.spec, model.fingerprint)
     if known != model.fingerprint:
         raise AttackPlaneError(
@@ -58,8 +64,4 @@ def _verify_on(
             got=f"{known} in the run, now {model.fingerprint}",
             remedy="name the precision in the spec (?dtype=...), the same on every device",
         )
-    renderer = Renderer(model.loaded)
-    for artifact in artifacts:
-        own = artifact.provenance.get("losses", {}).get(model.spec, artifact.loss)
-        claim = replace(artifact, loss=own)
-        yield artifact, verify_artifact(renderer, claim, tolerance=tolerance)
+    return model

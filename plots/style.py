@@ -40,6 +40,10 @@ PLOTLY_ANCHORS = {"x": "x-thin", "+": "cross-thin", "1": "y-down"}
 
 def save(figure: Figure, path: Path, dpi: int) -> None:
     """Write a figure as PNG, whole or not at all."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):  # a name may hold a dollar sign, which is no formula
+        text.set_parse_math(False)
     image = BytesIO()
     figure.savefig(image, format="png", dpi=dpi)
     write_atomically(path, image.getvalue())

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,6 +191,10 @@ def test_broken_and_foreign_folders_are_refused(tiny_folders, folder):
     made(base, folder)
     with pytest.raises(AttackPlaneError, match="another model"):
         load(f"{tiny_folders['gpt2']}+{folder}", "cpu") if base.d_model != 32 else _wider(folder)
+        load(f"{tiny_folders['qwen2']}+{folder}", "cpu")
+    made(base, folder)
+    replace(load_cast(folder), prompt_end=(10**9,)).save(folder)
+    with pytest.raises(AttackPlaneError, match="tokens that this base has not"):
         load(f"{tiny_folders['qwen2']}+{folder}", "cpu")
     (folder / "cast.json").write_text("{}")
     with pytest.raises(AttackPlaneError, match="cannot read this CAST folder"):

@@ -123,6 +123,7 @@ def test_a_cast_folder_is_read_by_its_types(tmp_path):
         {"threshold": float("nan")},
         {"layers": [2]},
         {"layers": "23"},
+        {"layers": [2, 2]},
         {"prompt_end": None},
         {"more": 1},
     ]

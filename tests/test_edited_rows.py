@@ -147,7 +147,9 @@ def test_a_picture_is_not_written_through_a_link(tmp_path):
     with pytest.raises(AttackPlaneError, match="symbolic link"):
         save(Figure(), tmp_path / "plane.png", 50)
     assert (tmp_path / "mine.png").read_bytes() == b"mine"
-    save(Figure(), tmp_path / "own.png", 50)
+    figure = Figure()
+    figure.suptitle("a model named $\\frac{ and $")
+    save(figure, tmp_path / "own.png", 50)
     assert (tmp_path / "own.png").read_bytes().startswith(b"\x89PNG")
 
 
