@@ -145,7 +145,7 @@ def attack(
         source: the model that is attacked. Templates need none.
         config: the attack's own config.
         preset: settings where there is no config: ``paper`` (the published ones, hours on a CPU)
-            or ``quick`` (minutes, what the commands take on a CPU).
+            or ``quick`` (minutes; what the commands take on a CPU, where there is no ``fast``).
         seed: of the random stream.
         on_step: called with a ``Progress`` after every step.
 

@@ -13,7 +13,7 @@ from attacks.baselines import SUFFIX_BASELINES, SuffixBaselinesConfig
 from attacks.gcg_search import GCGConfig, GCGState, SuffixSearchConfig, run_gcg
 from attacks.likelihood import ROUNDING
 from attacks.objective import TargetLoss
-from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
+from attacks.registry import ATTACKS, FAST, PAPER, QUICK, Attack, Speed
 from attacks.result import AttackResult, Search, suffix_result
 from attacks.screening import gains, rough_copy
 from attacks.slot import SuffixSlot, slot_for
@@ -168,7 +168,7 @@ ATTACK = ATTACKS.add(
         config=GCGConfig,
         run=run,
         cost=lambda config, count, speed: count * config.num_steps * step_seconds(config, speed),
-        presets=PRESETS,
+        presets={**PRESETS, FAST: {"num_steps": 40, "search_width": 64, "merge": 7}},
         sources="one",
         needs_target=True,
         identity=identity,

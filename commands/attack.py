@@ -82,7 +82,7 @@ def _options(attack: Attack) -> list[Decorator]:
                 "--preset",
                 type=click.Choice(["auto", *attack.presets]),
                 default="auto",
-                help=". ".join([*parts, "auto: quick on a CPU."]),
+                help=". ".join([*parts, f"auto: {attack.on_cpu} on a CPU."]),
             )
         )
     options.append(click.option("--seed", type=SEED_RANGE, default=0))
@@ -133,7 +133,7 @@ def run_attack(attack: Attack, common: Row, options: Row) -> None:
     from core.tracking import tracking
     from pipeline.campaign import Plan, baseline_plans, campaign
 
-    preset = chosen_preset(common["preset"]) if "preset" in common else "paper"
+    preset = chosen_preset(common["preset"], attack.on_cpu) if "preset" in common else "paper"
     config = attack.make_config(
         given_settings(attack.config, options), where=attack.name, preset=preset
     )

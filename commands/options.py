@@ -250,7 +250,7 @@ def chosen(
     return spread(known, most), len(known)
 
 
-def chosen_preset(preset: str, on_cpu: str = "quick") -> str:
+def chosen_preset(preset: str, on_cpu: str) -> str:
     """``auto`` is ``on_cpu`` on a CPU and ``paper`` elsewhere, and says so."""
     from core.weights import default_device
 

@@ -89,7 +89,7 @@ def test_presets_forms_and_configs_of_another_class(qwen, monkeypatch):
     ):
         ap.pair(qwen, REQUEST, config=SMALL)
     with pytest.raises(ap.AttackPlaneError, match="unknown preset"):
-        ap.gcg(qwen, REQUEST, TARGET, preset="fast")
+        ap.gcg(qwen, REQUEST, TARGET, preset="slow")
 
 
 def test_a_universal_suffix_is_optimised_on_several_requests(qwen):
