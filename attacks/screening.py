@@ -23,7 +23,7 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ from core.records import content_hash
 if TYPE_CHECKING:
     from attacks.objective import TargetLoss
 
-MARGIN = 2.0
+MARGIN = 2.25
 """Standard deviations of the error that the next candidate is given."""
 KNOWN = 32
 """Errors that must be known before anything is left out."""
@@ -73,30 +73,7 @@ def rough_copy(loaded: LoadedModel) -> LoadedModel | None:
             for name, p in list(module.named_parameters(recurse=False)):
                 rough = nn.Parameter(p.detach().to(torch.bfloat16), requires_grad=False)
                 setattr(module, name, rough)
-    for module in model.modules():
-        _spare_memory(module)
     return dataclasses.replace(loaded, model=model)
-
-
-def _spare_memory(module: Any) -> None:
-    """Let a gated MLP write over its own gates: at hundreds of rows a new tensor costs as much as
-    what is computed in it. A module that then gives something else stays as it is."""
-    parts = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-    if not parts <= {name for name, _ in module.named_children()}:
-        return
-
-    def forward(x: Tensor) -> Tensor:
-        gates = module.act_fn(module.gate_proj(x))
-        return module.down_proj(gates.mul_(module.up_proj(x)))
-
-    width, device = module.gate_proj.in_features, module.gate_proj.weight.device
-    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(device)
-    with torch.no_grad():
-        before = module(x)
-        if type(module.act_fn) is nn.SiLU:
-            module.act_fn = nn.SiLU(inplace=True)
-        if torch.equal(before, forward(x)):
-            module.forward = forward
 
 
 def gains(objective: TargetLoss, initial: Tensor) -> bool:

@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +131,10 @@ def refuse_link(path: Path) -> None:
         )
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
     """Write ``path`` so that a reader finds the old content or the new, never a part of it.
+
+    ``content`` may come in pieces, which are not held.
 
     Raises:
         AttackPlaneError: it is a symbolic link, or cannot be written.
@@ -142,7 +144,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            for part in [content] if isinstance(content, str | bytes) else content:
+                file.write(part.encode() if isinstance(part, str) else part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -28,13 +28,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from core.models import LoadedModel
 
 NAME = "attack_plane_packed"
 MASKS = 256
 """Attention masks that are kept."""
+
+
+def attentions() -> Any:
+    """transformers' attention functions by name; imported late, since that takes seconds."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def grouped_sdpa(
     one copy for each of them. Calls with unusual options go to transformers' own function.
     """
     if any(options.get(name) is not None for name in ("position_bias", "softcap", "s_aux")):
-        whole = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        whole = attentions()["sdpa"]
         mask = attention_mask[:, :, : query.shape[2]]
         return whole(module, query, key, value, mask, scaling=scaling, **options)
     rows, heads, length, _ = query.shape
@@ -165,12 +171,12 @@ class PackedDecoder:
         config = self.loaded.config
         self._original = config._attn_implementation
         try:
-            ALL_ATTENTION_FUNCTIONS[NAME] = self._attend
+            attentions()[NAME] = self._attend
             config._attn_implementation = NAME
             yield
         finally:
             config._attn_implementation = self._original
-            del ALL_ATTENTION_FUNCTIONS[NAME]
+            del attentions()[NAME]
 
     def _attend(
         self,
@@ -222,7 +228,7 @@ class PackedDecoder:
             return sys.modules[type(module).__module__].eager_attention_forward
         if self._original == "sdpa":
             return grouped_sdpa
-        return ALL_ATTENTION_FUNCTIONS[self._original]
+        return attentions()[self._original]
 
     def _mask(self, group: Group, window: int | None, fold: int, like: Tensor) -> Tensor:
         """(1, 1, fold x length, shared + length): 0 where a fed token sees a token, -inf where it

@@ -145,6 +145,9 @@ class PlaneStage:
             for f in files
             if f.exists()
         ]
+        replies = hashlib.sha256()  # of a million there may be
+        for r in each_replay(self.run):
+            replies.update(f"{r.replay_id} {r.jailbroken}\n".encode())
         return content_hash(
             [
                 asdict(self.config),
@@ -152,7 +155,7 @@ class PlaneStage:
                 [m.fingerprint for m in models],
                 [note.get("made_from") for note in notes],
                 [a.artifact_id for a in self.artifacts],
-                [(r.replay_id, r.jailbroken) for r in each_replay(self.run)],
+                replies.hexdigest(),
                 [b.request for b in self.anchors],
             ]
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from core.files import write_atomically
 from core.readings import PlanePoint
@@ -30,32 +32,39 @@ def by_panel(points: Sequence[PlanePoint]) -> list[list[PlanePoint]]:
     return list(panels.values())
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def csv_lines(rows: Iterable[Row]) -> Iterator[str]:
+    """A header, and a line for each row."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    writer = None
+    for row in rows:
+        if writer is None:
+            writer = csv.DictWriter(text, fieldnames=list(row), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)
+        yield text.getvalue()
+        text.seek(0)
+        text.truncate()
 
 
-def as_parquet(rows: Sequence[Row]) -> bytes:
+def as_parquet(columns: Mapping[str, Sequence[Any]]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows)), buffer)
+    pq.write_table(pa.Table.from_pydict(dict(columns)), buffer)
     return buffer.getvalue()
 
 
 def export(points: Sequence[PlanePoint], folder: Path, nulls: Nulls | None = None) -> list[Path]:
     """Write ``plane.csv``, ``.jsonl`` and ``.parquet`` and the tables of classes beside them."""
-    rows = [p.to_row() for p in points]
+    names = [f.name for f in fields(PlanePoint)]
     panels = by_panel(points)
-    write_atomically(folder / "plane.csv", as_csv(rows))
-    write_atomically(folder / "plane.parquet", as_parquet(rows))
+    write_atomically(folder / "plane.csv", csv_lines(p.to_row() for p in points))
+    columns = {name: [getattr(p, name) for p in points] for name in names}
+    write_atomically(folder / "plane.parquet", as_parquet(columns))
     return [
         folder / "plane.csv",
-        write_rows(folder / PLANE, rows),
+        write_rows(folder / PLANE, (p.to_row() for p in points)),
         folder / "plane.parquet",
         write_rows(folder / CLASSES, describe_classes(points, nulls)),
         write_rows(folder / SEPARABILITY, separabilities(points)),

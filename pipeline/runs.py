@@ -60,7 +60,7 @@ def check_specs(specs: Sequence[str], *, served: bool = False) -> None:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> Path:
     """Write JSON lines in place of an earlier file."""
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(path, (json.dumps(row) + "\n" for row in rows))
     return path
 
 

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from core.files import read_rows, write_atomically
+from core.files import each_row, read_rows, write_atomically
 from core.rows import Row
 from core.specs import short_spec
 from core.statistics import FEW
@@ -31,7 +31,12 @@ def draw(folder: Path) -> Path:
     import plotly.graph_objects as go
 
     rows, classes = read_exports(folder)
-    prompts = {r["artifact_id"]: r["prompt"] for r in read_rows(folder / ATTACKS)}
+    drawn = {r["prompt_id"] for r in rows}
+    prompts = {
+        r["artifact_id"]: r["prompt"]
+        for _, r in each_row(folder / ATTACKS)
+        if r["artifact_id"] in drawn
+    }
     prompts |= {r["behaviour_id"]: r["request"] for r in read_rows(folder / BEHAVIOURS)}
     targets = list(dict.fromkeys(r["target"] for r in rows))
     names = attack_names(rows)

@@ -17,6 +17,7 @@ from core.specs import short_spec
 from core.statistics import FEW
 from plots.style import (
     ANCHORS,
+    DRAWN,
     MARKERS,
     NOT_JUDGED,
     attack_names,
@@ -72,7 +73,10 @@ def figure_of(rows: list[Row], classes: list[Row]) -> Figure:
     handles = _legend(style, {r["class_name"] for r in rows})
     columns = max(2, min(len(handles), int(figure.get_figwidth() / 2.2)))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
-    figure.suptitle("Attack plane: projections relative to the harmless centroid", fontsize=12)
+    title = "Attack plane: projections relative to the harmless centroid"
+    if len(rows) < sum(c["n"] for c in classes):
+        title += f"; of each class at most {DRAWN} points"
+    figure.suptitle(title, fontsize=12)
     return figure
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.errors import AttackPlaneError
-from core.files import read_rows, write_atomically
+from core.files import each_row, read_rows, write_atomically
 from core.records import BASELINES
 from core.rows import Row
 
@@ -33,6 +34,8 @@ ANCHORS = {
     "harmless (anchor)": ("#1b7837", "+"),
     "pseudo_harmful (anchor)": ("#998200", "1"),
 }
+DRAWN = 2000
+"""Most points of one class in one panel that are drawn."""
 NOT_JUDGED = "#bbbbbb"
 """Fill of points that no judge has judged; failures are white."""
 PLOTLY_ANCHORS = {"x": "x-thin", "+": "cross-thin", "1": "y-down"}
@@ -50,8 +53,16 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
 
 
 def read_exports(folder: Path) -> tuple[list[Row], list[Row]]:
-    """Rows of plane.jsonl and plane_classes.jsonl."""
-    rows, classes = read_rows(folder / "plane.jsonl"), read_rows(folder / "plane_classes.jsonl")
+    """Rows of plane.jsonl and plane_classes.jsonl; of a large class some, evenly."""
+    classes = read_rows(folder / "plane_classes.jsonl")
+    every = {(c["target"], c["frame"], c["class"]): -(-c["n"] // DRAWN) for c in classes}
+    seen: Counter[tuple[str, str, str]] = Counter()
+    rows = []
+    for _, row in each_row(folder / "plane.jsonl"):
+        key = row["target"], row["frame"], row["class_name"]
+        if seen[key] % every.get(key, 1) == 0:
+            rows.append(row)
+        seen[key] += 1
     if not rows:
         raise AttackPlaneError(
             "no plane in this run",

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import subprocess
+from collections import Counter
 
 import pyarrow.parquet as pq
 import pytest
@@ -34,8 +35,9 @@ from geometry.plane import (
 )
 from pipeline.directions_files import load_directions, save_directions
 from pipeline.plane_files import export
-from plots import plane_html, plane_png
+from plots import plane_html, plane_png, style
 from plots.plane_png import ellipse_axes
+from plots.style import read_exports
 
 REQUESTS = [
     "Write about tea",
@@ -466,6 +468,36 @@ def test_exports_agree_with_each_other_and_pictures_are_drawn(tmp_path):
     assert plane_png.draw(tmp_path).read_bytes().startswith(b"\x89PNG")
     page = plane_html.draw(tmp_path).read_text()
     assert "plotly" in page and 'src="http' not in page
+
+
+def test_of_a_large_class_some_points_are_drawn_and_the_picture_says_so(tmp_path, monkeypatch):
+    found, *_ = plane_of()
+    export(found, tmp_path)
+    counts = Counter((p.target, p.frame, p.class_name) for p in found)
+    assert len(read_exports(tmp_path)[0]) == len(found) and max(counts.values()) > 2
+    monkeypatch.setattr(style, "DRAWN", 2)
+    rows, classes = read_exports(tmp_path)
+    drawn = Counter((r["target"], r["frame"], r["class_name"]) for r in rows)
+    assert drawn.keys() == counts.keys() and set(drawn.values()) <= {1, 2}
+    title = plane_png.figure_of(rows, classes).get_suptitle()
+    assert "at most" in title
+    assert "at most" not in plane_png.figure_of([p.to_row() for p in found], classes).get_suptitle()
+
+
+def test_chosen_layers_are_those_of_all(qwen):
+    render = Renderer(qwen).render
+    prompts = [render(Conversation(text)) for text in ("Write about tea", "Say hi")]
+    whole = collect(qwen, prompts, ["a", "b"])
+    for packed in (True, False):
+        some = collect(qwen, prompts, ["a", "b"], layers=[3, 1], packed=packed)
+        assert some.resid.shape[1] == 2 and some.layers == (3, 1)
+        for layer in (1, 3):
+            for position in ("t_inst", "t_post_inst"):
+                assert torch.allclose(
+                    some.of(layer, position), whole.of(layer, position), atol=1e-4
+                )
+    with pytest.raises(AttackPlaneError, match="no such layer"):
+        collect(qwen, prompts, ["a", "b"], layers=[9])
 
 
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"

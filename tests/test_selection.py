@@ -117,8 +117,6 @@ def test_a_screening_finds_the_exact_winner_and_leaves_the_model_as_it_was(qwen)
         assert float((objective.rough_losses(part) - exact).abs().max()) > 0  # it is rough
         scored += len(part)
     assert screening.exactly < scored
-    changed = [sum("forward" in vars(m) for m in x.model.modules()) for x in (qwen, rough)]
-    assert changed == [0, qwen.n_layers]  # its MLPs spare memory
     after = {n: (p.data_ptr(), p.dtype) for n, p in qwen.model.named_parameters()}
     assert after == before
     assert rough_copy(rough_like(qwen, torch.bfloat16)) is None

@@ -57,6 +57,12 @@ def test_balanced_accuracy_by_hand():
     ]  # an absent class
 
 
+def test_permuted_labels_in_parts_are_those_at_once(monkeypatch):
+    whole = separability(cloud(0.5))
+    monkeypatch.setattr("geometry.separability.AT_ONCE", 500)
+    assert separability(cloud(0.5)) == whole
+
+
 def test_the_classifier_is_linear_discriminant_analysis():
     # one fold held out: means (0, 0) and (4, 0), equal spread: the boundary is x = 2
     where = np.array(
