@@ -13,7 +13,7 @@ from attacks.baselines import SUFFIX_BASELINES, SuffixBaselinesConfig
 from attacks.gcg_search import GCGConfig, GCGState, SuffixSearchConfig, run_gcg
 from attacks.likelihood import ROUNDING
 from attacks.objective import TargetLoss
-from attacks.registry import ATTACKS, FAST, PAPER, QUICK, Attack, Speed
+from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
 from attacks.result import AttackResult, Search, suffix_result
 from attacks.screening import gains, rough_copy
 from attacks.slot import SuffixSlot, slot_for
@@ -161,6 +161,8 @@ PRESETS: dict[str, Row] = {
     QUICK: {"num_steps": 30, "search_width": 32, "topk": 64},
 }
 """Of all suffix searches."""
+FAST = "fast"
+"""Not the paper's search: the best candidates of a step are merged (I-GCG)."""
 ATTACK = ATTACKS.add(
     Attack(
         name="gcg",
@@ -169,6 +171,7 @@ ATTACK = ATTACKS.add(
         run=run,
         cost=lambda config, count, speed: count * config.num_steps * step_seconds(config, speed),
         presets={**PRESETS, FAST: {"num_steps": 40, "search_width": 64, "merge": 7}},
+        on_cpu=FAST,
         sources="one",
         needs_target=True,
         identity=identity,

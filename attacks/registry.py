@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # a list of attacks must not wait for torch
     from attacks.workbench import Task, Workbench
     from core.models import ModelHandle
 
-PAPER, QUICK, FAST = "paper", "quick", "fast"
+PAPER, QUICK = "paper", "quick"
 Key = tuple[str, str | None]
 """(name in the artifacts, variant) of one prompt."""
 Config = Any
@@ -56,8 +56,8 @@ class Attack:
         config: frozen dataclass of its settings, whose defaults are the paper's.
         run: (workbench, task, config) -> results, each as soon as it is made.
         cost: (config, number of requests, speed) -> seconds, for the plan of a sweep.
-        presets: settings by preset name; ``paper`` is the defaults, ``quick`` suits a CPU, and so
-            does ``fast``, where another search than the paper's is sooner at a low loss.
+        presets: settings by preset name; ``paper`` is the defaults, ``quick`` suits a CPU.
+        on_cpu: the preset that a command takes by itself on a CPU.
         forms: further names that a sweep may use, each with settings that it fixes.
         sources: how many source models it needs: none, one or several.
         reads_weights: whether it needs its source's weights; else a served one will do.
@@ -84,6 +84,7 @@ class Attack:
     run: Callable[[Workbench, Task, Config], Iterator[AttackResult]]
     cost: Callable[[Config, int, Speed], float] = lambda config, count, speed: 0.0
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {PAPER: {}})
+    on_cpu: str = QUICK
     forms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     sources: str = "none"
     reads_weights: bool = True
@@ -101,11 +102,6 @@ class Attack:
     examples: Sequence[str] = ()
     reply_tokens: Mapping[str, int] = field(default_factory=dict)
     command: bool = True
-
-    @property
-    def on_cpu(self) -> str:
-        """The preset that a command takes by itself on a CPU."""
-        return FAST if FAST in self.presets else QUICK
 
     def keys_of(self, config: Config, behaviour: Behaviour, bench: Workbench) -> Sequence[Key]:
         return [(self.name, None)] if self.keys is None else self.keys(config, behaviour, bench)

@@ -74,17 +74,16 @@ def choose(
     if draft is not None:
         draft.share(suffix)
         candidates = probe_sampled(objective, draft, candidates, generator)
-    elif screening is not None:
+    if draft is None and screening is not None:
         lowest = screening.lowest(objective, candidates, max(1, merge))
         if not merge:
             winner, loss = lowest[0]
             return candidates[winner].tolist(), loss
-        candidates = candidates[[index for index, _ in lowest]]
+        candidates = candidates[[index for index, _ in lowest]]  # best first
+    elif merge:
+        candidates = candidates[objective.losses(candidates).argsort()[:merge]]
     if merge:
-        losses = objective.losses(candidates)
-        together = merged(
-            suffix.cpu(), candidates[losses.argsort()[:merge]]
-        )  # the first is the best single one
+        together = merged(suffix.cpu(), candidates)  # the first is the best single one
         candidates = together[torch.tensor(slot.faithful(together.tolist()), dtype=torch.bool)]
     winner, loss = objective.best(candidates)
     return candidates[winner].tolist(), loss

@@ -4,7 +4,7 @@ Usage:
 
     python -m benchmarks.gcg_quality --out quality.jsonl                     (hours; goes on)
     python -m benchmarks.gcg_quality --out quality.jsonl --report            (of what is there)
-    python -m benchmarks.gcg_quality --out quality.jsonl --method gcg --method fast --seconds 30
+    python -m benchmarks.gcg_quality --out quality.jsonl --method gcg --method merge --seconds 30
 
 Tasks are random targets of ten tokens behind a suffix of fifteen, where nothing harmful is asked
 (as in Claudini, arXiv 2603.24511), and built-in behaviours. Each method searches each task with

@@ -132,7 +132,7 @@ class Ours:
         """One step by parts; scores ``candidates``, or its own where there are none."""
         device, objective = self.loaded.device, self.objective
         peak = matrix_peak(device, self.loaded.dtype)
-        rough_peak = matrix_peak(device, torch.bfloat16)
+        rough_peak = matrix_peak(device, torch.bfloat16) if self.screening else peak
         forget_peak(device)
         before = self.screening.exactly if self.screening else 0
         start = time.perf_counter()
@@ -194,7 +194,7 @@ def pairs_with_reference(ours: Ours, steps: int, batch_size: int | None) -> list
     def follow(theirs: Row) -> None:
         suffix, candidates = torch.tensor(theirs["suffix"]), torch.tensor(theirs["candidates"])
         row = ours.step(suffix, candidates)
-        row["difference"] = compare(ours, theirs, row, candidates, every=len(rows) % 10 == 0)
+        row["difference"] = compare(ours, theirs, row, candidates, every=len(rows) % 10 == 1)
         row["nanogcg"] = {key: theirs[key] for key in ("seconds", "peak_mib")}
         rows.append(row)
         click.echo(
@@ -369,8 +369,7 @@ def main(
             rows += found
         how = f"path {ours.objective.path}" + (", screened" if ours.screening else ", all exactly")
         click.echo(f"\nwidth {width}, top-k {topk}, {how}, {len(rows)} steps\n{table(rows)}")
-        if with_reference:
-            goal = GOALS.get(width, GOALS[64])
+        if with_reference and (goal := GOALS.get(width)):
             shares.append(median(ratios_of(rows)) / goal)
             click.echo(f"goal: {goal}")
     if not torch.cuda.is_available():

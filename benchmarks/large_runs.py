@@ -129,45 +129,47 @@ def commands(folder: Path, targets: list[str]) -> dict[str, list[str]]:
     }
 
 
-def measured(command: list[str]) -> tuple[float, float, str]:
-    """Seconds, peak MiB, and how it ended."""
+COMMANDS = tuple(commands(Path(), ["", ""]))
+
+
+def measured(command: list[str]) -> tuple[float, str, str]:
+    """Seconds, peak MiB where it is told, and how it ended."""
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", PEAK, *command], cwd=ROOT, capture_output=True, text=True
     )
     seconds = time.perf_counter() - start
-    *told, peak = done.stderr.strip().splitlines()
+    told = [line for line in done.stderr.splitlines() if "VmHWM" not in line]
+    peaks = [line.split()[1] for line in done.stderr.splitlines() if line.startswith("VmHWM")]
     end = "" if done.returncode == 0 else f"exit {done.returncode}: {' '.join(told[-2:])[:200]}"
-    return seconds, int(peak.split()[1]) / 1024, end
+    return seconds, f"{int(peaks[-1]) / 1024:.0f}" if peaks else "", end
 
 
 @click.command()
 @click.option("--prompts", type=click.IntRange(BEHAVIOURS_OF_A_RUN), default=100_000)
 @click.option("--replies", type=click.IntRange(1), default=10, help="Of each prompt, two targets.")
-@click.option("--command", "chosen", multiple=True, help="Only these commands.")
-@click.option("--folder", type=click.Path(path_type=Path), help="Keep the run here.")
-def main(prompts: int, replies: int, chosen: tuple[str, ...], folder: Path | None) -> None:
+@click.option("--command", "chosen", multiple=True, type=click.Choice(COMMANDS))
+def main(prompts: int, replies: int, chosen: tuple[str, ...]) -> None:
     """Measure each command on a large run."""
     from tests.conftest import make_model
 
     with tempfile.TemporaryDirectory() as temporary:
-        folder = folder or Path(temporary)
+        folder = Path(temporary)
         targets = [str(folder / name) for name in ("llama", "qwen2")]
-        if not (folder / "run").exists():
-            for target in targets:
-                make_model(Path(target), Path(target).name)
-            make_run(folder / "run", prompts, replies, targets)
-            with open(folder / "prompts.jsonl", "w") as file:
-                for a in artifacts(prompts, "elsewhere"):
-                    row = {"behaviour_id": a.behaviour_id, "attack": a.attack}
-                    row |= {"request": a.request, "prompt": a.prompt}
-                    file.write(json.dumps(row) + "\n")
+        for target in targets:
+            make_model(Path(target), Path(target).name)
+        make_run(folder / "run", prompts, replies, targets)
+        with open(folder / "prompts.jsonl", "w") as file:
+            for a in artifacts(prompts, "elsewhere"):
+                row = {"behaviour_id": a.behaviour_id, "attack": a.attack}
+                row |= {"request": a.request, "prompt": a.prompt}
+                file.write(json.dumps(row) + "\n")
         lines = [("command", "seconds", "peak MiB", "")]
         for name, command in commands(folder, targets).items():
             if not chosen or name in chosen:
                 seconds, peak, end = measured(command)
-                lines.append((name, f"{seconds:.0f}", f"{peak:.0f}", end))
-                click.echo(f"{name}: {seconds:.0f} s, {peak:.0f} MiB {end}", err=True)
+                lines.append((name, f"{seconds:.0f}", peak, end))
+                click.echo(f"{name}: {seconds:.0f} s, {peak} MiB {end}", err=True)
     click.echo(f"{prompts:,} prompts, {prompts * replies:,} replies\n{aligned(lines)}")
 
 

@@ -131,7 +131,7 @@ def attach(model: Any, cast: Cast, blocks: nn.ModuleList, spec: str) -> None:
     """Hook the model for good.
 
     Raises:
-        AttackPlaneError: vectors of another width, or layers that the model has not.
+        AttackPlaneError: vectors of another width, or layers or tokens that the model has not.
     """
     width, depth = model.config.get_text_config(decoder=True).hidden_size, len(blocks)
     found = cast.condition.shape[0], cast.behaviour.shape[-1], max(cast.layers, default=0)

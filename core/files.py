@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
@@ -140,9 +141,9 @@ def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
         AttackPlaneError: it is a symbolic link, or cannot be written.
     """
     refuse_link(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         with open(temporary, "wb") as file:
             for part in [content] if isinstance(content, str | bytes) else content:
                 file.write(part.encode() if isinstance(part, str) else part)
@@ -151,6 +152,9 @@ def write_atomically(path: Path, content: str | bytes | Iterable[str]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise AttackPlaneError("cannot write the file", where=path, got=error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_new(path: Path, content: str | bytes, *, apart_from: Path, force: bool) -> None:

@@ -103,6 +103,8 @@ class Activations:
         require(len(shape) == 4, "resid must be (prompt, layer, position, d_model)", self, shape)
         require(shape[0] == len(self.prompt_ids), "one prompt id a row of resid", self, shape)
         require(shape[2] == len(self.positions), "one name a position of resid", self, shape)
+        named = self.layers is None or shape[1] == len(self.layers)
+        require(named, "one number a layer of resid", self, shape)
 
     def at(self, position: str) -> torch.Tensor:
         """(prompt, layer, d_model) at one named position."""
@@ -110,8 +112,9 @@ class Activations:
 
     def of(self, layer: int, position: str) -> torch.Tensor:
         """(prompt, d_model) of one layer at one named position."""
-        row = layer if self.layers is None else self.layers.index(layer)
-        return self.at(position)[:, row]
+        layers = range(self.resid.shape[1]) if self.layers is None else self.layers
+        require(layer in layers, "this layer was not kept", self, layer)
+        return self.at(position)[:, layers.index(layer)]
 
 
 @dataclass(frozen=True)

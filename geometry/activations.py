@@ -272,9 +272,10 @@ def collect(
     first = min(s.start for row in spans for s in row)
     shared = shared_length(ids, first) if share_prefix else 0
     wanted = range(loaded.n_layers + 1) if layers is None else layers
-    if outside := [layer for layer in wanted if not 0 <= layer <= loaded.n_layers]:
-        got, remedy = outside, f"0 to {loaded.n_layers}"
-        raise AttackPlaneError("no such layer", where=loaded.spec, got=got, remedy=remedy)
+    within = all(0 <= layer <= loaded.n_layers for layer in wanted)
+    if not within or len({*wanted}) < len(wanted) or not len(wanted):
+        got, remedy = [*wanted], f"each once, 0 to {loaded.n_layers}"
+        raise AttackPlaneError("no such layers", where=loaded.spec, got=got, remedy=remedy)
     reader = _Reader(loaded, ids, spans, shared, wanted)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     if packed and (fault := reader.fault_of_packing(order[-1])):

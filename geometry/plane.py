@@ -68,6 +68,23 @@ def plain_requests(infos: Sequence[PromptInfo]) -> list[int | None]:
     ]
 
 
+def require_one_frame(own: Directions, base: Directions, layer: int) -> None:
+    """Whether both models' directions are of one size and have this layer.
+
+    Raises:
+        AttackPlaneError: they are not, or have not.
+    """
+    if own.harmfulness.shape != base.harmfulness.shape:
+        raise AttackPlaneError(
+            "the base frame is of another size",
+            where=f"{base.model} and {own.model}",
+            got=f"{tuple(base.harmfulness.shape)} and {tuple(own.harmfulness.shape)}",
+            remedy="give as base a checkpoint of the same architecture",
+        )
+    if not 0 <= layer <= own.n_layers:
+        raise AttackPlaneError("no such layer", got=layer, remedy=f"0 to {own.n_layers}")
+
+
 def points(
     activations: Activations,
     infos: Sequence[PromptInfo],
@@ -86,15 +103,7 @@ def points(
         wrappers: prompt -> (the same wrapper with a harmless request in it, that request plain),
             as numbers of rows of ``activations``.
     """
-    if own.harmfulness.shape != base.harmfulness.shape:
-        raise AttackPlaneError(
-            "the base frame is of another size",
-            where=f"{base.model} and {own.model}",
-            got=f"{tuple(base.harmfulness.shape)} and {tuple(own.harmfulness.shape)}",
-            remedy="give as base a checkpoint of the same architecture",
-        )
-    if not 0 <= layer <= own.n_layers:
-        raise AttackPlaneError("no such layer", got=layer, remedy=f"0 to {own.n_layers}")
+    require_one_frame(own, base, layer)
     cosines = {
         name: float(getattr(own, name)[layer] @ getattr(base, name)[layer])
         for name in ("harmfulness", "refusal")
@@ -105,8 +114,8 @@ def points(
         centre = directions.harmless_t_inst[layer]
         x, x_cosine = project(activations.of(layer, position), h, centre)
         x_goal, _ = project(activations.of(layer, "t_goal"), h, centre)
-        centre = directions.harmless_t_post_inst[layer]
-        y, y_cosine = project(activations.of(layer, "t_post_inst"), r, centre)
+        refused_from = directions.harmless_t_post_inst[layer]
+        y, y_cosine = project(activations.of(layer, "t_post_inst"), r, refused_from)
         for i, (info, plain) in enumerate(zip(infos, plain_requests(infos), strict=True)):
             if np.isnan(float(x[i])):
                 continue

@@ -87,7 +87,7 @@ def separability(
         inside = np.nonzero(groups == group)[0]
         permuted[:, inside] = rng.permuted(permuted[:, inside], axis=1)
     predicted = held_out_predictions(where, labels[None], folds, len(names))[0]
-    parts = np.array_split(permuted, -(-permuted.size * len(names) // AT_ONCE))
+    parts = np.array_split(permuted, min(draws, -(-permuted.size * len(names) // AT_ONCE)))
     nulls = np.concatenate(
         [
             balanced_accuracy(

@@ -26,7 +26,7 @@ from core.store import RunFolder, intact, sealed
 from evaluation.behaviours import DEMONSTRATION, HELD_OUT_SPLITS, counterparts, load_behaviours
 from geometry.activations import collect
 from geometry.directions import best_layers
-from geometry.plane import Nulls, PromptInfo, displacement_nulls, points
+from geometry.plane import Nulls, PromptInfo, displacement_nulls, points, require_one_frame
 from pipeline.contrast_reading import rendered
 from pipeline.directions_files import directions_path, load_directions
 from pipeline.plain import add_plain_requests
@@ -179,6 +179,7 @@ class PlaneStage:
         """Project everything on one target, in both frames; keep these residual layers, or all."""
         spec, own = model.spec, self._directions(model.spec)
         base, layer, position = self.frame, self.layer, self.config.position
+        require_one_frame(own, base, layer)
         self._begin(model)
         renderer = Renderer(model.loaded)
         prompts, infos = self._rendered(renderer)

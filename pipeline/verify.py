@@ -11,6 +11,7 @@ from core.errors import AttackPlaneError
 from core.models import ModelHandle, OpenModel
 from core.prompt import Renderer
 from core.records import SEVERAL_SOURCES, AttackArtifact
+from core.rows import Row
 from core.store import ATTACKS, RunFolder
 from pipeline.matrices import require_whole
 from pipeline.runs import each_artifact
@@ -34,27 +35,38 @@ def verify(
     recorded = run.manifest["models"]
     for source in sources:
         own = (a for a in each_artifact(run) if source in _sources(a))
-        model: ModelHandle | None = None
-        for artifact in own:
-            foreign = artifact.provenance.get("format") and source not in recorded
-            if artifact.loss is None or foreign:
-                yield artifact, None
-                continue
-            if model is None:
-                model = _the_runs(open_model(source), recorded)
-                renderer = Renderer(model.loaded)
-            claimed = artifact.provenance.get("losses", {}).get(source, artifact.loss)
-            claim = replace(artifact, loss=claimed)
-            yield artifact, verify_artifact(renderer, claim, tolerance=tolerance)
-        if model:
-            model.release()
+        yield from _on(source, own, recorded, tolerance, open_model)
+
+
+def _on(
+    source: str,
+    artifacts: Iterator[AttackArtifact],
+    recorded: Row,
+    tolerance: float,
+    open_model: OpenModel,
+) -> Iterator[Verified]:
+    """Check artifacts on one source model, which is loaded for the first that claims something."""
+    model: ModelHandle | None = None
+    for artifact in artifacts:
+        foreign = artifact.provenance.get("format") and source not in recorded
+        if artifact.loss is None or foreign:
+            yield artifact, None
+            continue
+        if model is None:
+            model = _the_runs(open_model(source), recorded)
+            renderer = Renderer(model.loaded)
+        claimed = artifact.provenance.get("losses", {}).get(source, artifact.loss)
+        claim = replace(artifact, loss=claimed)
+        yield artifact, verify_artifact(renderer, claim, tolerance=tolerance)
+    if model:
+        model.release()
 
 
 def _sources(artifact: AttackArtifact) -> list[str]:
     return artifact.source_model.split(SEVERAL_SOURCES)
 
 
-def _the_runs(model: ModelHandle, recorded: dict[str, str]) -> ModelHandle:
+def _the_runs(model: ModelHandle, recorded: Row) -> ModelHandle:
     """The model, if it is the one of the run."""
     known = recorded.get(model.spec, model.fingerprint)
     if known != model.fingerprint:

@@ -22,6 +22,7 @@ from plots.style import (
     centre_start,
     centres_of,
     class_styles,
+    left_out,
     read_exports,
 )
 
@@ -53,7 +54,7 @@ def draw(folder: Path) -> Path:
     buttons: list[Row] = []
     for view in views:
         first = next(r for r in rows if (r["target"], r["frame"]) == view)
-        title = _title(first)
+        title = _title(first, left_out(rows, classes))
         buttons.append(
             {
                 "label": html.escape(f"{short_spec(view[0])}, {view[1]} frame"),
@@ -82,13 +83,13 @@ def draw(folder: Path) -> Path:
     return path
 
 
-def _title(row: Row) -> str:
+def _title(row: Row, more: str) -> str:
     return (
         f"Attack plane of {html.escape(short_spec(row['target']))}, {row['frame']} frame, layer "
         f"{row['layer']}"
         f"<br><sub>cos(base, own): harmfulness {row['cos_base_own_harmfulness']:.2f}, refusal "
         f"{row['cos_base_own_refusal']:.2f}. Filled: jailbroken, hollow: not, grey: not judged. "
-        "Ellipses: one standard deviation. Dashed: the wrapper with a harmless request.</sub>"
+        "Ellipses: one standard deviation. Dashed: the wrapper with a harmless request{more}.</sub>"
     )
 
 

@@ -17,13 +17,13 @@ from core.specs import short_spec
 from core.statistics import FEW
 from plots.style import (
     ANCHORS,
-    DRAWN,
     MARKERS,
     NOT_JUDGED,
     attack_names,
     centre_start,
     centres_of,
     class_styles,
+    left_out,
     read_exports,
     save,
 )
@@ -74,9 +74,7 @@ def figure_of(rows: list[Row], classes: list[Row]) -> Figure:
     columns = max(2, min(len(handles), int(figure.get_figwidth() / 2.2)))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=9)
     title = "Attack plane: projections relative to the harmless centroid"
-    if len(rows) < sum(c["n"] for c in classes):
-        title += f"; of each class at most {DRAWN} points"
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title + left_out(rows, classes), fontsize=12)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 from io import BytesIO
@@ -53,14 +54,18 @@ def save(figure: Figure, path: Path, dpi: int) -> None:
 
 
 def read_exports(folder: Path) -> tuple[list[Row], list[Row]]:
-    """Rows of plane.jsonl and plane_classes.jsonl; of a large class some, evenly."""
+    """Rows of plane.jsonl and plane_classes.jsonl; of a large class some, drawn at random."""
     classes = read_rows(folder / "plane_classes.jsonl")
-    every = {(c["target"], c["frame"], c["class"]): -(-c["n"] // DRAWN) for c in classes}
+    kept = {
+        (c["target"], c["frame"], c["class"]): set(random.Random(0).sample(range(c["n"]), DRAWN))
+        for c in classes
+        if c["n"] > DRAWN
+    }
     seen: Counter[tuple[str, str, str]] = Counter()
     rows = []
     for _, row in each_row(folder / "plane.jsonl"):
         key = row["target"], row["frame"], row["class_name"]
-        if seen[key] % every.get(key, 1) == 0:
+        if key not in kept or seen[key] in kept[key]:
             rows.append(row)
         seen[key] += 1
     if not rows:
@@ -70,6 +75,12 @@ def read_exports(folder: Path) -> tuple[list[Row], list[Row]]:
             remedy="draw the plane of this run first",
         )
     return rows, classes
+
+
+def left_out(rows: Sequence[Row], classes: Sequence[Row]) -> str:
+    """Says that not all points are drawn, where it is so."""
+    fewer = len(rows) < sum(c["n"] for c in classes)
+    return f"; of each class at most {DRAWN} points" if fewer else ""
 
 
 def attack_names(rows: Sequence[Row]) -> list[str]:

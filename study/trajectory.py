@@ -302,7 +302,7 @@ class _Checkpoint:
         benign = torch.tensor([not h for h in reference.harmful])
         for kind, (contrast, position) in self.anchor.axes.items():
             v = contrast.direction.double()
-            centre = reference.reading.activations.at(position)[:, layer][benign].double().mean(0)
+            centre = reference.reading.activations.of(layer, position)[benign].double().mean(0)
             for label, side in zip((HARMFUL, HARMLESS), self._read[position], strict=True):
                 along = (side[:, layer].double() - centre) @ v[layer]
                 yield _mean("plane", f"{label} along {kind}", along.tolist(), "residual units")

@@ -121,10 +121,13 @@ def test_verify_passes_and_finds_a_tampered_artifact(run, tmp_path):
     copy.mkdir()
     rows = [json.loads(line) for line in (path / "attacks.jsonl").read_text().splitlines()]
     rows[-1]["loss"] += 0.01
+    told = {"artifact_id": "x", "source_model": "elsewhere", "provenance": {"format": "jsonl"}}
+    rows.insert(2, rows[0] | told)  # an imported one, of a model that is not here
     (copy / "attacks.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     for name in ("manifest.json", "behaviours.jsonl"):
         (copy / name).write_text((path / name).read_text())
-    assert "7 of 8 artifacts hold" in call("verify", "--run", copy, code=3)
+    output = call("verify", "--run", copy, code=3)
+    assert "7 of 8 artifacts hold" in output and "1 more claim no loss" in output
 
 
 def test_verify_of_nothing_is_an_error_and_a_prompt_that_cannot_be_rendered_is_a_fault(

@@ -479,8 +479,8 @@ def test_of_a_large_class_some_points_are_drawn_and_the_picture_says_so(tmp_path
     rows, classes = read_exports(tmp_path)
     drawn = Counter((r["target"], r["frame"], r["class_name"]) for r in rows)
     assert drawn.keys() == counts.keys() and set(drawn.values()) <= {1, 2}
-    title = plane_png.figure_of(rows, classes).get_suptitle()
-    assert "at most" in title
+    assert "at most 2 points" in plane_png.figure_of(rows, classes).get_suptitle()
+    assert "at most 2 points" in plane_html.draw(tmp_path).read_text()
     assert "at most" not in plane_png.figure_of([p.to_row() for p in found], classes).get_suptitle()
 
 
@@ -498,6 +498,10 @@ def test_chosen_layers_are_those_of_all(qwen):
                 )
     with pytest.raises(AttackPlaneError, match="no such layer"):
         collect(qwen, prompts, ["a", "b"], layers=[9])
+    with pytest.raises(AttackPlaneError, match="each once"):
+        collect(qwen, prompts, ["a", "b"], layers=[2, 2])
+    with pytest.raises(AttackPlaneError, match="was not kept"):
+        some.of(2, "t_inst")
 
 
 HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"

@@ -219,7 +219,11 @@ def test_every_attack_says_what_it_is_and_its_presets_make_configs():
         assert attack.summary.endswith(".") and attack.sources in ("none", "one", "several"), name
         for preset in attack.presets:
             attack.make_config({}, where="test", preset=preset)
+        assert attack.on_cpu in attack.presets or len(attack.presets) == 1, name
         for form in attack.forms:
             assert find_attack(form)[0] is attack
         if attack.command:
             assert attack.examples, name
+    assert ATTACKS.all()["gcg"].on_cpu == "fast"
+    assert "auto: fast on a CPU" in " ".join(call("gcg", "--help").split())
+    assert "auto: quick on a CPU" in " ".join(call("adc", "--help").split())

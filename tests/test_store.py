@@ -97,6 +97,15 @@ def test_an_interrupted_write_leaves_the_old_content(tmp_path, monkeypatch):
     assert path.read_text() == "old"
 
 
+def test_content_in_pieces_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, (f"{n}\n" for n in range(3)))
+    assert path.read_text() == "0\n1\n2\n"
+    with pytest.raises(ZeroDivisionError):
+        write_atomically(path, (str(1 // (2 - n)) for n in range(3)))
+    assert path.read_text() == "0\n1\n2\n" and os.listdir(tmp_path) == ["file"]
+
+
 def test_hashes_depend_on_content_and_not_on_key_order():
     assert content_hash({"a": 1, "b": [2, "é"]}) == content_hash({"b": [2, "é"], "a": 1})
     assert content_hash({"a": 1}) != content_hash({"a": 2})

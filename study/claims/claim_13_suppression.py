@@ -94,7 +94,7 @@ def _nulls(
     scores: dict[str, np.ndarray] = {}
     sides = (("H", study.harmfulness, "t_inst"), ("R", study.refusal, "t_post_inst"))
     for column, (name, contrast, position) in enumerate(sides):
-        resid = reading.activations.at(position)[:, layer].double()
+        resid = reading.activations.of(layer, position).double()
         own = resid[rows] - resid[starts]
         own = own - resid[[w[0] for w in wraps]] + resid[[w[1] for w in wraps]]
         dealt = permuted([contrast.at_layer(layer)], DRAWS, generator)[0][:, 0].double()
