@@ -103,7 +103,7 @@ def test_content_in_pieces_is_written_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "0\n1\n2\n"
     with pytest.raises(ZeroDivisionError):
         write_atomically(path, (str(1 // (2 - n)) for n in range(3)))
-    assert path.read_text() == "0\n1\n2\n" and os.listdir(tmp_path) == ["file"]
+    assert path.read_text() == "0\n1\n2\n" and [*tmp_path.iterdir()] == [path]
 
 
 def test_hashes_depend_on_content_and_not_on_key_order():
