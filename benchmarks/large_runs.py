@@ -125,7 +125,6 @@ def commands(folder: Path, targets: list[str]) -> dict[str, list[str]]:
         "verify": ["verify", "--run", run],
         "directions": ["directions", "--run", run, *(f"--model={t}" for t in targets)],
         "plane": ["plane", "--run", run, "--base", base, *(f"--target={t}" for t in targets)],
-        "transfer": ["transfer", "--run", run, *(f"--target={t}" for t in targets)],
     }
 
 
