@@ -162,7 +162,8 @@ PRESETS: dict[str, Row] = {
 }
 """Of all suffix searches."""
 FAST = "fast"
-"""Not the paper's search: the best candidates of a step are merged (I-GCG)."""
+"""Not the paper's search: the best candidates of a step are merged (I-GCG), and gradients through
+residual branches halved (LSGM)."""
 ATTACK = ATTACKS.add(
     Attack(
         name="gcg",
@@ -170,7 +171,7 @@ ATTACK = ATTACKS.add(
         config=GCGConfig,
         run=run,
         cost=lambda config, count, speed: count * config.num_steps * step_seconds(config, speed),
-        presets={**PRESETS, FAST: {"num_steps": 40, "search_width": 64, "merge": 7}},
+        presets={**PRESETS, FAST: {"num_steps": 25, "search_width": 64, "merge": 7, "lsgm": 0.5}},
         on_cpu=FAST,
         sources="one",
         needs_target=True,

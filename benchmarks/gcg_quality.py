@@ -268,8 +268,10 @@ def draw(rows: list[Row], path: Path) -> None:
     kinds = ("random targets", "behaviours")
     for axis, kind in zip(figure.subplots(1, 2, squeeze=False)[0], kinds, strict=True):
         own = [r for r in rows if r["task"].startswith("random") == (kind == kinds[0])]
-        for n, method in enumerate(dict.fromkeys(r["method"] for r in own)):
+        for n, method in enumerate(dict.fromkeys(r["method"] for r in rows)):
             runs = [r for r in own if r["method"] == method]
+            if not runs:
+                continue
             grid = np.geomspace(1, max(r["times"][-1] for r in runs), 60)
             table = np.array([[at(r, "times", t) for t in grid] for r in runs])
             seen = ~np.isnan(table).any(0)

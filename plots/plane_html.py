@@ -89,7 +89,8 @@ def _title(row: Row, more: str) -> str:
         f"{row['layer']}"
         f"<br><sub>cos(base, own): harmfulness {row['cos_base_own_harmfulness']:.2f}, refusal "
         f"{row['cos_base_own_refusal']:.2f}. Filled: jailbroken, hollow: not, grey: not judged. "
-        "Ellipses: one standard deviation. Dashed: the wrapper with a harmless request{more}.</sub>"
+        "Ellipses: one standard deviation. Dashed: the wrapper with a harmless request"
+        f"{more}.</sub>"
     )
 
 
