@@ -71,27 +71,27 @@ def require_whole(run: RunFolder) -> None:
     """
     behaviours, prompts = set(run.behaviours()), set[str]()
 
-    def ids_of(file: str) -> Iterator[tuple[str, str]]:
-        """Of each row its prompt and its behaviour."""
+    def ids_of(file: str) -> Iterator[tuple[str, str, str]]:
+        """Of each row its place, its prompt and its behaviour."""
         for line, row in each_row(run.path / file):
             place = f"{run.path / file}, line {line}"
-            yield id_in(row, "artifact_id", place), id_in(row, "behaviour_id", place)
+            yield place, id_in(row, "artifact_id", place), id_in(row, "behaviour_id", place)
 
-    for prompt, behaviour in ids_of(ATTACKS):
+    for place, prompt, behaviour in ids_of(ATTACKS):
         prompts.add(prompt)
-        _require(behaviour in behaviours, BEHAVIOURS, behaviour, run)
-    for prompt, behaviour in ids_of(REPLAYS):
-        _require(prompt in prompts, ATTACKS, prompt, run)
-        _require(behaviour in behaviours, BEHAVIOURS, behaviour, run)
+        _require(behaviour in behaviours, BEHAVIOURS, behaviour, place)
+    for place, prompt, behaviour in ids_of(REPLAYS):
+        _require(prompt in prompts, ATTACKS, prompt, place)
+        _require(behaviour in behaviours, BEHAVIOURS, behaviour, place)
 
 
-def _require(known: bool, file: str, name: str, run: RunFolder) -> None:
+def _require(known: bool, file: str, name: str, place: str) -> None:
     if not known:
         raise AttackPlaneError(
             "the run refers to a row that it does not hold",
-            where=run.path / file,
-            got=f"no {name}",
-            remedy="restore the file, or remove the rows that refer to it",
+            where=place,
+            got=f"{name!r}, which {file} has not",
+            remedy=f"restore {file}, or remove this row and those like it",
         )
 
 
