@@ -116,12 +116,12 @@ def make_run(folder: Path, prompts: int, replies: int, targets: list[str]) -> No
 def commands(folder: Path, targets: list[str]) -> dict[str, list[str]]:
     """Commands by name, in an order in which each finds what it needs."""
     run, base, prompts = str(folder / "run"), targets[0], str(folder / "prompts.jsonl")
-    out = str(folder / "exported.json")
+    out = str(folder / "test_cases.json")
     return {
         "import": ["import", prompts, "--format=jsonl", "--run", str(folder / "imported")],
         "show": ["show", "--run", run],
         "report": ["report", "--run", run],
-        "export": ["export", "--run", run, "--format=jailbreakbench", "--attack=gcg", "--out", out],
+        "export": ["export", "--run", run, "--format=harmbench", "--attack=gcg", "--out", out],
         "verify": ["verify", "--run", run],
         "directions": ["directions", "--run", run, *(f"--model={t}" for t in targets)],
         "plane": ["plane", "--run", run, "--base", base, *(f"--target={t}" for t in targets)],
