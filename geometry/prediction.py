@@ -35,7 +35,7 @@ from core.readings import PlanePoint
 from core.records import HARMFUL, PLAIN
 from core.rows import Row
 from core.significance import sign_flip_p
-from core.statistics import Interval, auroc, cluster_rows, percentile_interval
+from core.statistics import Interval, auroc_by_ranks, cluster_rows, percentile_interval
 
 SCORES = ("H", "R", "H moved", "R moved", "both")
 MOVED = ("H moved", "R moved")
@@ -49,9 +49,8 @@ def success_auroc(scores: np.ndarray, success: np.ndarray) -> tuple[float, int]:
     Scores that are not finite are left out.
     """
     known = np.isfinite(scores)
-    yes, no = scores[success & known], scores[~success & known]
-    pairs = len(yes) * len(no)
-    return (float(auroc(yes, no)), pairs) if pairs else (float("nan"), 0)
+    pairs = int((success & known).sum()) * int((~success & known).sum())
+    return auroc_by_ranks(scores[known], success[known]), pairs
 
 
 def held_out_scores(where: np.ndarray, success: np.ndarray, groups: np.ndarray) -> np.ndarray:
