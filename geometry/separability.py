@@ -43,18 +43,18 @@ def held_out_predictions(
     predicted = np.empty(labels.shape, dtype=int)
     for fold in np.unique(folds):
         train, test = folds != fold, folds == fold
-        x, onehot = where[train], np.eye(classes)[labels[:, train]]
-        counts = np.maximum(onehot.sum(1), 1e-9)
-        means = np.einsum("dnc,nf->dcf", onehot, x) / counts[..., None]
+        x = where[train]
+        onehot = (labels[:, None, train] == np.arange(classes)[:, None]).astype(float)  # (d, c, n)
+        found = onehot.sum(2)
+        counts = np.maximum(found, 1e-9)
+        means = onehot @ x / counts[..., None]
         within = x.T @ x - np.einsum("dc,dcf,dcg->dfg", counts, means, means)
         spread = np.trace(within, axis1=1, axis2=2)[:, None, None] / 2
         inverse = np.linalg.pinv(within + (1e-6 * spread + 1e-12) * np.eye(2))
         weights = np.einsum("dcf,dfg->dcg", means, inverse)
-        scores = (
-            np.einsum("dcg,ng->dnc", weights, where[test]) - 0.5 * (weights * means).sum(2)[:, None]
-        )
-        scores[np.repeat((onehot.sum(1) == 0)[:, None], test.sum(), 1)] = -np.inf
-        predicted[:, test] = scores.argmax(2)
+        scores = weights @ where[test].T - 0.5 * (weights * means).sum(2)[..., None]
+        scores[found == 0] = -np.inf
+        predicted[:, test] = scores.argmax(1)
     return predicted
 
 
