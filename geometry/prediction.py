@@ -58,17 +58,26 @@ def held_out_scores(where: np.ndarray, success: np.ndarray, groups: np.ndarray) 
 
     Each comes from points of other groups only. It is 0 where those have one outcome.
     """
-    predicted = np.zeros(len(where))
-    for group in np.unique(groups):
-        test = groups == group
-        yes, no = where[~test & success], where[~test & ~success]
-        if len(yes) and len(no):
-            centred = np.concatenate([yes - yes.mean(0), no - no.mean(0)])
-            spread = centred.T @ centred
-            spread += (1e-6 * np.trace(spread) + 1e-12) * np.eye(2)
-            weights = np.linalg.solve(spread, yes.mean(0) - no.mean(0))
-            predicted[test] = (where[test] - (yes.mean(0) + no.mean(0)) / 2) @ weights
-    return predicted
+    _, group = np.unique(groups, return_inverse=True)
+    where = where - where.mean(0)  # moments of what lies around zero lose no digits
+    count = group.max(initial=-1) + 1
+    means, spread, enough = [], np.zeros((count, 2, 2)), np.ones(count, dtype=bool)
+    for chosen in (success, ~success):
+        x, own = where[chosen], group[chosen]
+        terms = np.concatenate([np.ones((len(x), 1)), x, x[:, [0, 0, 1]] * x[:, [0, 1, 1]]], 1)
+        sums = np.stack([np.bincount(own, t, minlength=count) for t in terms.T], -1)
+        n, *rest = (sums.sum(0) - sums).T  # of all other groups
+        enough &= n > 0.5
+        n = np.maximum(n, 1)
+        mean = np.stack(rest[:2], -1) / n[:, None]
+        second = np.stack([rest[2], rest[3], rest[3], rest[4]], -1).reshape(count, 2, 2)
+        means.append(mean)
+        spread += second - n[:, None, None] * mean[:, :, None] * mean[:, None]
+    ridge = 1e-6 * np.trace(spread, axis1=1, axis2=2) + 1e-12
+    spread += ridge[:, None, None] * np.eye(2)
+    weights = np.linalg.solve(spread, (means[0] - means[1])[..., None])[..., 0]
+    middle = (means[0] + means[1]) / 2
+    return np.where(enough[group], ((where - middle[group]) * weights[group]).sum(1), 0.0)
 
 
 def _within(

@@ -411,6 +411,24 @@ def test_the_regression_seldom_finds_what_is_not_there():
         assert np.mean([rows[name].p <= 0.05 for rows in found]) <= 0.07
 
 
+def test_scores_from_moments_are_those_of_one_classifier_for_each_group():
+    rng = np.random.default_rng(0)
+    where, success = rng.normal(size=(60, 2)) + 50, rng.random(60) < 0.4
+    groups = rng.integers(0, 9, 60) * 3
+    expected = np.zeros(60)
+    for group in np.unique(groups):
+        test = groups == group
+        yes, no = where[~test & success], where[~test & ~success]
+        centred = np.concatenate([yes - yes.mean(0), no - no.mean(0)])
+        spread = centred.T @ centred
+        spread += (1e-6 * np.trace(spread) + 1e-12) * np.eye(2)
+        weights = np.linalg.solve(spread, yes.mean(0) - no.mean(0))
+        expected[test] = (where[test] - (yes.mean(0) + no.mean(0)) / 2) @ weights
+    assert held_out_scores(where, success, groups) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    one = np.arange(60) == 7  # without that group there is one outcome only
+    assert held_out_scores(where, one, np.arange(60))[7] == 0
+
+
 def test_success_auroc_by_hand():
     value, pairs = success_auroc(np.array([1.0, 2.0, 2.0]), np.array([False, True, False]))
     assert (value, pairs) == (0.75, 2)
