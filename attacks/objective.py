@@ -34,7 +34,6 @@ from attacks.damping import damped
 from attacks.likelihood import ROUNDING, Slot, target_nll
 from attacks.packed_scorer import PackedScorer
 from core.batching import BatchSize, memory_budget
-from core.head import share_head
 from core.models import LoadedModel
 from core.prefix import SharedPrefix
 
@@ -55,7 +54,7 @@ class TargetLoss:
         path: one of ``PATHS``; None takes the first that serves the model, which is tried on the
             initial suffix.
         mellowmax: alpha of ``target_nll``; 0: the mean.
-        rough: the copy of the model that ``rough_losses`` come from.
+        rough: the copy of the model that ``rough_losses`` come from, on the packed path.
         lsgm: see ``damped``; 1: the gradient of the loss.
     """
 
@@ -85,15 +84,14 @@ class TargetLoss:
         """Whether greedy decoding gives the target after the suffix last differentiated."""
         self.batch = BatchSize(batch_size or self._fitting(len(slot.initial_ids)))
         self.scorer = PackedScorer(
-            loaded, self.before, self._rest, self.target, batch=self.batch, mellowmax=mellowmax
+            loaded,
+            *(self.before, self._rest, self.target),
+            batch=self.batch,
+            mellowmax=mellowmax,
+            rough=rough,
         )
         self._asked = path
-        self._current: Tensor | None = None
         self._begin()
-        self._rough: TargetLoss | None = None
-        if rough and self.path == "packed":
-            share_head(loaded, rough, torch.cat([self.before, self._initial]))
-            self._rough = TargetLoss(rough, slot, path=self.path, mellowmax=mellowmax)
 
     def _begin(self) -> None:
         """Choose the path and compute the prefix."""
@@ -186,7 +184,7 @@ class TargetLoss:
         tokens = self._tokens + self.scorer.fed
         found = self._parameters * (2.0 * tokens + 4.0 * self._tokens_back)
         self._tokens = self._tokens_back = self.scorer.fed = 0
-        return found + (self._rough.take_operations() if self._rough else 0.0)
+        return found
 
     # --- what attacks use -------------------------------------------------------------------------
     @torch.no_grad()
@@ -211,16 +209,10 @@ class TargetLoss:
 
     @torch.no_grad()
     def rough_losses(self, suffixes: Tensor) -> Tensor:
-        """(candidate,) losses by the copy and, if possible, over likely tokens only."""
-        rough = self._rough
-        if rough is None:
+        """(candidate,) losses by a rough pass over likely tokens; exact where there is none."""
+        if self.path != "packed" or not self.scorer.can_be_rough(list(suffixes)):
             return self.losses(suffixes)
-        if self._current is not None:
-            rough.share(self._current)
-            self._current = None
-        if rough.path != "packed" or not rough.scorer.likely_tokens:
-            return rough.losses(suffixes)
-        return rough.scorer.bounds(rough.scorer.hidden(list(suffixes)))
+        return self.scorer.bounds(self.scorer.rough_hidden(suffixes), rough=True)
 
     @torch.no_grad()
     def best(self, suffixes: Tensor) -> tuple[int, float]:
@@ -250,7 +242,7 @@ class TargetLoss:
     @torch.no_grad()
     def share(self, suffix: Tensor) -> None:
         """``token_gradient`` without the gradient: the suffix becomes current; does it match?"""
-        self._current = suffix = suffix.to(self.loaded.device)
+        suffix = suffix.to(self.loaded.device)
         if self.path == "packed":
             logits = self.scorer.logits_of_current(suffix, self._embed(suffix))
         else:
@@ -286,7 +278,7 @@ class TargetLoss:
 
         The gradient is (suffix length, vocabulary) float32, on the model's device.
         """
-        self._current = suffix = suffix.to(self.loaded.device)
+        suffix = suffix.to(self.loaded.device)
         with torch.enable_grad(), damped(self.loaded, self._lsgm):
             leaf = self._embed(suffix).detach().clone().requires_grad_(True)
             if self.path == "packed":

@@ -4,6 +4,10 @@ Keys and values of what stands before the suffix, and of the current suffix, are
 that first differs from the current suffix at position p is fed from p on; many candidates go
 through the model in one flat batch.
 
+A *rough* pass computes less. It runs on a copy of the model with coarser products. And it feeds
+only the tokens whose states change most: those that differ from the current suffix, the next few,
+and the ones that predict the target. All other states are taken to be the current suffix's.
+
 The *bound* of a candidate is its loss with logits over a few likely tokens (and the target) in
 place of the whole vocabulary: log sum_S exp - logit_target never exceeds a token's NLL. The likely
 tokens are the top of the current suffix's distributions.
@@ -11,14 +15,14 @@ tokens are the top of the current suffix's distributions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from attacks.likelihood import target_nll
 from core.batching import BatchSize
-from core.head import Head, head_of
+from core.head import Head, head_of, share_head
 from core.models import LoadedModel
 from core.packed import Group, PackedDecoder
 from core.prefix import keeps_keys_and_values_only
@@ -27,6 +31,8 @@ LIKELY = 1024
 """Tokens per target position that the lower bound looks at,"""
 LIKELY_SHARE = 4
 """but over all positions at most this part of the vocabulary, so that the bound stays cheap."""
+NEXT = 2
+"""Tokens after one that differs which a rough pass feeds too (docs/lab-log.md)."""
 HEAD_BATCH = 16
 """Candidates whose logits over the whole vocabulary are held at once."""
 GROUP_BLOCK = 4
@@ -49,6 +55,7 @@ class PackedScorer:
         target: (T,) ids.
         batch: candidates that go through the model at once.
         mellowmax: see ``target_nll``.
+        rough: the copy of the model that rough passes run on; None: there are none.
     """
 
     def __init__(
@@ -60,14 +67,16 @@ class PackedScorer:
         *,
         batch: BatchSize,
         mellowmax: float,
+        rough: LoadedModel | None = None,
     ) -> None:
         self.loaded, self.before, self.rest, self.target = loaded, before, rest, target
-        self.batch, self._mellowmax = batch, mellowmax
+        self.batch, self._mellowmax, self._copy = batch, mellowmax, rough
         self._embed = loaded.model.get_input_embeddings()
         self.fed = 0
         """Tokens that went through the model."""
         self._current = before[:0]
-        self._likely: tuple[Head, Tensor] | None = None
+        self._likely: Tensor | None = None
+        self._heads: dict[bool, Head] = {}  # over likely tokens, of the copy and of the model
 
     def start(self, probe: Tensor) -> str | None:
         """Compute the prefix; the reason why packing cannot serve this model, or None.
@@ -81,6 +90,9 @@ class PackedScorer:
         if not keeps_keys_and_values_only(self.loaded):
             return "it keeps more than keys and values"
         self._packed = PackedDecoder(self.loaded)
+        if self._copy:
+            self._rough_head = share_head(self.loaded, self._copy, probe)
+            self._rough = PackedDecoder(self._copy, self._packed)
         if len(self.before):
             self.fed += len(self.before)
             with torch.no_grad():
@@ -91,7 +103,7 @@ class PackedScorer:
     @property
     def likely_tokens(self) -> int:
         """How many tokens a bound looks at; 0 before the first ``logits_of_current``."""
-        return self._likely[0].tokens if self._likely else 0
+        return 0 if self._likely is None else len(self._likely)
 
     def logits_of_current(self, suffix: Tensor, leaf: Tensor) -> Tensor:
         """(T, vocabulary) logits of one suffix, which becomes the current one.
@@ -101,14 +113,14 @@ class PackedScorer:
         self._current = suffix[:0]  # until the pass is through, nothing may share half of it
         fed = torch.cat([leaf, self._embed(self.rest)])
         shared = len(self.before)
-        keep = shared + len(suffix)
         self.fed += len(fed)
-        hidden = self._packed.hidden(fed, [Group(shared, len(fed), 1)], keep=keep)
+        group = Group(shared, len(fed), 1)
+        hidden = self._packed.hidden(fed, [group], keep=shared + len(fed))
         logits = self._head.logits(hidden[-len(self.target) :])
         self._current = suffix
         each = max(1, min(LIKELY, logits.shape[1] // LIKELY_SHARE // len(self.target)))
-        likely = torch.cat([logits.detach().topk(each).indices.flatten(), self.target]).unique()
-        self._likely = self._head.restricted(likely), torch.searchsorted(likely, self.target)
+        likely = logits.detach().topk(each).indices.flatten()
+        self._likely, self._heads = torch.cat([likely, self.target]).unique(), {}
         return logits
 
     def logits_of(self, fed: Tensor) -> Tensor:
@@ -122,53 +134,105 @@ class PackedScorer:
 
     def hidden(self, suffixes: Sequence[Tensor]) -> Tensor:
         """Candidates of any lengths -> (candidate, T, d_model) states that predict the target."""
-        cpu = self.loaded.device.type == "cpu"
-        two = self.loaded.side_by_side
-        suffixes, block = [s.cpu() for s in suffixes], 1 if cpu else GROUP_BLOCK
-        current = self._current.cpu()
+        block = 1 if self.loaded.device.type == "cpu" else GROUP_BLOCK
+        suffixes, current = [s.cpu() for s in suffixes], self._current.cpu()
         shared = torch.tensor([shared_length(current, s) // block * block for s in suffixes])
         lengths = torch.tensor([len(s) for s in suffixes]) - shared + len(self.rest)
-        self.fed += int(lengths.sum())
         order = (shared * (int(lengths.max()) + 1) + lengths).argsort(stable=True)
-        rest, count = self.rest.cpu(), len(self.target)
+        rest = self.rest.cpu()
 
-        def batch_of(part: Sequence[int]) -> tuple[Tensor, list[Group], Tensor]:
-            """Embeddings, groups and predicting positions of some candidates, in ``order``."""
-            rows = torch.stack([shared[torch.tensor(part)], lengths[torch.tensor(part)]], 1)
+        def fed_by(part: Tensor) -> tuple[Tensor, list[Group]]:
+            rows = torch.stack([shared[part], lengths[part]], 1)
             groups = [
                 Group(len(self.before) + int(start), int(length), int(number))
                 for (start, length), number in zip(
                     *rows.unique(dim=0, return_counts=True), strict=True
                 )
             ]
-            pieces = [piece for i in part for piece in (suffixes[i][shared[i] :], rest)]
-            ends = torch.cumsum(rows[:, 1], 0)
-            predicting = ends[:, None] + torch.arange(-count, 0)
-            device = self.loaded.device
-            return self._embed(torch.cat(pieces).to(device)), groups, predicting.to(device)
+            pieces = [piece for i in part.tolist() for piece in (suffixes[i][shared[i] :], rest)]
+            return torch.cat(pieces), groups
 
-        def score(part: Sequence[int]) -> Tensor:
-            if not two or len(part) < 2:
+        return self._predicting(self._packed, order, fed_by)
+
+    def can_be_rough(self, suffixes: Sequence[Tensor]) -> bool:
+        """Whether there is a copy, and a current suffix that all of these could have come from."""
+        length = len(self._current)
+        return self._copy is not None and length > 0 and all(len(s) == length for s in suffixes)
+
+    def rough_hidden(self, suffixes: Tensor) -> Tensor:
+        """(candidate, suffix length) -> (candidate, T, d_model) states of a rough pass."""
+        suffixes, before, count = suffixes.cpu(), len(self.before), len(self.target)
+        rest = self.rest.cpu()
+        whole = torch.cat([suffixes, rest.expand(len(suffixes), -1)], 1)
+        differs = whole != torch.cat([self._current.cpu(), rest])
+        fed = differs.clone()
+        for step in range(1, min(NEXT, whole.shape[1] - 1) + 1):
+            fed[:, step:] |= differs[:, :-step]
+        fed[:, -count:] = True
+        shared, lengths = before + whole.shape[1] - count, fed.sum(1)
+
+        def fed_by(part: Tensor) -> tuple[Tensor, list[Group]]:
+            groups = []
+            for length in lengths[part].unique():
+                rows = fed[part[lengths[part] == length]]
+                at = before + rows.nonzero()[:, 1].view(len(rows), -1)
+                groups.append(Group(shared, int(length), len(rows), at))
+            return whole[part][fed[part]], groups
+
+        return self._predicting(self._rough, lengths.argsort(stable=True), fed_by)
+
+    def _predicting(
+        self,
+        decoder: PackedDecoder,
+        order: Tensor,
+        fed_by: Callable[[Tensor], tuple[Tensor, list[Group]]],
+    ) -> Tensor:
+        """(candidate, T, d_model) states that predict the target, batch after batch.
+
+        Args:
+            order: the candidates so that those of one group follow one another.
+            fed_by: some of them in that order -> ids that they feed, row after row, and groups.
+        """
+        count, device = len(self.target), self.loaded.device
+
+        def batch_of(part: Tensor) -> tuple[Tensor, list[Group], Tensor]:
+            """Embeddings, groups and predicting positions."""
+            ids, groups = fed_by(part)
+            self.fed += len(ids)
+            lengths = torch.cat([torch.full((g.count,), g.length) for g in groups])
+            predicting = lengths.cumsum(0)[:, None] + torch.arange(-count, 0)
+            return self._embed(ids.to(device)), groups, predicting.to(device)
+
+        def score(numbers: Sequence[int]) -> Tensor:
+            part = torch.tensor(numbers)
+            if not self.loaded.side_by_side or len(part) < 2:
                 embeddings, groups, predicting = batch_of(part)
-                return self._packed.hidden(embeddings, groups)[predicting]
+                return decoder.hidden(embeddings, groups)[predicting]
             halves = [batch_of(part[start::2]) for start in (0, 1)]
-            both = self._packed.hidden_of_two([half[:2] for half in halves])
+            both = decoder.hidden_of_two([half[:2] for half in halves])
             whole = both[0].new_empty(len(part), count, both[0].shape[1])
             for start, (hidden, half) in enumerate(zip(both, halves, strict=True)):
                 whole[start::2] = hidden[half[2]]
             return whole
 
         states = torch.cat(list(self.batch.over(order.tolist(), score)))
-        return states[order.argsort().to(self.loaded.device)]
+        return states[order.argsort().to(device)]
 
     def losses(self, hidden: Tensor) -> Tensor:
         """(candidate, T, d_model) -> (candidate,) losses by the whole head, float32 on the CPU."""
         return self._nll(hidden, self._head, self.target)
 
-    def bounds(self, hidden: Tensor) -> Tensor:
-        """(candidate, T, d_model) -> (candidate,) lower bounds of the losses."""
+    def bounds(self, hidden: Tensor, rough: bool = False) -> Tensor:
+        """(candidate, T, d_model) -> (candidate,) lower bounds of the losses.
+
+        ``rough``: the states are the copy's.
+        """
         assert self._likely is not None
-        return self._nll(hidden, *self._likely)
+        if rough not in self._heads:
+            head = self._rough_head if rough else self._head
+            self._heads[rough] = head.restricted(self._likely)
+        target = torch.searchsorted(self._likely, self.target)
+        return self._nll(hidden, self._heads[rough], target)
 
     def _nll(self, hidden: Tensor, head: Head, target: Tensor) -> Tensor:
         logits = (

@@ -45,11 +45,16 @@ def attentions() -> Any:
 
 @dataclass(frozen=True)
 class Group:
-    """``count`` rows that each feed ``length`` tokens after ``shared`` shared ones."""
+    """``count`` rows that each feed ``length`` tokens after ``shared`` shared ones.
+
+    ``at`` is None, or (count, length): the positions of the fed tokens, ascending in a row. Those
+    below ``shared`` stand in the place of shared tokens.
+    """
 
     shared: int
     length: int
     count: int
+    at: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -85,11 +90,18 @@ def grouped_sdpa(
 
 
 class PackedDecoder:
-    """Runs rows that continue one shared sequence, whose keys and values it keeps by module."""
+    """Runs rows that continue one shared sequence, whose keys and values it keeps by module.
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    Args:
+        original: of a model that ``loaded`` is a copy of. The shared sequence is the one that it
+            keeps, here too.
+    """
+
+    def __init__(self, loaded: LoadedModel, original: PackedDecoder | None = None) -> None:
         self.loaded = loaded
-        self._known: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._known: dict[nn.Module, tuple[Tensor, Tensor]] = original._known if original else {}
+        whose = (original or self).loaded.model
+        self._keeper = dict(zip(loaded.model.modules(), whose.modules(), strict=True))
         self._masks: dict[Any, Tensor] = {}
         self._now = threading.local()  # groups and keep of the batch that a thread runs
         self._original: str | None = None  # the model's own attention while ours is in its place
@@ -146,24 +158,31 @@ class PackedDecoder:
             torch.set_num_threads(threads)
 
     def _run(self, embeddings: Tensor, groups: Sequence[Group], keep: int, leading: bool) -> Tensor:
-        positions = torch.cat([self._positions(g).repeat(g.count) for g in groups])
+        positions = torch.cat([self._positions(g).expand(g.count, -1).flatten() for g in groups])
         positions = positions.to(embeddings.device)
         self._now.groups, self._now.keep, self._now.leading = groups, keep, leading
+        self._now.masks = {}
         output = self.loaded.decoder(
             inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False
         )
         return output.last_hidden_state[0]
 
     def _positions(self, group: Group) -> Tensor:
-        """(length,) the positions of one row's fed tokens."""
-        return torch.arange(group.shared, group.shared + group.length)
+        """(1 or count, length) the positions of each row's fed tokens."""
+        if group.at is not None:
+            return group.at
+        return torch.arange(group.shared, group.shared + group.length)[None]
 
     def _visible(self, group: Group, window: int | None) -> Tensor:
-        """(length, shared + length) which tokens each fed token of one row sees."""
+        """(1 or count, length, shared + length) which tokens each fed token of a row sees."""
         fed = self._positions(group)
-        seen = torch.cat([torch.arange(group.shared), fed])
-        distance = fed[:, None] - seen
-        return (distance >= 0) & (distance < (window or len(seen)))
+        shared = torch.arange(group.shared).expand(len(fed), -1)
+        distance = fed[:, :, None] - torch.cat([shared, fed], 1)[:, None]
+        visible = (distance >= 0) & (distance < (window or group.shared + group.length))
+        if group.at is not None:  # no token sees a shared one that another stands in place of
+            replaced = (fed[:, :, None] == shared[:, None]).any(1)
+            visible[:, :, : group.shared] &= ~replaced[:, None]
+        return visible
 
     @contextmanager
     def _installed(self) -> Iterator[None]:
@@ -196,7 +215,8 @@ class PackedDecoder:
             one = torch.float32 if query.device.type == "cpu" else dtype
             query, key, value = query.to(one), key.to(one), value.to(one)
         parts, first = [], 0
-        known = self._known.get(module)
+        keeper = self._keeper[module]
+        known = self._known.get(keeper)
         with torch.autocast(query.device.type, enabled=False):
             for group in self._now.groups:
                 rows = slice(first, first + group.tokens)
@@ -217,7 +237,7 @@ class PackedDecoder:
                 if self._now.leading and first == group.tokens:
                     known = k, v
                 if keep := self._now.keep:
-                    self._known[module] = (k[:, :, :keep].detach(), v[:, :, :keep].detach())
+                    self._known[keeper] = (k[:, :, :keep].detach(), v[:, :, :keep].detach())
                 mask = self._mask(group, options.get("sliding_window"), fold, query)
                 parts.append(own(module, q, k, v, mask, **options)[0].flatten(0, 1))
         return torch.cat(parts)[None].to(dtype), None
@@ -231,13 +251,16 @@ class PackedDecoder:
         return attentions()[self._original]
 
     def _mask(self, group: Group, window: int | None, fold: int, like: Tensor) -> Tensor:
-        """(1, 1, fold x length, shared + length): 0 where a fed token sees a token, -inf where it
-        does not."""
-        key = (group.shared, group.length, window, fold, like.dtype, like.device)
-        if key not in self._masks:
-            if len(self._masks) >= MASKS:  # lengths that vary would fill the memory
-                self._masks.clear()
+        """(1 or count, 1, fold x length, shared + length): 0 where a fed token sees a token, -inf
+        where it does not."""
+        key: Any = (group.shared, group.length, window, fold, like.dtype, like.device)
+        masks = self._masks
+        if group.at is not None:  # positions are of one pass: its layers share the mask
+            key, masks = (id(group), key), self._now.masks
+        if key not in masks:
+            if len(masks) >= MASKS:  # lengths that vary would fill the memory
+                masks.clear()
             visible = self._visible(group, window).to(like.device)
             mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
-            self._masks[key] = mask.masked_fill(~visible, float("-inf")).repeat(fold, 1)[None, None]
-        return self._masks[key]
+            masks[key] = mask.masked_fill(~visible, float("-inf")).repeat(1, fold, 1)[:, None]
+        return masks[key]
