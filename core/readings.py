@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PlanePoint(Record):
     """One prompt in the (harmfulness, refusal) plane of one model.
 
@@ -55,6 +55,9 @@ class PlanePoint(Record):
     wrapper_y: float | None = None
     position: str = "t_inst"
     schema_version: int = SCHEMA_VERSION
+
+    def to_row(self) -> Row:
+        return {name: getattr(self, name) for name in self.__slots__}
 
     @property
     def moved(self) -> tuple[float, float] | None:

@@ -82,6 +82,8 @@ def require_version(found: object, what: str, where: object, remedy: str | None 
 class Record:
     """Conversion to and from JSON rows, shared by the records that live in ``*.jsonl`` files."""
 
+    __slots__ = ()
+
     def to_row(self) -> Row:
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 

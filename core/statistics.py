@@ -81,6 +81,15 @@ def cluster_rows(
         yield np.concatenate([members[c] for c in drawn])
 
 
+def cluster_weights(
+    clusters: NDArray[Any], *, resamples: int, rng: np.random.Generator
+) -> Iterator[NDArray[np.int64]]:
+    """``cluster_rows`` as (n,) numbers: how often each row is in the sample."""
+    k = int(clusters.max()) + 1
+    for drawn in rng.integers(k, size=(resamples, k)):
+        yield np.bincount(drawn, minlength=k)[clusters]
+
+
 def percentile_interval(draws: Numbers) -> Interval:
     """The central 95 % of the draws that are numbers; NaN where none is."""
     array = np.asarray(draws, dtype=np.float64)
@@ -108,13 +117,40 @@ def auroc(positive: Array, negative: Array) -> Array:
     return ((difference > 0) * 1.0 + (difference == 0) * 0.5).mean((0, 1))
 
 
+class Ranked:
+    """Scores that are sorted once, for the AUROC of many outcomes and resamples.
+
+    Scores that are not finite are left out.
+    """
+
+    def __init__(self, scores: NDArray[Any], rows: NDArray[Any] | None = None) -> None:
+        """``scores`` (n,), of which ``rows`` count [default: all]."""
+        rows = np.arange(len(scores)) if rows is None else rows
+        rows = rows[np.isfinite(scores[rows])]
+        self.rows = rows[scores[rows].argsort(kind="stable")]
+        ordered = scores[self.rows]
+        self.ties = np.flatnonzero(np.r_[True, ordered[1:] > ordered[:-1]][: len(ordered)])
+
+    def auroc(
+        self, success: NDArray[Any], weights: NDArray[Any] | None = None
+    ) -> tuple[float, int]:
+        """AUROC of ``success`` (n,), and how many pairs it is over (NaN, 0 without).
+
+        ``weights`` (n,): how often each row is in the sample [default: once].
+        """
+        here = np.ones(len(self.rows)) if weights is None else weights[self.rows].astype(float)
+        won = here * success[self.rows]
+        lost = here - won
+        pairs = won.sum() * lost.sum()
+        if not pairs:
+            return float("nan"), 0
+        won, lost = (np.add.reduceat(side, self.ties) for side in (won, lost))
+        return float(won @ (lost.cumsum() - lost / 2) / pairs), int(pairs)
+
+
 def auroc_by_ranks(scores: Numbers, positive: NDArray[np.bool_]) -> float:
     """``auroc`` of (n,) scores, n log n; NaN without both positives and negatives."""
-    n = int(positive.sum())
-    m = len(positive) - n
-    if not n or not m:
-        return math.nan
-    return float((ranks(scores)[positive].sum() - n * (n + 1) / 2) / (n * m))
+    return Ranked(np.asarray(scores, dtype=np.float64)).auroc(positive)[0]
 
 
 def ranks(values: Numbers) -> NDArray[np.float64]:

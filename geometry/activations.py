@@ -28,7 +28,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 
 POSITIONS = ("t_goal", "t_inst", "t_post_inst")
 RESPONSE, RESPONSE_TOKENS = "response", 32
+READ_AT_ONCE = 4096
+"""Prompts of a ``Gathering`` that wait to be read together."""
 CPU_TOKENS, GPU_TOKENS = 2048, 32768
 """Fed tokens of a batch. On a CPU more is slower: what passes between the products no longer fits
 the caches."""
@@ -298,3 +300,44 @@ def collect(
     kept = None if layers is None else tuple(layers)
     names = tuple(positions), tuple(prompt_ids)
     return Activations(reader.resid, *names, loaded.spec, layers=kept)
+
+
+class Gathering:
+    """``collect`` for more prompts than the memory holds: they are read, and dropped, as they come.
+
+    Args:
+        options: those of ``collect``.
+    """
+
+    def __init__(self, loaded: LoadedModel, **options: Any) -> None:
+        self.loaded, self.options = loaded, options
+        self._parts: list[Activations] = []
+        self._waiting: list[tuple[Prompt, str]] = []
+        self._count = 0
+
+    def add(self, prompt: Prompt, prompt_id: str) -> int:
+        """The row that this prompt's residuals will be in."""
+        self._waiting.append((prompt, prompt_id))
+        self._count += 1
+        if len(self._waiting) >= READ_AT_ONCE:
+            self._read()
+        return self._count - 1
+
+    def _read(self) -> None:
+        prompts, ids = zip(*self._waiting, strict=True) if self._waiting else ((), ())
+        self._parts.append(collect(self.loaded, prompts, ids, **self.options))
+        self._waiting = []
+
+    def activations(self) -> Activations:
+        """Residuals of all prompts, in the order in which they were added.
+
+        Raises:
+            AttackPlaneError: there are none.
+        """
+        if self._waiting or not self._parts:
+            self._read()
+        return replace(
+            self._parts[0],
+            resid=torch.cat([part.resid for part in self._parts]),
+            prompt_ids=tuple(name for part in self._parts for name in part.prompt_ids),
+        )

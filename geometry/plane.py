@@ -29,7 +29,7 @@ from geometry.contrasts import unit
 from geometry.resampling import upper
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PromptInfo:
     """What a point says about its prompt besides where it lies."""
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -35,22 +36,18 @@ from core.readings import PlanePoint
 from core.records import HARMFUL, PLAIN
 from core.rows import Row
 from core.significance import sign_flip_p
-from core.statistics import Interval, auroc_by_ranks, cluster_rows, percentile_interval
+from core.statistics import Interval, Ranked, cluster_weights, percentile_interval
 
-SCORES = ("H", "R", "H moved", "R moved", "both")
+BOTH = "both"
+SCORES = ("H", "R", "H moved", "R moved", BOTH)
 MOVED = ("H moved", "R moved")
 EITHER = "better of H moved, R moved"
 POOLED = "pooled"
 
 
 def success_auroc(scores: np.ndarray, success: np.ndarray) -> tuple[float, int]:
-    """AUROC of ``success`` (n,) by ``scores`` (n,), and how many pairs it is over (NaN, 0 without).
-
-    Scores that are not finite are left out.
-    """
-    known = np.isfinite(scores)
-    pairs = int((success & known).sum()) * int((~success & known).sum())
-    return auroc_by_ranks(scores[known], success[known]), pairs
+    """AUROC of ``success`` (n,) by ``scores`` (n,), and over how many pairs (NaN, 0 without)."""
+    return Ranked(scores).auroc(success)
 
 
 def held_out_scores(where: np.ndarray, success: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -80,38 +77,6 @@ def held_out_scores(where: np.ndarray, success: np.ndarray, groups: np.ndarray) 
     return np.where(enough[group], ((where - middle[group]) * weights[group]).sum(1), 0.0)
 
 
-def _within(
-    where: np.ndarray,
-    success: np.ndarray,
-    classes: np.ndarray,
-    both: np.ndarray,
-) -> dict[str, dict[str, tuple[float, int]]]:
-    """{score: {class or pooled: (AUROC, pairs)}}."""
-    aurocs: dict[str, dict[str, tuple[float, int]]] = {}
-    columns = (-where[:, 0], -where[:, 1], -where[:, 2], -where[:, 3], both)
-    for name, scores in zip(SCORES, columns, strict=True):
-        per = {
-            str(c): success_auroc(scores[classes == c], success[classes == c])
-            for c in np.unique(classes)
-        }
-        pairs = sum(n for _, n in per.values())
-        total = sum(a * n for a, n in per.values() if n)
-        aurocs[name] = per | {POOLED: (total / pairs if pairs else float("nan"), pairs)}
-    # which of the two is the better is chosen anew in every resample and in every draw of the null
-    aurocs[EITHER] = {POOLED: max((aurocs[s][POOLED] for s in MOVED), key=lambda pair: pair[0])}
-    return aurocs
-
-
-def _both(
-    where: np.ndarray, success: np.ndarray, groups: np.ndarray, classes: np.ndarray
-) -> np.ndarray:
-    scores = np.zeros(len(where))
-    for c in np.unique(classes):
-        here = classes == c
-        scores[here] = held_out_scores(where[here, :2], success[here], groups[here])
-    return scores
-
-
 @dataclass(frozen=True)
 class _Judged:
     """Judged attack prompts of one target and frame, as arrays."""
@@ -139,10 +104,40 @@ class _Judged:
         success = np.array([bool(p.jailbroken) for p in points])
         return cls(np.array(where), success, groups, np.array([p.class_name for p in points]))
 
-    def scores(self, success: np.ndarray) -> dict[str, dict[str, tuple[float, int]]]:
-        """Everything anew with other outcomes."""
-        both = _both(self.where, success, self.groups, self.classes)
-        return _within(self.where, success, self.classes, both)
+    @cached_property
+    def members(self) -> dict[str, np.ndarray]:
+        """Rows of each class."""
+        return {str(c): np.nonzero(self.classes == c)[0] for c in np.unique(self.classes)}
+
+    @cached_property
+    def _ranked(self) -> dict[str, dict[str, Ranked]]:
+        """Every score but ``both``, which depends on the outcomes, in every class."""
+        return {
+            score: {c: Ranked(-column, rows) for c, rows in self.members.items()}
+            for score, column in zip(SCORES[:-1], self.where.T, strict=True)
+        }
+
+    def both(self, success: np.ndarray) -> dict[str, Ranked]:
+        """The discriminant's scores under these outcomes, by class."""
+        scores = np.zeros(len(success))
+        for rows in self.members.values():
+            where = self.where[rows, :2]
+            scores[rows] = held_out_scores(where, success[rows], self.groups[rows])
+        return {c: Ranked(scores, rows) for c, rows in self.members.items()}
+
+    def aurocs(
+        self, success: np.ndarray, both: dict[str, Ranked], weights: np.ndarray | None = None
+    ) -> dict[str, dict[str, tuple[float, int]]]:
+        """{score: {class or pooled: (AUROC, pairs)}}."""
+        found: dict[str, dict[str, tuple[float, int]]] = {}
+        for score, ranked in (self._ranked | {BOTH: both}).items():
+            per = {c: r.auroc(success, weights) for c, r in ranked.items()}
+            pairs = sum(n for _, n in per.values())
+            total = sum(a * n for a, n in per.values() if n)
+            found[score] = per | {POOLED: (total / pairs if pairs else float("nan"), pairs)}
+        # which of the two is the better is chosen anew in every resample and draw of the null
+        pooled = (found[s][POOLED] for s in MOVED)
+        return found | {EITHER: {POOLED: max(pooled, key=lambda pair: pair[0])}}
 
     def used(self, score: str, name: str) -> np.ndarray:
         """(n,) which prompts an AUROC rests on.
@@ -187,13 +182,16 @@ def success_prediction(
         return []
     rng = np.random.default_rng(seed)
     data = _Judged.of(judged)
-    both = _both(data.where, data.success, data.groups, data.classes)
-    measured = _within(data.where, data.success, data.classes, both)
+    both = data.both(data.success)
+    measured = data.aurocs(data.success, both)
     resampled = [
-        _within(data.where[r], data.success[r], data.classes[r], both[r])
-        for r in cluster_rows(data.groups, resamples=resamples, rng=rng)
+        data.aurocs(data.success, both, weights)
+        for weights in cluster_weights(data.groups, resamples=resamples, rng=rng)
     ]
-    nulls = [data.scores(data.shuffled(rng)) for _ in range(draws)]
+    nulls = []
+    for _ in range(draws):
+        shuffled = data.shuffled(rng)
+        nulls.append(data.aurocs(shuffled, data.both(shuffled)))
     rows = []
     for score in (*SCORES, EITHER):
         for name, (value, pairs) in measured[score].items():
@@ -206,9 +204,7 @@ def success_prediction(
                         "class": name,
                         "score": score,
                         "auroc": value,
-                        "interval": percentile_interval(
-                            [r[score][name][0] for r in resampled if name in r[score]]
-                        ),
+                        "interval": percentile_interval([r[score][name][0] for r in resampled]),
                         "null_95": float(np.nanquantile([n[score][name][0] for n in nulls], 0.95)),
                         "n": len(here),
                         "successes": int(here.sum()),

@@ -32,8 +32,8 @@ FOLDS = 10
 MARGIN = 0.05
 """Accuracy beyond the permuted labels' that counts as none."""
 
-AT_ONCE = 8_000_000
-"""Permuted labels times classes that are scored at once: 64 MB each time they are held."""
+AT_ONCE = 2_000_000
+"""Permuted labels times classes that are scored at once: 16 MB each time they are held."""
 
 
 def held_out_predictions(
@@ -79,8 +79,9 @@ def separability(
         return None
     rng = np.random.default_rng(seed)
     where = np.array([(p.x, p.y) for p in points])
-    labels = np.array([names.index(p.class_name) for p in points])
-    groups = np.array([behaviours.index(p.behaviour_id) for p in points])
+    number = {name: n for n, name in enumerate(names)}
+    labels = np.array([number[p.class_name] for p in points], dtype=np.int16)
+    _, groups = np.unique([p.behaviour_id for p in points], return_inverse=True)
     folds = rng.permutation(len(behaviours))[groups] % FOLDS
     permuted = np.tile(labels, (draws, 1))
     for group in range(len(behaviours)):

@@ -16,7 +16,7 @@ from pathlib import Path
 from core.errors import AttackPlaneError
 from core.files import ANEW, read_object, write_atomically
 from core.models import ModelHandle, OpenModel
-from core.prompt import Conversation, Prompt, Renderer
+from core.prompt import Conversation, Renderer
 from core.readings import Activations, Directions, PlanePoint
 from core.records import HARMFUL, PLAIN, AttackArtifact, Behaviour, content_hash
 from core.rows import Row
@@ -24,7 +24,7 @@ from core.served import is_served
 from core.specs import short_spec
 from core.store import RunFolder, intact, sealed
 from evaluation.behaviours import DEMONSTRATION, HELD_OUT_SPLITS, counterparts, load_behaviours
-from geometry.activations import collect
+from geometry.activations import Gathering
 from geometry.directions import best_layers
 from geometry.plane import Nulls, PromptInfo, displacement_nulls, points, require_one_frame
 from pipeline.contrast_reading import rendered
@@ -181,14 +181,13 @@ class PlaneStage:
         base, layer, position = self.frame, self.layer, self.config.position
         require_one_frame(own, base, layer)
         self._begin(model)
-        renderer = Renderer(model.loaded)
-        prompts, infos = self._rendered(renderer)
+        renderer, rows = Renderer(model.loaded), Gathering(model.loaded, layers=layers)
+        infos = self._rendered(renderer, rows)
         replies = first_replies(self.run)
         verdicts = {r.artifact_id: r.jailbroken for r in replies if r.target_model == spec}
         judged = [replace(i, jailbroken=verdicts.get(i.prompt_id)) for i in infos]
-        others, wrappers = self._counterparts(renderer, infos)
-        ids = [i.prompt_id for i in infos] + [f"counterpart {n}" for n in range(len(others))]
-        activations = collect(model.loaded, [*prompts, *others], ids, layers=layers)
+        wrappers = self._counterparts(renderer, rows, infos)
+        activations = rows.activations()
         found = points(activations, judged, own, base, layer, position=position, wrappers=wrappers)
         if len(found) < 2 * len(judged):
             lacking = len(judged) - len(found) // 2
@@ -200,10 +199,12 @@ class PlaneStage:
         return PlaneReading(activations, judged, wrappers)
 
     def _counterparts(
-        self, renderer: Renderer, infos: Sequence[PromptInfo]
-    ) -> tuple[list[Prompt], dict[int, tuple[int, int]]]:
-        """The wrappers of attacks with matched harmless requests in them, and those requests."""
-        prompts: list[Prompt] = []
+        self, renderer: Renderer, rows: Gathering, infos: Sequence[PromptInfo]
+    ) -> dict[int, tuple[int, int]]:
+        """Add the wrappers of attacks with matched harmless requests in them, and those requests.
+
+        Returns prompt -> (its wrapper, that request), as numbers of rows.
+        """
         plain: dict[tuple[str, str | None], int] = {}
         wrappers: dict[int, tuple[int, int]] = {}
         by_id = {a.artifact_id: a for a in self.artifacts}
@@ -212,8 +213,7 @@ class PlaneStage:
             conversation = Conversation.of_prompt(
                 content, request=request, suffix=suffix, system=a.system_prompt
             )
-            prompts.append(renderer.render(conversation, allow_trim=True))
-            return len(infos) + len(prompts) - 1
+            return rows.add(renderer.render(conversation, allow_trim=True), "counterpart")
 
         for n, info in enumerate(infos):
             a = by_id.get(info.prompt_id)
@@ -230,15 +230,15 @@ class PlaneStage:
                 self._note(f"no counterpart of {a.attack} {a.behaviour_id}: {error}")
                 continue
             wrappers[n] = wrapped, plain[key]
-        return prompts, wrappers
+        return wrappers
 
     def _begin(self, model: ModelHandle) -> None:
         settings = {**asdict(self.config), "base": self.base, "layer": self.layer}
         settings |= {"targets": self.targets}
         self.run.begin_stage(STAGE, settings, {model.spec: model.fingerprint}, derived=True)
 
-    def _rendered(self, renderer: Renderer) -> tuple[list[Prompt], list[PromptInfo]]:
-        """Anchors and attacked prompts as one target reads them; a refused one is noted."""
+    def _rendered(self, renderer: Renderer, rows: Gathering) -> list[PromptInfo]:
+        """Add anchors and attacked prompts as one target reads them; a refused one is noted."""
         system = self.frame.settings.get("system_prompt")
         other = "note: directions and attacks have different system prompts; part of a point is"
         if any(a.system_prompt != system for a in self.artifacts):
@@ -248,20 +248,21 @@ class PlaneStage:
                 "note: directions were read without the template's own system text, attacks with "
                 "it; part of a point is that text"
             )
-        prompts = rendered(renderer, self.anchors, system)
         infos = self.infos[: len(self.anchors)]
+        for prompt, info in zip(rendered(renderer, self.anchors, system), infos, strict=True):
+            rows.add(prompt, info.prompt_id)
         for a, info in zip(self.artifacts, self.infos[len(self.anchors) :], strict=True):
             conversation = Conversation.of_prompt(
                 a.prompt, request=a.request, suffix=a.suffix, system=a.system_prompt
             )
             try:
-                prompts.append(renderer.render(conversation, allow_trim=True))
+                rows.add(renderer.render(conversation, allow_trim=True), info.prompt_id)
             except AttackPlaneError as error:
                 what = f"{a.attack} {a.behaviour_id}"
                 self._note(f"not on the plane of {renderer.loaded.spec}: {what}. {error}")
             else:
                 infos.append(info)
-        return prompts, infos
+        return infos
 
     def _note(self, text: str) -> None:
         if text not in self.result.notes:
@@ -269,9 +270,11 @@ class PlaneStage:
 
     def write(self, models: Sequence[ModelHandle]) -> None:
         """Export and draw what was read."""
-        folder = self.run.path
+        folder, made_from = self.run.path, self.made_from(models)
         (folder / NOTE).unlink(missing_ok=True)  # until all files are there, there is no plane
+        self.artifacts, self.infos = [], []  # of 100,000 prompts they are 300 MB
         files = export(self.points, folder, self.nulls)
+        self.points = []
         trajectories = write_rows(folder / TRAJECTORIES, self.trajectories)
         files += [plane_png.draw(folder), plane_html.draw(folder)]
         (folder / trajectories_png.NAME).unlink(missing_ok=True)
@@ -279,7 +282,7 @@ class PlaneStage:
             files += [trajectories, trajectories_png.draw(folder)]
         self.result.files = files
         note = {
-            "made_from": self.made_from(models),
+            "made_from": made_from,
             "files": {file.name: _hash_of(file) for file in files},
             "notes": self.result.notes,
         }

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FRAMES = ("base", "own")
+ARROWS = 200
+"""Of more points no thin arrows are drawn: they would hide the points."""
 CROWDED = 8
 """With more classes than this, points are small and pale and each centroid is drawn with its
 marker."""
@@ -128,18 +130,26 @@ def _panel(
     panel.axhline(0, color="#dddddd", linewidth=0.8, zorder=0)
     panel.axvline(0, color="#dddddd", linewidth=0.8, zorder=0)
     crowded = len(names) > CROWDED
+    look: dict[tuple[str, bool | None], list[Row]] = {}
     for row in rows:
-        name = row["class_name"]
+        look.setdefault((row["class_name"], row["jailbroken"]), []).append(row)
+    for (name, jailbroken), here in look.items():
         colour, marker = style[name]
-        if row["kind"] == "anchor":
-            panel.plot(row["x"], row["y"], marker, color=colour, alpha=0.55, markersize=5, zorder=1)
+        where = [r["x"] for r in here], [r["y"] for r in here]
+        if here[0]["kind"] == "anchor":
+            faint: Row = {"linestyle": "", "alpha": 0.55, "markersize": 5, "zorder": 1}
+            panel.plot(*where, marker=marker, color=colour, **faint)
             continue
-        if name == names[0] and not crowded and row["plain_x"] is not None:
-            _arrow(panel, (row["plain_x"], row["plain_y"]), (row["x"], row["y"]), colour, 0.7, 0.45)
+        for row in here if name == names[0] and not crowded and len(here) <= ARROWS else ():
+            if (start := row["plain_x"]) is not None:
+                ends = (start, row["plain_y"]), (row["x"], row["y"])
+                _arrow(panel, *ends, colour, 0.7, 0.45)
         panel.plot(
-            *(row["x"], row["y"], marker),
+            *where,
+            linestyle="",
+            marker=marker,
             markeredgecolor=colour,
-            markerfacecolor={True: colour, False: "white", None: NOT_JUDGED}[row["jailbroken"]],
+            markerfacecolor={True: colour, False: "white", None: NOT_JUDGED}[jailbroken],
             alpha=0.45 if crowded else 0.95,
             markersize=4 if crowded else 6.5,
             zorder=3,
