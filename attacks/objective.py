@@ -210,9 +210,9 @@ class TargetLoss:
     @torch.no_grad()
     def rough_losses(self, suffixes: Tensor) -> Tensor:
         """(candidate,) losses by a rough pass over likely tokens; exact where there is none."""
-        if self.path != "packed" or not self.scorer.can_be_rough(list(suffixes)):
+        if self.path != "packed" or not self.scorer.can_be_rough:
             return self.losses(suffixes)
-        return self.scorer.bounds(self.scorer.rough_hidden(suffixes), rough=True)
+        return self.scorer.bounds(self.scorer.hidden(list(suffixes), rough=True), rough=True)
 
     @torch.no_grad()
     def best(self, suffixes: Tensor) -> tuple[int, float]:

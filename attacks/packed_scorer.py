@@ -4,9 +4,8 @@ Keys and values of what stands before the suffix, and of the current suffix, are
 that first differs from the current suffix at position p is fed from p on; many candidates go
 through the model in one flat batch.
 
-A *rough* pass computes less. It runs on a copy of the model with coarser products. And it feeds
-only the tokens whose states change most: those that differ from the current suffix, the next few,
-and the ones that predict the target. All other states are taken to be the current suffix's.
+A *rough* pass runs on a copy of the model with coarser products. It takes the exact keys and values
+of what candidates share, so that the copy never runs the current suffix itself.
 
 The *bound* of a candidate is its loss with logits over a few likely tokens (and the target) in
 place of the whole vocabulary: log sum_S exp - logit_target never exceeds a token's NLL. The likely
@@ -15,7 +14,7 @@ tokens are the top of the current suffix's distributions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,8 +30,6 @@ LIKELY = 1024
 """Tokens per target position that the lower bound looks at,"""
 LIKELY_SHARE = 4
 """but over all positions at most this part of the vocabulary, so that the bound stays cheap."""
-NEXT = 2
-"""Tokens after one that differs which a rough pass feeds too (docs/lab-log.md)."""
 HEAD_BATCH = 16
 """Candidates whose logits over the whole vocabulary are held at once."""
 GROUP_BLOCK = 4
@@ -101,6 +98,11 @@ class PackedScorer:
         return None
 
     @property
+    def can_be_rough(self) -> bool:
+        """Whether there is a copy, and a current suffix whose likely tokens are known."""
+        return self._copy is not None and self._likely is not None
+
+    @property
     def likely_tokens(self) -> int:
         """How many tokens a bound looks at; 0 before the first ``logits_of_current``."""
         return 0 if self._likely is None else len(self._likely)
@@ -113,9 +115,9 @@ class PackedScorer:
         self._current = suffix[:0]  # until the pass is through, nothing may share half of it
         fed = torch.cat([leaf, self._embed(self.rest)])
         shared = len(self.before)
+        keep = shared + len(suffix)
         self.fed += len(fed)
-        group = Group(shared, len(fed), 1)
-        hidden = self._packed.hidden(fed, [group], keep=shared + len(fed))
+        hidden = self._packed.hidden(fed, [Group(shared, len(fed), 1)], keep=keep)
         logits = self._head.logits(hidden[-len(self.target) :])
         self._current = suffix
         each = max(1, min(LIKELY, logits.shape[1] // LIKELY_SHARE // len(self.target)))
@@ -132,80 +134,34 @@ class PackedScorer:
             0, (len(fed), -1)
         )
 
-    def hidden(self, suffixes: Sequence[Tensor]) -> Tensor:
+    def hidden(self, suffixes: Sequence[Tensor], *, rough: bool = False) -> Tensor:
         """Candidates of any lengths -> (candidate, T, d_model) states that predict the target."""
         block = 1 if self.loaded.device.type == "cpu" else GROUP_BLOCK
+        decoder, two = self._rough if rough else self._packed, self.loaded.side_by_side
         suffixes, current = [s.cpu() for s in suffixes], self._current.cpu()
         shared = torch.tensor([shared_length(current, s) // block * block for s in suffixes])
         lengths = torch.tensor([len(s) for s in suffixes]) - shared + len(self.rest)
+        self.fed += int(lengths.sum())
         order = (shared * (int(lengths.max()) + 1) + lengths).argsort(stable=True)
-        rest = self.rest.cpu()
+        rest, count = self.rest.cpu(), len(self.target)
 
-        def fed_by(part: Tensor) -> tuple[Tensor, list[Group]]:
-            rows = torch.stack([shared[part], lengths[part]], 1)
+        def batch_of(part: Sequence[int]) -> tuple[Tensor, list[Group], Tensor]:
+            """Embeddings, groups and predicting positions of some candidates, in ``order``."""
+            rows = torch.stack([shared[torch.tensor(part)], lengths[torch.tensor(part)]], 1)
             groups = [
                 Group(len(self.before) + int(start), int(length), int(number))
                 for (start, length), number in zip(
                     *rows.unique(dim=0, return_counts=True), strict=True
                 )
             ]
-            pieces = [piece for i in part.tolist() for piece in (suffixes[i][shared[i] :], rest)]
-            return torch.cat(pieces), groups
+            pieces = [piece for i in part for piece in (suffixes[i][shared[i] :], rest)]
+            ends = torch.cumsum(rows[:, 1], 0)
+            predicting = ends[:, None] + torch.arange(-count, 0)
+            device = self.loaded.device
+            return self._embed(torch.cat(pieces).to(device)), groups, predicting.to(device)
 
-        return self._predicting(self._packed, order, fed_by)
-
-    def can_be_rough(self, suffixes: Sequence[Tensor]) -> bool:
-        """Whether there is a copy, and a current suffix that all of these could have come from."""
-        length = len(self._current)
-        return self._copy is not None and length > 0 and all(len(s) == length for s in suffixes)
-
-    def rough_hidden(self, suffixes: Tensor) -> Tensor:
-        """(candidate, suffix length) -> (candidate, T, d_model) states of a rough pass."""
-        suffixes, before, count = suffixes.cpu(), len(self.before), len(self.target)
-        rest = self.rest.cpu()
-        whole = torch.cat([suffixes, rest.expand(len(suffixes), -1)], 1)
-        differs = whole != torch.cat([self._current.cpu(), rest])
-        fed = differs.clone()
-        for step in range(1, min(NEXT, whole.shape[1] - 1) + 1):
-            fed[:, step:] |= differs[:, :-step]
-        fed[:, -count:] = True
-        shared, lengths = before + whole.shape[1] - count, fed.sum(1)
-
-        def fed_by(part: Tensor) -> tuple[Tensor, list[Group]]:
-            groups = []
-            for length in lengths[part].unique():
-                rows = fed[part[lengths[part] == length]]
-                at = before + rows.nonzero()[:, 1].view(len(rows), -1)
-                groups.append(Group(shared, int(length), len(rows), at))
-            return whole[part][fed[part]], groups
-
-        return self._predicting(self._rough, lengths.argsort(stable=True), fed_by)
-
-    def _predicting(
-        self,
-        decoder: PackedDecoder,
-        order: Tensor,
-        fed_by: Callable[[Tensor], tuple[Tensor, list[Group]]],
-    ) -> Tensor:
-        """(candidate, T, d_model) states that predict the target, batch after batch.
-
-        Args:
-            order: the candidates so that those of one group follow one another.
-            fed_by: some of them in that order -> ids that they feed, row after row, and groups.
-        """
-        count, device = len(self.target), self.loaded.device
-
-        def batch_of(part: Tensor) -> tuple[Tensor, list[Group], Tensor]:
-            """Embeddings, groups and predicting positions."""
-            ids, groups = fed_by(part)
-            self.fed += len(ids)
-            lengths = torch.cat([torch.full((g.count,), g.length) for g in groups])
-            predicting = lengths.cumsum(0)[:, None] + torch.arange(-count, 0)
-            return self._embed(ids.to(device)), groups, predicting.to(device)
-
-        def score(numbers: Sequence[int]) -> Tensor:
-            part = torch.tensor(numbers)
-            if not self.loaded.side_by_side or len(part) < 2:
+        def score(part: Sequence[int]) -> Tensor:
+            if not two or len(part) < 2:
                 embeddings, groups, predicting = batch_of(part)
                 return decoder.hidden(embeddings, groups)[predicting]
             halves = [batch_of(part[start::2]) for start in (0, 1)]
@@ -216,7 +172,7 @@ class PackedScorer:
             return whole
 
         states = torch.cat(list(self.batch.over(order.tolist(), score)))
-        return states[order.argsort().to(device)]
+        return states[order.argsort().to(self.loaded.device)]
 
     def losses(self, hidden: Tensor) -> Tensor:
         """(candidate, T, d_model) -> (candidate,) losses by the whole head, float32 on the CPU."""

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from attacks.packed_scorer import NEXT
 from attacks.protocols import SuffixLoss
 from core.embedded import cache_folder
 from core.errors import AttackPlaneError
@@ -85,7 +84,7 @@ def gains(objective: TargetLoss, initial: Tensor) -> bool:
     """
     loaded = objective.loaded
     machine = [platform.node(), torch.backends.cpu.get_cpu_capability(), str(loaded.device)]
-    about = [loaded.fingerprint, NEXT, *machine, torch.get_num_threads(), torch.__version__]
+    about = [loaded.fingerprint, *machine, torch.get_num_threads(), torch.__version__]
     path = cache_folder() / "screening" / f"{content_hash(about)}.json"
     try:
         return bool(read_object(path, "a measured speed")["gains"])

@@ -45,16 +45,11 @@ def attentions() -> Any:
 
 @dataclass(frozen=True)
 class Group:
-    """``count`` rows that each feed ``length`` tokens after ``shared`` shared ones.
-
-    ``at`` is None, or (count, length): the positions of the fed tokens, ascending in a row. Those
-    below ``shared`` stand in the place of shared tokens.
-    """
+    """``count`` rows that each feed ``length`` tokens after ``shared`` shared ones."""
 
     shared: int
     length: int
     count: int
-    at: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -158,31 +153,24 @@ class PackedDecoder:
             torch.set_num_threads(threads)
 
     def _run(self, embeddings: Tensor, groups: Sequence[Group], keep: int, leading: bool) -> Tensor:
-        positions = torch.cat([self._positions(g).expand(g.count, -1).flatten() for g in groups])
+        positions = torch.cat([self._positions(g).repeat(g.count) for g in groups])
         positions = positions.to(embeddings.device)
         self._now.groups, self._now.keep, self._now.leading = groups, keep, leading
-        self._now.masks = {}
         output = self.loaded.decoder(
             inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False
         )
         return output.last_hidden_state[0]
 
     def _positions(self, group: Group) -> Tensor:
-        """(1 or count, length) the positions of each row's fed tokens."""
-        if group.at is not None:
-            return group.at
-        return torch.arange(group.shared, group.shared + group.length)[None]
+        """(length,) the positions of one row's fed tokens."""
+        return torch.arange(group.shared, group.shared + group.length)
 
     def _visible(self, group: Group, window: int | None) -> Tensor:
-        """(1 or count, length, shared + length) which tokens each fed token of a row sees."""
+        """(length, shared + length) which tokens each fed token of one row sees."""
         fed = self._positions(group)
-        shared = torch.arange(group.shared).expand(len(fed), -1)
-        distance = fed[:, :, None] - torch.cat([shared, fed], 1)[:, None]
-        visible = (distance >= 0) & (distance < (window or group.shared + group.length))
-        if group.at is not None:  # no token sees a shared one that another stands in place of
-            replaced = (fed[:, :, None] == shared[:, None]).any(1)
-            visible[:, :, : group.shared] &= ~replaced[:, None]
-        return visible
+        seen = torch.cat([torch.arange(group.shared), fed])
+        distance = fed[:, None] - seen
+        return (distance >= 0) & (distance < (window or len(seen)))
 
     @contextmanager
     def _installed(self) -> Iterator[None]:
@@ -251,16 +239,13 @@ class PackedDecoder:
         return attentions()[self._original]
 
     def _mask(self, group: Group, window: int | None, fold: int, like: Tensor) -> Tensor:
-        """(1 or count, 1, fold x length, shared + length): 0 where a fed token sees a token, -inf
-        where it does not."""
-        key: Any = (group.shared, group.length, window, fold, like.dtype, like.device)
-        masks = self._masks
-        if group.at is not None:  # positions are of one pass: its layers share the mask
-            key, masks = (id(group), key), self._now.masks
-        if key not in masks:
-            if len(masks) >= MASKS:  # lengths that vary would fill the memory
-                masks.clear()
+        """(1, 1, fold x length, shared + length): 0 where a fed token sees a token, -inf where it
+        does not."""
+        key = (group.shared, group.length, window, fold, like.dtype, like.device)
+        if key not in self._masks:
+            if len(self._masks) >= MASKS:  # lengths that vary would fill the memory
+                self._masks.clear()
             visible = self._visible(group, window).to(like.device)
             mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
-            masks[key] = mask.masked_fill(~visible, float("-inf")).repeat(1, fold, 1)[:, None]
-        return masks[key]
+            self._masks[key] = mask.masked_fill(~visible, float("-inf")).repeat(fold, 1)[None, None]
+        return self._masks[key]

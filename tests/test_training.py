@@ -28,7 +28,7 @@ from evaluation.usability import request_hash
 from pipeline.train import train_arm
 from tests.arms import TRAINED, behaviours_file, config_of
 from training import data
-from training.adapter import adapted_layers
+from training.adapter import Adapted, Dropout, adapted_layers
 from training.config import TrainConfig, differences
 from training.devices import Devices
 from training.examples import Order, make_example
@@ -864,3 +864,27 @@ def test_a_training_that_is_killed_again_and_again_ends_in_the_same_bits(
             assert one.read_bytes() == other.read_bytes()
     tables = [(tmp_path / out / "losses.csv").read_text() for out in ("whole", "killed")]
     assert tables[0] == tables[1]
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    dropout, ones = Dropout(0.05), torch.ones(3, 100_001, requires_grad=True)
+    torch.manual_seed(0)
+    out = dropout(ones)
+    rate = float((out == 0).float().mean())
+    assert abs(rate - 0.05) < 4 * (0.05 * 0.95 / ones.numel()) ** 0.5
+    assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.95])
+    out.sum().backward()
+    assert torch.equal(ones.grad, out.detach())
+    torch.manual_seed(0)
+    assert torch.equal(dropout(ones), out)  # by the seed alone
+    assert not torch.equal(dropout(ones), out)
+    neighbours = torch.stack([(out == 0)[:, :-1], (out == 0)[:, 1:]]).flatten(1).float()
+    assert abs(float(torch.corrcoef(neighbours)[0, 1])) < 0.01  # pieces of one word are apart
+    assert dropout.eval()(ones) is ones
+
+
+def test_an_adapter_drops_out_by_it(tiny_folders):
+    base = load(str(tiny_folders["llama"]), "cpu")
+    config = dataclasses.replace(TrainConfig(), lora_dropout=0.25, lora_rank=2)
+    found = [m for m in Adapted(base, config).tuned.modules() if isinstance(m, torch.nn.Dropout)]
+    assert [type(m) for m in found if m.p == 0.25] == [Dropout] * 12  # 3 blocks, q k v o

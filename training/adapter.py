@@ -52,6 +52,22 @@ def adapted_layers(
     return layers
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose mask costs less on a CPU: each random word of 64 bits decides on four entries.
+
+    torch draws a number for every entry, on one core: a sixth of a training's time. The rate is
+    rounded to 2^-16.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not self.p or input.device.type != "cpu":
+            return super().forward(input)
+        words = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        pieces = words.view(torch.int16)[: input.numel()].view(input.shape)
+        kept = pieces >= round(self.p * 2**16) - 2**15
+        return input * kept.to(input.dtype).mul_(1 / (1 - self.p))
+
+
 class Adapted:
     """A base with a fresh adapter.
 
@@ -75,6 +91,9 @@ class Adapted:
             task_type="CAUSAL_LM",
         )
         self.tuned: Any = get_peft_model(base.model, lora)
+        for name, module in self.tuned.named_modules():
+            if type(module) is nn.Dropout and "lora_dropout" in name:
+                module.__class__ = Dropout
 
     @property
     def parameters(self) -> list[Tensor]:
