@@ -73,8 +73,8 @@ def choose(
     """
     if draft is not None:
         draft.share(suffix)
-        candidates = probe_sampled(objective, draft, candidates, generator)
-    if draft is None and screening is not None:
+        candidates, screening = probe_sampled(objective, draft, candidates, generator), None
+    if screening is not None:
         lowest = screening.lowest(objective, candidates, max(1, merge))
         if not merge:
             winner, loss = lowest[0]

@@ -291,6 +291,9 @@ def draw(rows: list[Row], path: Path) -> None:
 @click.option("--behaviours", "count", type=click.IntRange(0), default=2)
 @click.option("--seeds", type=click.IntRange(1), default=5)
 @click.option("--seconds", type=float, default=120.0, help="Of each search.")
+@click.option(
+    "--ours", "seconds_of_ours", type=float, help="Of each search of ours [default: --seconds]."
+)
 @click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True)
 @click.option("--report", "only_report", is_flag=True, help="Print tables of what is there.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw the curves here.")
@@ -301,6 +304,7 @@ def main(
     count: int,
     seeds: int,
     seconds: float,
+    seconds_of_ours: float | None,
     methods: tuple[str, ...],
     only_report: bool,
     picture: Path | None,
@@ -318,18 +322,20 @@ def main(
             trial = TargetLoss(loaded, slot, rough=rough)
             rough = rough if gains(trial, torch.tensor(slot.initial_ids)) else None
         done = {(r["method"], r["task"], r["seed"]) for r in rows}
-        about = {"model": model, "seconds": seconds, "device": device_name(loaded.device)}
+        about = {"model": model, "device": device_name(loaded.device)}
         for seed, (number, problem) in product(range(seeds), enumerate(tasks)):
             chosen = list(methods or METHODS)
             turn = (seed + number) % len(chosen)
             for method in chosen[turn:] + chosen[:turn]:
                 if (method, problem.name, seed) in done:
                     continue
-                run = (problem, method, seed, seconds)
                 nano = method.startswith(NANO)
+                allowed = seconds if nano else seconds_of_ours or seconds
+                run = (problem, method, seed, allowed)
                 found = published(loaded, *run) if nano else search(loaded, rough, *run)
                 cell = {"method": method, "task": problem.name, "seed": seed}
-                rows.append(about | cell | {"screened": rough is not None} | found)
+                cell |= {"seconds": allowed, "screened": rough is not None}
+                rows.append(about | cell | found)
                 with open(out, "a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
                 told = f"{len(found['times'])} steps, loss {found['losses'][-1]:.3f}"
