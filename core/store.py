@@ -190,18 +190,22 @@ class RunFolder:
         Raises:
             AttackPlaneError: a row that is none (its line is named), or two rows of one id.
         """
-        lines: dict[str, int] = {}
+        seen: set[int] = set()  # hashes, since a million ids take twice the memory
         for line, row in self.each_row(name):
             where = f"{self.path / name}, line {line}"
             record = cls.from_row(row, where)
-            before = lines.setdefault(id_of(record), line)
-            if before != line:
-                raise AttackPlaneError(
-                    f"the same id as line {before}",
-                    where=where,
-                    got=id_of(record),
-                    remedy="remove one of the two lines",
-                )
+            own = id_of(record)
+            if hash(own) in seen:
+                earlier = ((n, id_of(cls.from_row(r, where))) for n, r in self.each_row(name))
+                before = next(n for n, found in earlier if n == line or found == own)
+                if before < line:
+                    raise AttackPlaneError(
+                        f"the same id as line {before}",
+                        where=where,
+                        got=own,
+                        remedy="remove one of the two lines",
+                    )
+            seen.add(hash(own))
             yield record
 
     def each_id(self, name: str, key: str) -> Iterator[str]:

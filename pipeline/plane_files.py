@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,14 @@ def csv_lines(rows: Iterable[Row]) -> Iterator[str]:
         text.truncate()
 
 
-def as_parquet(columns: Mapping[str, Sequence[Any]]) -> bytes:
+def as_parquet(columns: Mapping[str, Iterable[Any]]) -> bytes:
+    """A table of these columns, which are read one after another."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pydict(dict(columns)), buffer)
+    table = pa.table({name: pa.array(list(values)) for name, values in columns.items()})
+    pq.write_table(table, buffer)
     return buffer.getvalue()
 
 
@@ -60,7 +63,7 @@ def export(points: Sequence[PlanePoint], folder: Path, nulls: Nulls | None = Non
     names = [f.name for f in fields(PlanePoint)]
     panels = by_panel(points)
     write_atomically(folder / "plane.csv", csv_lines(p.to_row() for p in points))
-    columns = {name: [getattr(p, name) for p in points] for name in names}
+    columns = {name: map(attrgetter(name), points) for name in names}
     write_atomically(folder / "plane.parquet", as_parquet(columns))
     return [
         folder / "plane.csv",

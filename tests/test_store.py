@@ -219,3 +219,20 @@ def test_a_file_that_the_user_names_replaces_nothing_and_stays_out_of_the_run(tm
     assert there.read_text() == "mine" and not list(run.iterdir())
     write_new(there, "x", apart_from=run, force=True)
     assert there.read_text() == "x"
+
+
+@pytest.mark.parametrize("collide", [False, True])
+def test_two_rows_of_one_id_are_refused_and_ids_whose_hashes_are_equal_are_not(
+    tmp_path, monkeypatch, collide
+):
+    if collide:
+        monkeypatch.setattr("core.store.hash", lambda text: 7, raising=False)
+    rows = [Behaviour(f"b{n}", f"Bake {n}", None, "", "harmful", "x").to_row() for n in range(4)]
+    with RunFolder(tmp_path / "run") as run:
+        for row in rows:
+            run.append("rows.jsonl", row)
+        found = run.records("rows.jsonl", Behaviour, lambda b: b.behaviour_id)
+        assert [b.behaviour_id for b in found] == ["b0", "b1", "b2", "b3"]
+        run.append("rows.jsonl", rows[1] | {"request": "Brew"})
+        with pytest.raises(AttackPlaneError, match=r"(?s)the same id as line 2.*line 5.*b1"):
+            run.records("rows.jsonl", Behaviour, lambda b: b.behaviour_id)
