@@ -99,13 +99,19 @@ class TargetLoss:
         if self.path == "packed" and (fault := self._fault_of_packing()):
             log.warning("%s: no packed scoring (%s)", self.loaded.spec, fault)
             self.path = "cached"
+        if self.path == "packed":
+            self.scorer.start_rough(torch.cat([self.before, self._initial]))
         if self.path == "cached":
             self.prefix = SharedPrefix(self.loaded, self.before)
             if not self.prefix.usable:
                 self.path = "plain"
 
     def weights_changed(self) -> None:
-        """Compute anew what is kept of the model: prefix, current suffix, embedding table."""
+        """Compute anew what is kept of the model: prefix, current suffix, embedding table.
+
+        A rough copy is of the weights before: from here on rough losses are exact.
+        """
+        self.scorer.rough = None
         self.loaded.weights_changed()
         self._begin()
 

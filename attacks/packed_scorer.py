@@ -52,7 +52,8 @@ class PackedScorer:
         target: (T,) ids.
         batch: candidates that go through the model at once.
         mellowmax: see ``target_nll``.
-        rough: the copy of the model that rough passes run on; None: there are none.
+        rough: the copy of the model that rough passes run on; None: there are none. It is only as
+            good as the weights that it was made of.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class PackedScorer:
         rough: LoadedModel | None = None,
     ) -> None:
         self.loaded, self.before, self.rest, self.target = loaded, before, rest, target
-        self.batch, self._mellowmax, self._copy = batch, mellowmax, rough
+        self.batch, self._mellowmax, self.rough = batch, mellowmax, rough
         self._embed = loaded.model.get_input_embeddings()
         self.fed = 0
         """Tokens that went through the model."""
@@ -87,9 +88,6 @@ class PackedScorer:
         if not keeps_keys_and_values_only(self.loaded):
             return "it keeps more than keys and values"
         self._packed = PackedDecoder(self.loaded)
-        if self._copy:
-            self._rough_head = share_head(self.loaded, self._copy, probe)
-            self._rough = PackedDecoder(self._copy, self._packed)
         if len(self.before):
             self.fed += len(self.before)
             with torch.no_grad():
@@ -97,10 +95,16 @@ class PackedScorer:
                 self._packed.hidden(self._embed(self.before), [group], keep=group.length)
         return None
 
+    def start_rough(self, probe: Tensor) -> None:
+        """Make the copy, if there is one, go on from what the model keeps; after ``start``."""
+        if self.rough:
+            self._rough_head = share_head(self.loaded, self.rough, probe)
+            self._rough_packed = PackedDecoder(self.rough, self._packed)
+
     @property
     def can_be_rough(self) -> bool:
         """Whether there is a copy, and a current suffix whose likely tokens are known."""
-        return self._copy is not None and self._likely is not None
+        return self.rough is not None and self._likely is not None
 
     @property
     def likely_tokens(self) -> int:
@@ -137,7 +141,7 @@ class PackedScorer:
     def hidden(self, suffixes: Sequence[Tensor], *, rough: bool = False) -> Tensor:
         """Candidates of any lengths -> (candidate, T, d_model) states that predict the target."""
         block = 1 if self.loaded.device.type == "cpu" else GROUP_BLOCK
-        decoder, two = self._rough if rough else self._packed, self.loaded.side_by_side
+        decoder, two = self._rough_packed if rough else self._packed, self.loaded.side_by_side
         suffixes, current = [s.cpu() for s in suffixes], self._current.cpu()
         shared = torch.tensor([shared_length(current, s) // block * block for s in suffixes])
         lengths = torch.tensor([len(s) for s in suffixes]) - shared + len(self.rest)

@@ -8,13 +8,15 @@ Usage:
 
 Tasks are random targets of ten tokens behind a suffix of fifteen, where nothing harmful is asked
 (as in Claudini, arXiv 2603.24511), and built-in behaviours. Each method searches each task with
-each seed for so many seconds, one after the other, in turn. Noted are time, operations (2 a
+each seed for so many seconds (``--seconds``; ours for less with ``--ours``, where only the time to
+the reference is asked), one after the other, in turn. Noted are time, operations (2 a
 parameter and token forward, 4 backward; nanogcg's from what it feeds) and best loss after every
 step.
 
     time to the reference   seconds until the best loss is what nanogcg has after its whole time;
                             geometric mean over tasks and seeds, a run that never gets there counts
-                            with its whole time (so it is a lower bound, and said)
+                            with the reference's whole time, if that is longer than its own (so it
+                            is a lower bound, and said)
     loss at equal time      best loss at the shortest whole time of all
     loss at equal work      best loss at the fewest operations that all methods reach
 
@@ -238,7 +240,8 @@ def report(rows: list[Row], seconds: float) -> str:
                 if base is not None:
                     wait = reached(row, base["losses"][-1])
                     late += wait is None
-                    found.append(row["times"][-1] if wait is None else wait)
+                    whole = max(row["times"][-1], base["times"][-1])
+                    found.append(whole if wait is None else wait)
             if found:
                 waits.append(found)
         cells = [method, str(len(flat)), f"{mean([len(r['times']) for r in flat]):.0f}"]
@@ -330,7 +333,7 @@ def main(
                 if (method, problem.name, seed) in done:
                     continue
                 nano = method.startswith(NANO)
-                allowed = seconds if nano else seconds_of_ours or seconds
+                allowed = seconds if nano or seconds_of_ours is None else seconds_of_ours
                 run = (problem, method, seed, allowed)
                 found = published(loaded, *run) if nano else search(loaded, rough, *run)
                 cell = {"method": method, "task": problem.name, "seed": seed}

@@ -198,13 +198,15 @@ class PackedDecoder:
         own = self._own_attention(module)
         fold = query.shape[1] // key.shape[1] if own is grouped_sdpa else 1
         dtype = value.dtype
-        if query.dtype != dtype or key.dtype != dtype:  # where rotary leaves two types
+        parts, first = [], 0
+        keeper = self._keeper.get(module, module)
+        known = self._known.get(keeper)
+        types = {x.dtype for x in (query, key, value, *(known or ()))}
+        if len(types) > 1:  # where rotary leaves two, or what is known is of a finer model
             # under a mask the CPU's bfloat16 attention is four times as slow as the float32 one
             one = torch.float32 if query.device.type == "cpu" else dtype
             query, key, value = query.to(one), key.to(one), value.to(one)
-        parts, first = [], 0
-        keeper = self._keeper[module]
-        known = self._known.get(keeper)
+            known = known and (known[0].to(one), known[1].to(one))
         with torch.autocast(query.device.type, enabled=False):
             for group in self._now.groups:
                 rows = slice(first, first + group.tokens)

@@ -5,8 +5,10 @@ a convention of their own (``geometry/contrasts.py``), since resampling biases t
 
     bootstrap_mean        interval of a mean
     cluster_rows          rows of a bootstrap sample of clusters, for any other statistic
+    cluster_weights       the same as how often each row is in the sample
     wilson                score interval of a proportion
     auroc                 probability that a positive scores above a negative (Mann-Whitney U / nm)
+    Ranked                the same of many resamples of scores that are sorted once
     spearman              rank correlation
     permutation_p         p-value of a statistic among its permuted values
 """
@@ -149,7 +151,7 @@ class Ranked:
 
 
 def auroc_by_ranks(scores: Numbers, positive: NDArray[np.bool_]) -> float:
-    """``auroc`` of (n,) scores, n log n; NaN without both positives and negatives."""
+    """``auroc`` of the finite ones of (n,) scores; NaN without both positives and negatives."""
     return Ranked(np.asarray(scores, dtype=np.float64)).auroc(positive)[0]
 
 

@@ -336,8 +336,13 @@ class Gathering:
         """
         if self._waiting or not self._parts:
             self._read()
-        return replace(
-            self._parts[0],
-            resid=torch.cat([part.resid for part in self._parts]),
-            prompt_ids=tuple(name for part in self._parts for name in part.prompt_ids),
-        )
+        if len(self._parts) > 1:  # one tensor for all, which each part leaves as it comes in
+            first = self._parts[0]
+            resid = torch.empty(self._count, *first.resid.shape[1:])
+            names: list[str] = []
+            while self._parts:
+                part = self._parts.pop(0)
+                resid[len(names) : len(names) + len(part.resid)] = part.resid
+                names += part.prompt_ids
+            self._parts = [replace(first, resid=resid, prompt_ids=tuple(names))]
+        return self._parts[0]

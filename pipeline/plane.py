@@ -16,7 +16,7 @@ from pathlib import Path
 from core.errors import AttackPlaneError
 from core.files import ANEW, read_object, write_atomically
 from core.models import ModelHandle, OpenModel
-from core.prompt import Conversation, Renderer
+from core.prompt import Conversation, Prompt, Renderer
 from core.readings import Activations, Directions, PlanePoint
 from core.records import HARMFUL, PLAIN, AttackArtifact, Behaviour, content_hash
 from core.rows import Row
@@ -209,11 +209,11 @@ class PlaneStage:
         wrappers: dict[int, tuple[int, int]] = {}
         by_id = {a.artifact_id: a for a in self.artifacts}
 
-        def add(content: str, request: str, a: AttackArtifact, suffix: str | None) -> int:
+        def prompt_of(content: str, request: str, a: AttackArtifact, suffix: str | None) -> Prompt:
             conversation = Conversation.of_prompt(
                 content, request=request, suffix=suffix, system=a.system_prompt
             )
-            return rows.add(renderer.render(conversation, allow_trim=True), "counterpart")
+            return renderer.render(conversation, allow_trim=True)
 
         for n, info in enumerate(infos):
             a = by_id.get(info.prompt_id)
@@ -221,15 +221,17 @@ class PlaneStage:
             content = a.with_request(other.request) if a and other else None
             if not (a and other and content) or info.attack == PLAIN:
                 continue
+            key = other.request, a.system_prompt
             try:
-                wrapped = add(content, other.request, a, a.suffix)
-                key = other.request, a.system_prompt
-                if key not in plain:
-                    plain[key] = add(other.request, other.request, a, None)
+                wrapped = prompt_of(content, other.request, a, a.suffix)
+                bare = None if key in plain else prompt_of(other.request, other.request, a, None)
             except AttackPlaneError as error:
                 self._note(f"no counterpart of {a.attack} {a.behaviour_id}: {error}")
                 continue
-            wrappers[n] = wrapped, plain[key]
+            row = rows.add(wrapped, "counterpart")
+            if bare:
+                plain[key] = rows.add(bare, "counterpart")
+            wrappers[n] = row, plain[key]
         return wrappers
 
     def _begin(self, model: ModelHandle) -> None:
@@ -256,11 +258,12 @@ class PlaneStage:
                 a.prompt, request=a.request, suffix=a.suffix, system=a.system_prompt
             )
             try:
-                rows.add(renderer.render(conversation, allow_trim=True), info.prompt_id)
+                prompt = renderer.render(conversation, allow_trim=True)
             except AttackPlaneError as error:
                 what = f"{a.attack} {a.behaviour_id}"
                 self._note(f"not on the plane of {renderer.loaded.spec}: {what}. {error}")
             else:
+                rows.add(prompt, info.prompt_id)
                 infos.append(info)
         return infos
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ from pipeline.runs import write_rows
 SEPARABILITY = "plane_separability.jsonl"
 SUCCESS = "plane_success.jsonl"
 DISTANCES = "plane_distances.jsonl"
+PARQUET_ROWS = 50_000
+"""Rows of a group in a Parquet file."""
 
 
 def by_panel(points: Sequence[PlanePoint]) -> list[list[PlanePoint]]:
@@ -47,14 +48,23 @@ def csv_lines(rows: Iterable[Row]) -> Iterator[str]:
         text.truncate()
 
 
-def as_parquet(columns: Mapping[str, Iterable[Any]]) -> bytes:
-    """A table of these columns, which are read one after another."""
+def as_parquet(
+    names: Sequence[str], rows: Sequence[Any], value: Callable[[Any, str], Any]
+) -> bytes:
+    """A table of ``value(row, name)``. Columns are made a part of the rows at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    def column(part: Sequence[Any], name: str) -> list[Any]:
+        return [value(row, name) for row in part]
+
+    schema = pa.schema([(name, pa.infer_type(column(rows, name))) for name in names])
     buffer = io.BytesIO()
-    table = pa.table({name: pa.array(list(values)) for name, values in columns.items()})
-    pq.write_table(table, buffer)
+    with pq.ParquetWriter(buffer, schema) as writer:
+        for start in range(0, max(1, len(rows)), PARQUET_ROWS):
+            part = rows[start : start + PARQUET_ROWS]
+            columns = [pa.array(column(part, f.name), f.type) for f in schema]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
     return buffer.getvalue()
 
 
@@ -63,8 +73,7 @@ def export(points: Sequence[PlanePoint], folder: Path, nulls: Nulls | None = Non
     names = [f.name for f in fields(PlanePoint)]
     panels = by_panel(points)
     write_atomically(folder / "plane.csv", csv_lines(p.to_row() for p in points))
-    columns = {name: map(attrgetter(name), points) for name in names}
-    write_atomically(folder / "plane.parquet", as_parquet(columns))
+    write_atomically(folder / "plane.parquet", as_parquet(names, points, getattr))
     return [
         folder / "plane.csv",
         write_rows(folder / PLANE, (p.to_row() for p in points)),

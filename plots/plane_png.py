@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 FRAMES = ("base", "own")
 ARROWS = 200
-"""Of more points no thin arrows are drawn: they would hide the points."""
+"""Of a class with more points no thin arrows are drawn: they would hide the points."""
 CROWDED = 8
 """With more classes than this, points are small and pale and each centroid is drawn with its
 marker."""
@@ -133,6 +133,7 @@ def _panel(
     look: dict[tuple[str, bool | None], list[Row]] = {}
     for row in rows:
         look.setdefault((row["class_name"], row["jailbroken"]), []).append(row)
+    arrows = not crowded and sum(row["class_name"] == names[0] for row in rows) <= ARROWS
     for (name, jailbroken), here in look.items():
         colour, marker = style[name]
         where = [r["x"] for r in here], [r["y"] for r in here]
@@ -140,7 +141,7 @@ def _panel(
             faint: Row = {"linestyle": "", "alpha": 0.55, "markersize": 5, "zorder": 1}
             panel.plot(*where, marker=marker, color=colour, **faint)
             continue
-        for row in here if name == names[0] and not crowded and len(here) <= ARROWS else ():
+        for row in here if name == names[0] and arrows else ():
             if (start := row["plain_x"]) is not None:
                 ends = (start, row["plain_y"]), (row["x"], row["y"])
                 _arrow(panel, *ends, colour, 0.7, 0.45)

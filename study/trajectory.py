@@ -135,8 +135,8 @@ def trajectory(
             if study is not first:
                 study.model.release()
         result.files = [write_rows(path / FILE, result.rows), path / PARQUET]
-        columns = {name: [row.get(name) for row in result.rows] for name in result.rows[0]}
-        write_atomically(path / PARQUET, as_parquet(columns))
+        table = as_parquet(list(result.rows[0]), result.rows, dict.get)
+        write_atomically(path / PARQUET, table)
         for spec in dict.fromkeys(anchors):
             study = Study(run, open_model(spec), asked)
             run.begin_stage(STAGE, settings, {spec: study.model.fingerprint})

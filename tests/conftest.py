@@ -9,7 +9,8 @@ from pathlib import Path
 
 # Before huggingface_hub reads them: tests use no network, and a hub cache of their own.
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="attack-plane-hub-")
+HUB = tempfile.TemporaryDirectory(prefix="attack-plane-hub-")  # gone when the process ends
+os.environ["HF_HUB_CACHE"] = HUB.name
 
 import pytest
 import torch

@@ -17,7 +17,7 @@ from core.packed import PackedDecoder
 from core.prompt import Conversation, Renderer
 from core.readings import Activations, PlanePoint
 from core.store import RunFolder
-from geometry.activations import POSITIONS, collect
+from geometry.activations import POSITIONS, Gathering, collect
 from geometry.classes import describe_classes
 from geometry.contrasts import Contrast, d_prime, held_out_separation, unit
 from geometry.directions import (
@@ -106,6 +106,21 @@ def test_packed_prompts_equal_prompts_padded_on_either_side(tiny):
             on_the_left = hidden[layer][row, padding[row] + prompt.t_post_inst]
             for other in (packed, on_the_right):
                 assert (other[row, layer, 2] - on_the_left).abs().max() < bound
+
+
+def test_prompts_that_are_gathered_in_parts_are_read_as_all_at_once(qwen, monkeypatch):
+    monkeypatch.setattr("geometry.activations.READ_AT_ONCE", 2)
+    renderer = Renderer(qwen)
+    prompts = [renderer.render(Conversation.build(request)) for request in REQUESTS]
+    rows = Gathering(qwen, layers=[1, 0])
+    assert [rows.add(p, r) for p, r in zip(prompts, REQUESTS, strict=True)] == list(
+        range(len(prompts))
+    )
+    found, whole = rows.activations(), collect(qwen, prompts, REQUESTS, layers=[1, 0])
+    assert len(prompts) > 2 and found.prompt_ids == whole.prompt_ids and found.layers == (1, 0)
+    assert torch.allclose(found.resid, whole.resid, atol=1e-4, equal_nan=True)
+    with pytest.raises(AttackPlaneError, match="no prompts to read"):
+        Gathering(qwen).activations()
 
 
 def test_positions_by_name_and_means_over_replies(qwen):

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from attacks.gcg import draft_model
 from attacks.gcg_search import GCGConfig, GCGState, run_gcg
@@ -17,6 +18,7 @@ from core.errors import AttackPlaneError
 from core.models import ModelHandle, load
 from core.statistics import spearman
 from core.store import RunFolder
+from tests import conftest
 from tests.campaigns import cells
 from tests.test_gcg import SMALL, allowed_of, behaviours, candidates_of, slot_of
 
@@ -217,3 +219,47 @@ def test_a_draft_model_with_another_vocabulary_is_refused_and_its_own_serves(
     slot = slot_of(qwen)
     with pytest.raises(AttackPlaneError, match="draft"):  # never plain GCG under another name
         run_gcg(TargetLoss(qwen, slot), slot, config, allowed_of(qwen), seed=0)
+
+
+def test_rough_states_of_an_equal_copy_are_the_exact_ones(tiny):
+    slot = slot_of(tiny)
+    _, drawn = candidates_of(tiny, slot, width=8)
+    twin = dataclasses.replace(tiny, model=copy.deepcopy(tiny.model))
+    objective = TargetLoss(tiny, slot, rough=twin)
+    assert torch.equal(objective.rough_losses(drawn), objective.losses(drawn))  # none is known yet
+    objective.token_gradient(torch.tensor(slot.initial_ids))
+    runs = []
+    twin.decoder.register_forward_pre_hook(lambda *a: runs.append(a))
+    several = [*drawn, drawn[0][:-2], torch.cat([drawn[1], drawn[1][:3]])]
+    for current in (None, drawn[2]):
+        if current is not None:
+            objective.share(current)
+        assert not runs  # the copy never runs the current suffix
+        exact = objective.scorer.hidden(several)
+        assert torch.allclose(objective.scorer.hidden(several, rough=True), exact, atol=1e-4)
+        assert runs
+        runs.clear()
+    with torch.no_grad():
+        twin.decoder.get_input_embeddings().weight.zero_()
+        next(p for p in twin.blocks[0].parameters() if p.dim() == 2).zero_()
+    assert not torch.allclose(objective.scorer.hidden(several, rough=True), exact, atol=1e-4)
+    objective.weights_changed()  # the copy is of the weights before
+    assert torch.equal(objective.rough_losses(drawn), objective.losses(drawn))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_copy_whose_queries_and_keys_stay_narrow_takes_the_exact_keys(
+    tmp_path, monkeypatch, dtype
+):
+    monkeypatch.setitem(conftest.FAMILIES, "olmo2", (transformers.Olmo2Config, {}, "chatml"))
+    loaded = load(str(conftest.make_model(tmp_path, "olmo2")), "cpu")
+    slot = slot_of(loaded)
+    _, drawn = candidates_of(loaded, slot, width=8)
+    rough = rough_copy(loaded)
+    if dtype:
+        rough = rough_like(rough, dtype)
+    objective = TargetLoss(loaded, slot, rough=rough)
+    assert objective.path == "packed"
+    objective.share(torch.tensor(slot.initial_ids))
+    error = objective.rough_losses(drawn) - objective.losses(drawn)
+    assert 0 < float(error.abs().max()) < 1.0

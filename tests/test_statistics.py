@@ -9,10 +9,12 @@ import sklearn.metrics
 import torch
 
 from core.statistics import (
+    Ranked,
     auroc,
     bootstrap_columns,
     bootstrap_mean,
     cluster_rows,
+    cluster_weights,
     percentile_interval,
     permutation_p,
     ranks,
@@ -98,3 +100,25 @@ def test_clusters_are_drawn_whole():
 def test_percentiles_leave_out_what_is_no_number():
     assert all(math.isnan(end) for end in percentile_interval([float("nan")]))
     assert percentile_interval([*range(101), float("nan")]) == (2.5, 97.5)
+
+
+def test_scores_sorted_once_give_the_auroc_of_any_resample_ties_included():
+    rng = np.random.default_rng(3)
+    scores = rng.integers(6, size=50).astype(float)
+    scores[7] = np.nan
+    won, clusters = rng.random(50) < 0.4, rng.integers(9, size=50)
+    rows = np.flatnonzero(np.arange(50) % 3 > 0)
+    ranked = Ranked(scores, rows)
+    draws = [
+        list(of(clusters, resamples=20, rng=np.random.default_rng(0)))
+        for of in (cluster_rows, cluster_weights)
+    ]
+    for drawn, weights in zip(*draws, strict=True):
+        assert np.array_equal(np.bincount(drawn, minlength=50), weights)
+        kept = drawn[np.isin(drawn, rows) & (drawn != 7)]
+        positive, negative = scores[kept[won[kept]]], scores[kept[~won[kept]]]
+        value, pairs = ranked.auroc(won, weights)
+        assert pairs == len(positive) * len(negative)
+        assert value == pytest.approx(float(auroc(positive, negative)))
+    assert math.isnan(ranked.auroc(np.zeros(50, dtype=bool))[0])
+    assert math.isnan(Ranked(scores[:0]).auroc(won[:0])[0])

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 
+import pyarrow.parquet as pq
 import pytest
 
 from core.errors import AttackPlaneError
@@ -13,6 +14,7 @@ from core.readings import PlanePoint
 from core.records import AttackArtifact, Behaviour, content_hash
 from core.store import RunFolder
 from core.typed import from_values
+from pipeline.plane_files import as_parquet
 
 
 def test_a_torn_last_line_is_dropped_with_a_warning_and_cut_when_writing(tmp_path, caplog):
@@ -236,3 +238,14 @@ def test_two_rows_of_one_id_are_refused_and_ids_whose_hashes_are_equal_are_not(
         run.append("rows.jsonl", rows[1] | {"request": "Brew"})
         with pytest.raises(AttackPlaneError, match=r"(?s)the same id as line 2.*line 5.*b1"):
             run.records("rows.jsonl", Behaviour, lambda b: b.behaviour_id)
+
+
+def test_a_parquet_file_of_several_parts_keeps_its_types(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.plane_files.PARQUET_ROWS", 2)
+    rows = [{"a": n, "b": None if n < 3 else n / 2, "c": None, "d": f"t{n}"} for n in range(5)]
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(as_parquet(list("abcd"), rows, dict.get))
+    assert pq.ParquetFile(path).num_row_groups == 3
+    assert pq.read_table(path).to_pylist() == rows
+    path.write_bytes(as_parquet(list("abcd"), [], dict.get))
+    assert pq.read_table(path).to_pylist() == []
