@@ -226,7 +226,6 @@ def test_rough_states_of_an_equal_copy_are_the_exact_ones(tiny):
     _, drawn = candidates_of(tiny, slot, width=8)
     twin = dataclasses.replace(tiny, model=copy.deepcopy(tiny.model))
     objective = TargetLoss(tiny, slot, rough=twin)
-    assert torch.equal(objective.rough_losses(drawn), objective.losses(drawn))  # none is known yet
     objective.token_gradient(torch.tensor(slot.initial_ids))
     runs = []
     twin.decoder.register_forward_pre_hook(lambda *a: runs.append(a))
