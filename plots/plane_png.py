@@ -9,6 +9,7 @@ same wrappers show. Ellipses are one standard deviation about the centroid.
 from __future__ import annotations
 
 import math
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FRAMES = ("base", "own")
+TOGETHER = 20
+"""Points of one look that are drawn at once: classes take turns, so that none hides the others."""
 ARROWS = 200
 """Of a class with more points no thin arrows are drawn: they would hide the points."""
-CROWDED = 8
-"""With more classes than this, points are small and pale and each centroid is drawn with its
-marker."""
+CROWDED, MANY = 8, 1000
+"""With more classes, or more points in a panel than this, points are small and pale and each
+centroid is drawn with its marker."""
 
 
 def draw(folder: Path) -> Path:
@@ -129,12 +132,16 @@ def _panel(
 
     panel.axhline(0, color="#dddddd", linewidth=0.8, zorder=0)
     panel.axvline(0, color="#dddddd", linewidth=0.8, zorder=0)
-    crowded = len(names) > CROWDED
+    crowded = len(names) > CROWDED or len(rows) > MANY
     look: dict[tuple[str, bool | None], list[Row]] = {}
     for row in rows:
         look.setdefault((row["class_name"], row["jailbroken"]), []).append(row)
     arrows = not crowded and sum(row["class_name"] == names[0] for row in rows) <= ARROWS
-    for (name, jailbroken), here in look.items():
+    turns = range(0, max(map(len, look.values())), TOGETHER)
+    for turn, (name, jailbroken) in product(turns, look):
+        here = look[name, jailbroken][turn : turn + TOGETHER]
+        if not here:
+            continue
         colour, marker = style[name]
         where = [r["x"] for r in here], [r["y"] for r in here]
         if here[0]["kind"] == "anchor":
