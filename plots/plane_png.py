@@ -136,7 +136,7 @@ def _panel(
     look: dict[tuple[str, bool | None], list[Row]] = {}
     for row in rows:
         look.setdefault((row["class_name"], row["jailbroken"]), []).append(row)
-    arrows = not crowded and sum(row["class_name"] == names[0] for row in rows) <= ARROWS
+    arrows = not crowded and sum(row["class_name"] in names[:1] for row in rows) <= ARROWS
     turns = range(0, max(map(len, look.values())), TOGETHER)
     for turn, (name, jailbroken) in product(turns, look):
         here = look[name, jailbroken][turn : turn + TOGETHER]
