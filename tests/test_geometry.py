@@ -36,7 +36,7 @@ from geometry.plane import (
 from pipeline.directions_files import load_directions, save_directions
 from pipeline.plane_files import export
 from plots import plane_html, plane_png, style
-from plots.plane_png import ellipse_axes
+from plots.plane_png import ellipse_axes, figure_of
 from plots.style import read_exports
 
 REQUESTS = [
@@ -576,3 +576,14 @@ def test_ellipse_axes_of_known_covariances():
     assert ellipse_axes([[4.0, 0.0], [0.0, 1.0]]) == (4.0, 2.0, 0.0)
     width, height, angle = ellipse_axes([[2.5, 1.5], [1.5, 2.5]])
     assert (width, height, angle) == (pytest.approx(4.0), pytest.approx(2.0), pytest.approx(45.0))
+
+
+def test_anchors_alone_can_be_drawn():
+    cosines = {"cos_base_own_harmfulness": 1.0, "cos_base_own_refusal": 1.0}
+    row = {"target": "t", "frame": "own", "class_name": "harmful (anchor)", "kind": "anchor"}
+    row |= {"attack": "none", "layer": 1, "position": "t_inst", "x": 1.0, "y": 2.0}
+    row |= {"jailbroken": None, "plain_x": None, "plain_y": None, **cosines}
+    (line,) = [
+        line for line in figure_of([row], []).axes[0].lines if line.get_linestyle() == "None"
+    ]
+    assert line.get_xydata().tolist() == [[1.0, 2.0]]
