@@ -15,6 +15,7 @@ from attacks.likelihood import ROUNDING
 from attacks.objective import TargetLoss
 from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
 from attacks.result import AttackResult, Search, suffix_result
+from attacks.rough import RoughModel
 from attacks.screening import gains, rough_copy
 from attacks.slot import SuffixSlot, slot_for
 from attacks.workbench import Progress, Task, Workbench
@@ -77,7 +78,7 @@ def run(bench: Workbench, task: Task, config: GCGConfig) -> Iterator[AttackResul
     yield result
 
 
-def target_loss(slot: SuffixSlot, config: GCGConfig, rough: LoadedModel | None) -> TargetLoss:
+def target_loss(slot: SuffixSlot, config: GCGConfig, rough: RoughModel | None) -> TargetLoss:
     """The loss that a search with these settings lowers."""
     options: Row = {"mellowmax": config.mellowmax, "lsgm": config.lsgm, "rough": rough}
     return TargetLoss(slot.renderer.loaded, slot, **options)
@@ -85,7 +86,7 @@ def target_loss(slot: SuffixSlot, config: GCGConfig, rough: LoadedModel | None) 
 
 def rough_model(
     bench: Workbench, config: GCGConfig, slot: SuffixSlot, saved: Row | None
-) -> LoadedModel | None:
+) -> RoughModel | None:
     """The copy of the slot's model that candidates are screened by; None where nothing is gained.
 
     That is measured once on this machine. A search that was begun goes on in its own way.
@@ -95,7 +96,7 @@ def rough_model(
     if config.exact or config.draft or (saved and not saved["screening"]):
         return None
 
-    def make() -> LoadedModel | None:
+    def make() -> RoughModel | None:
         rough = rough_copy(loaded)
         if rough is None or begun:
             return rough

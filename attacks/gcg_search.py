@@ -74,7 +74,7 @@ class GCGConfig(SuffixSearchConfig):
     )
     exact: bool = setting(
         False,
-        "Score all candidates exactly. Without it they are scored in bfloat16 first, where that is "
+        "Score all candidates exactly. Without it they are scored roughly first, where that is "
         "faster here, and those exactly that may be the best.",
     )
     lsgm: float = setting(

@@ -33,6 +33,7 @@ from torch import Tensor
 from attacks.damping import damped
 from attacks.likelihood import ROUNDING, Slot, target_nll
 from attacks.packed_scorer import PackedScorer
+from attacks.rough import RoughModel
 from core.batching import BatchSize, memory_budget
 from core.models import LoadedModel
 from core.prefix import SharedPrefix
@@ -66,7 +67,7 @@ class TargetLoss:
         batch_size: int | None = None,
         path: str | None = None,
         mellowmax: float = 0.0,
-        rough: LoadedModel | None = None,
+        rough: RoughModel | None = None,
         lsgm: float = 1.0,
     ) -> None:
         self.loaded, self._mellowmax, self._lsgm = loaded, mellowmax, lsgm
@@ -99,8 +100,6 @@ class TargetLoss:
         if self.path == "packed" and (fault := self._fault_of_packing()):
             log.warning("%s: no packed scoring (%s)", self.loaded.spec, fault)
             self.path = "cached"
-        if self.path == "packed":
-            self.scorer.start_rough(torch.cat([self.before, self._initial]))
         if self.path == "cached":
             self.prefix = SharedPrefix(self.loaded, self.before)
             if not self.prefix.usable:
@@ -185,7 +184,7 @@ class TargetLoss:
     def take_operations(self) -> float:
         """Operations since this was last asked: 2 N a token forward, 4 N backward, N parameters.
 
-        Those of the copy in bfloat16 count alike.
+        Those of the rough copy count alike.
         """
         tokens = self._tokens + self.scorer.fed
         found = self._parameters * (2.0 * tokens + 4.0 * self._tokens_back)
@@ -218,7 +217,7 @@ class TargetLoss:
         """(candidate,) losses by a rough pass over likely tokens; exact where there is none."""
         if self.path != "packed" or not self.scorer.can_be_rough:
             return self.losses(suffixes)
-        return self.scorer.bounds(self.scorer.hidden(list(suffixes), rough=True), rough=True)
+        return self.scorer.bounds(self.scorer.hidden(list(suffixes), rough=True))
 
     @torch.no_grad()
     def best(self, suffixes: Tensor) -> tuple[int, float]:

@@ -4,8 +4,8 @@ Keys and values of what stands before the suffix, and of the current suffix, are
 that first differs from the current suffix at position p is fed from p on; many candidates go
 through the model in one flat batch.
 
-A *rough* pass runs on a copy of the model with coarser products. It takes the exact keys and values
-of what candidates share, so that the copy never runs the current suffix itself.
+A *rough* pass runs on a copy of the model with coarser products (``attacks/rough.py``). It starts
+from what the exact model computes for the current suffix, which the copy never runs itself.
 
 The *bound* of a candidate is its loss with logits over a few likely tokens (and the target) in
 place of the whole vocabulary: log sum_S exp - logit_target never exceeds a token's NLL. The likely
@@ -15,13 +15,15 @@ tokens are the top of the current suffix's distributions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
 from attacks.likelihood import target_nll
+from attacks.rough import Known, RoughModel
 from core.batching import BatchSize
-from core.head import Head, head_of, share_head
+from core.head import Head, head_of
 from core.models import LoadedModel
 from core.packed import Group, PackedDecoder
 from core.prefix import keeps_keys_and_values_only
@@ -65,7 +67,7 @@ class PackedScorer:
         *,
         batch: BatchSize,
         mellowmax: float,
-        rough: LoadedModel | None = None,
+        rough: RoughModel | None = None,
     ) -> None:
         self.loaded, self.before, self.rest, self.target = loaded, before, rest, target
         self.batch, self._mellowmax, self.rough = batch, mellowmax, rough
@@ -74,20 +76,23 @@ class PackedScorer:
         """Tokens that went through the model."""
         self._current = before[:0]
         self._likely: Tensor | None = None
-        self._heads: dict[bool, Head] = {}  # over likely tokens, of the copy and of the model
+        self._bounding: Head | None = None  # over likely tokens
+        self._known: Known = {}
 
     def start(self, probe: Tensor) -> str | None:
         """Compute the prefix; the reason why packing cannot serve this model, or None.
 
         ``probe`` (tokens,) is a whole prompt that the head is tried on.
         """
-        self._current, self._likely = self.before[:0], None
+        self._current, self._likely, self._known = self.before[:0], None, {}
         self._head = head_of(self.loaded, probe)
         if not self._head.usable:
             return "its logits are not an elementwise function of a linear head's"
         if not keeps_keys_and_values_only(self.loaded):
             return "it keeps more than keys and values"
         self._packed = PackedDecoder(self.loaded)
+        if self.rough:
+            self._rough_packed = PackedDecoder(self.rough.loaded, self._packed)
         if len(self.before):
             self.fed += len(self.before)
             with torch.no_grad():
@@ -95,16 +100,10 @@ class PackedScorer:
                 self._packed.hidden(self._embed(self.before), [group], keep=group.length)
         return None
 
-    def start_rough(self, probe: Tensor) -> None:
-        """Make the copy, if there is one, go on from what the model keeps; after ``start``."""
-        if self.rough:
-            self._rough_head = share_head(self.loaded, self.rough, probe)
-            self._rough_packed = PackedDecoder(self.rough, self._packed)
-
     @property
     def can_be_rough(self) -> bool:
-        """Whether there is a copy, and a current suffix whose likely tokens are known."""
-        return self.rough is not None and self._likely is not None
+        """Whether there is a copy, and a current suffix that it can start from."""
+        return self.rough is not None and bool(self._known) and self._likely is not None
 
     @property
     def likely_tokens(self) -> int:
@@ -121,12 +120,17 @@ class PackedScorer:
         shared = len(self.before)
         keep = shared + len(suffix)
         self.fed += len(fed)
-        hidden = self._packed.hidden(fed, [Group(shared, len(fed), 1)], keep=keep)
+        watching: AbstractContextManager[Known] = nullcontext({})
+        if self.rough:
+            watching = self.rough.watching(len(fed))
+        with watching as known:
+            hidden = self._packed.hidden(fed, [Group(shared, len(fed), 1)], keep=keep)
+        self._known = known
         logits = self._head.logits(hidden[-len(self.target) :])
         self._current = suffix
         each = max(1, min(LIKELY, logits.shape[1] // LIKELY_SHARE // len(self.target)))
         likely = logits.detach().topk(each).indices.flatten()
-        self._likely, self._heads = torch.cat([likely, self.target]).unique(), {}
+        self._likely, self._bounding = torch.cat([likely, self.target]).unique(), None
         return logits
 
     def logits_of(self, fed: Tensor) -> Tensor:
@@ -175,24 +179,29 @@ class PackedScorer:
                 whole[start::2] = hidden[half[2]]
             return whole
 
-        states = torch.cat(list(self.batch.over(order.tolist(), score)))
+        with self._comparing() if rough else nullcontext():
+            states = torch.cat(list(self.batch.over(order.tolist(), score)))
         return states[order.argsort().to(self.loaded.device)]
+
+    def _comparing(self) -> AbstractContextManager[None]:
+        """Fed tokens of the copy go with those of the current suffix at the same positions."""
+        assert self.rough is not None
+        first, fed = len(self.before), len(self._current) + len(self.rest)
+        decoder = self._rough_packed
+        return self.rough.comparing(
+            self._known, lambda: (decoder.positions - first).clamp_(max=fed - 1)
+        )
 
     def losses(self, hidden: Tensor) -> Tensor:
         """(candidate, T, d_model) -> (candidate,) losses by the whole head, float32 on the CPU."""
         return self._nll(hidden, self._head, self.target)
 
-    def bounds(self, hidden: Tensor, rough: bool = False) -> Tensor:
-        """(candidate, T, d_model) -> (candidate,) lower bounds of the losses.
-
-        ``rough``: the states are the copy's.
-        """
+    def bounds(self, hidden: Tensor) -> Tensor:
+        """(candidate, T, d_model) -> (candidate,) lower bounds of the losses."""
         assert self._likely is not None
-        if rough not in self._heads:
-            head = self._rough_head if rough else self._head
-            self._heads[rough] = head.restricted(self._likely)
+        self._bounding = self._bounding or self._head.restricted(self._likely)
         target = torch.searchsorted(self._likely, self.target)
-        return self._nll(hidden, self._heads[rough], target)
+        return self._nll(hidden, self._bounding, target)
 
     def _nll(self, hidden: Tensor, head: Head, target: Tensor) -> Tensor:
         logits = (

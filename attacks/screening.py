@@ -1,8 +1,9 @@
 """Rough scores of all candidates, exact ones of those that may be best: GCG's own winner, sooner.
 
-A copy of the model with bfloat16 products scores every candidate. Its errors (rough less exact
-loss) are nearly one constant: what differs between candidates is small beside what their losses
-differ by. So candidates are scored exactly in the order of their rough losses, until
+A copy of the model with coarser products (``attacks/rough.py``) scores every candidate. Its errors
+(rough less exact loss) are nearly one constant: what differs between candidates is small beside
+what their losses differ by. So candidates are scored exactly in the order of their rough losses,
+until
 
     rough loss of the next - mean error - MARGIN x standard deviation of the errors > lowest exact
 
@@ -10,13 +11,12 @@ where mean and deviation are those of all errors that this search has seen. The 
 only where its own error is more than so many deviations above the mean, and then by less than its
 loss lies below the next one. The first step also scores some of all candidates exactly, so that
 errors are known not only where rough losses are low. The loss of what is taken is always the exact
-one. Nothing is gained where the machine has no fast bfloat16
-products, or the model is in bfloat16 already: ``gains`` measures it.
+one. Nothing is gained where the machine has no fast products of 8-bit integers, or the model is in
+bfloat16 already: ``gains`` measures it.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -26,9 +26,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attacks.protocols import SuffixLoss
+from attacks.rough import RoughModel
 from core.embedded import cache_folder
 from core.errors import AttackPlaneError
 from core.files import read_object, write_atomically
@@ -45,35 +46,20 @@ KNOWN = 32
 TRIED = 48
 """Candidates that ``gains`` scores; fewer would not show what a batch of a search takes."""
 TOGETHER = 4
-"""Candidates that are scored exactly at once."""
+"""Most candidates that are scored exactly at once."""
 GAIN = 0.6
 """Screening is used where a rough pass takes at most this share of an exact one."""
+METHOD = "differences in int8"
+"""What the kept measurement is of: another kind of rough pass is measured anew."""
 
 
-class RoughLinear(nn.Linear):
-    """A product in the precision of its weight, whatever the input's is."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input.to(self.weight.dtype), self.weight, self.bias)
-
-
-def rough_copy(loaded: LoadedModel) -> LoadedModel | None:
-    """The model with bfloat16 products.
-
-    None where it has a hook, is not in float32, or lies on several devices.
-
-    Only linear layers are copied. The residual stream, norms and attention stay in float32.
-    """
+def rough_copy(loaded: LoadedModel) -> RoughModel | None:
+    """The copy that rough losses come from; None where the model has a hook, is not in float32,
+    lies on several devices, or has no linear layers to round."""
     if loaded.hook or loaded.dtype != torch.float32 or loaded.shared_out:
         return None
-    model = copy.deepcopy(loaded.model, {id(p): p for p in loaded.model.parameters()})
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = RoughLinear
-            for name, p in list(module.named_parameters(recurse=False)):
-                rough = nn.Parameter(p.detach().to(torch.bfloat16), requires_grad=False)
-                setattr(module, name, rough)
-    return dataclasses.replace(loaded, model=model)
+    rough = RoughModel(loaded)
+    return rough if rough.layers else None
 
 
 def gains(objective: TargetLoss, initial: Tensor) -> bool:
@@ -84,7 +70,7 @@ def gains(objective: TargetLoss, initial: Tensor) -> bool:
     """
     loaded = objective.loaded
     machine = [platform.node(), torch.backends.cpu.get_cpu_capability(), str(loaded.device)]
-    about = [loaded.fingerprint, *machine, torch.get_num_threads(), torch.__version__]
+    about = [METHOD, loaded.fingerprint, *machine, torch.get_num_threads(), torch.__version__]
     path = cache_folder() / "screening" / f"{content_hash(about)}.json"
     try:
         return bool(read_object(path, "a measured speed")["gains"])
@@ -144,28 +130,23 @@ class Screening:
     ) -> list[tuple[int, float]]:
         """(index, exact loss) of the ``count`` candidates with the lowest losses, best first."""
         rough = objective.rough_losses(candidates)
-        known: list[tuple[float, int]] = []
-        for number, part in enumerate(self._in_turn(rough)):
-            if len(known) >= count and number:
-                next_best = float(rough[part[0]]) - self.mean - MARGIN * self.deviation
-                if next_best > sorted(known)[count - 1][0]:
-                    break
+        left, known = rough.argsort(), list[tuple[float, int]]()
+        part = left[: self._may_be_best(rough[left], float(rough[left[:count]][-1]))]
+        if self.count < KNOWN:  # some of all
+            part = left[torch.linspace(0, len(left) - 1, min(KNOWN, len(left))).round().long()]
+        while len(part):
             losses: Sequence[float] = objective.losses(candidates[part]).tolist()
             for index, loss in zip(part.tolist(), losses, strict=True):
                 if not math.isfinite(loss):
                     return [(index, loss)]
                 self.learn(float(rough[index]) - loss)
                 known.append((loss, index))
+            left = left[~torch.isin(left, part)]
+            enough = sorted(known)[count - 1][0] if len(known) >= count else math.inf
+            part = left[: self._may_be_best(rough[left], enough + self.mean)]
         self.exactly += len(known)
         return [(index, loss) for loss, index in sorted(known)[:count]]
 
-    def _in_turn(self, rough: Tensor) -> list[Tensor]:
-        """Candidates by their rough losses; before them, where too little is known, some of all."""
-        order = rough.argsort()
-        if self.count >= KNOWN:
-            return list(order.split(TOGETHER))
-        some = torch.linspace(0, len(order) - 1, min(KNOWN, len(order))).round().long()
-        rest = torch.ones(len(order), dtype=torch.bool)
-        rest[some] = False
-        parts = order[rest].split(TOGETHER) if rest.any() else ()
-        return [order[some], *parts]
+    def _may_be_best(self, rough: Tensor, enough: float) -> int:
+        """How many of the next candidates may be below a rough loss; those are scored at once."""
+        return int((~(rough > enough + MARGIN * self.deviation))[:TOGETHER].sum())

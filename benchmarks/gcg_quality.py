@@ -44,6 +44,7 @@ from attacks.candidates import allowed_tokens
 from attacks.gcg_search import GCGConfig, GCGState, run_gcg
 from attacks.nanogcg_engine import reference
 from attacks.objective import TargetLoss
+from attacks.rough import RoughModel
 from attacks.screening import gains, rough_copy
 from attacks.slot import SuffixSlot, make_slot
 from benchmarks.measure import device_name
@@ -125,7 +126,7 @@ class Timeline:
 
 def search(
     loaded: LoadedModel,
-    rough: LoadedModel | None,
+    rough: RoughModel | None,
     problem: Problem,
     method: str,
     seed: int,

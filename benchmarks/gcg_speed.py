@@ -37,6 +37,7 @@ import torch
 from attacks.candidates import allowed_tokens, sample_candidates
 from attacks.nanogcg_engine import reference
 from attacks.objective import PATHS, TargetLoss
+from attacks.rough import RoughModel
 from attacks.screening import Screening, gains, rough_copy
 from attacks.slot import SuffixSlot, default_slot
 from benchmarks.measure import (
@@ -102,7 +103,7 @@ class Ours:
         topk: int,
         *,
         path: str | None,
-        rough: LoadedModel | None,
+        rough: RoughModel | None,
     ) -> None:
         self.loaded, self.slot, self.width, self.topk = loaded, slot, width, topk
         self.objective = TargetLoss(loaded, slot, path=path, rough=rough)

@@ -29,14 +29,6 @@ def head_of(loaded: LoadedModel, probe_ids: Tensor) -> Head:
     return kept
 
 
-def share_head(loaded: LoadedModel, copy_of_it: LoadedModel, probe_ids: Tensor) -> Head:
-    """The head of a copy of a model, which does to its output what the model does."""
-    kept = vars(copy_of_it)[KEPT] = copy.copy(head_of(loaded, probe_ids))
-    kept.layer = copy_of_it.model.get_output_embeddings()
-    kept._weight, kept._bias = kept.layer.weight, kept.layer.bias
-    return kept
-
-
 class Head:
     """``usable`` is False where the map could not be found; ``logits`` must not be used then."""
 

@@ -106,6 +106,11 @@ class PackedDecoder:
         """The groups that the calling thread runs now: a hook learns which batch it sees."""
         return self._now.groups
 
+    @property
+    def positions(self) -> Tensor:
+        """(fed tokens,) the positions of what the calling thread runs now."""
+        return self._now.positions
+
     def hidden(
         self,
         embeddings: Tensor,
@@ -154,7 +159,7 @@ class PackedDecoder:
 
     def _run(self, embeddings: Tensor, groups: Sequence[Group], keep: int, leading: bool) -> Tensor:
         positions = torch.cat([self._positions(g).repeat(g.count) for g in groups])
-        positions = positions.to(embeddings.device)
+        self._now.positions = positions = positions.to(embeddings.device)
         self._now.groups, self._now.keep, self._now.leading = groups, keep, leading
         output = self.loaded.decoder(
             inputs_embeds=embeddings[None], position_ids=positions[None], use_cache=False
@@ -198,15 +203,13 @@ class PackedDecoder:
         own = self._own_attention(module)
         fold = query.shape[1] // key.shape[1] if own is grouped_sdpa else 1
         dtype = value.dtype
-        parts, first = [], 0
-        keeper = self._keeper.get(module, module)
-        known = self._known.get(keeper)
-        types = {x.dtype for x in (query, key, value, *(known or ()))}
-        if len(types) > 1:  # where rotary leaves two, or what is known is of a finer model
+        if query.dtype != dtype or key.dtype != dtype:  # where rotary leaves two types
             # under a mask the CPU's bfloat16 attention is four times as slow as the float32 one
             one = torch.float32 if query.device.type == "cpu" else dtype
             query, key, value = query.to(one), key.to(one), value.to(one)
-            known = known and (known[0].to(one), known[1].to(one))
+        parts, first = [], 0
+        keeper = self._keeper.get(module, module)
+        known = self._known.get(keeper)
         with torch.autocast(query.device.type, enabled=False):
             for group in self._now.groups:
                 rows = slice(first, first + group.tokens)
