@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from core.memory import keep_freed
 from core.models import LoadedModel
+from core.products import LINEAR
 
 LEVELS = 127
 """The largest 8-bit integer that is used: both signs have as many."""
@@ -114,7 +115,7 @@ class RoughModel:
             keep_freed()
         both = zip(original.decoder.modules(), self.loaded.decoder.modules(), strict=True)
         for layer, twin in both:
-            if type(twin) is nn.Linear:
+            if type(twin) in LINEAR:
                 twin.__class__ = RoughLinear
                 assert isinstance(twin, RoughLinear)
                 twin.now = self._now

@@ -18,11 +18,8 @@ bfloat16 already: ``gains`` measures it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,11 +27,8 @@ from torch import Tensor
 
 from attacks.protocols import SuffixLoss
 from attacks.rough import RoughModel
-from core.embedded import cache_folder
-from core.errors import AttackPlaneError
-from core.files import read_object, write_atomically
+from core.measured import is_faster, seconds_of
 from core.models import LoadedModel
-from core.records import content_hash
 
 if TYPE_CHECKING:
     from attacks.objective import TargetLoss
@@ -65,39 +59,23 @@ def rough_copy(loaded: LoadedModel) -> RoughModel | None:
 def gains(objective: TargetLoss, initial: Tensor) -> bool:
     """Whether a rough pass is so much faster than an exact one, on suffixes like this one.
 
-    It is measured once for a model on this machine, and kept in the cache folder: the same command
-    shall search in the same way, whatever else the machine does at the time.
+    It is measured once for a model on this machine.
     """
     loaded = objective.loaded
-    machine = [platform.node(), torch.backends.cpu.get_cpu_capability(), str(loaded.device)]
-    about = [METHOD, loaded.fingerprint, *machine, torch.get_num_threads(), torch.__version__]
-    path = cache_folder() / "screening" / f"{content_hash(about)}.json"
-    try:
-        return bool(read_object(path, "a measured speed")["gains"])
-    except (AttackPlaneError, KeyError):
-        seconds = _seconds(objective, initial)
-        found = {**seconds, "gains": seconds["rough"] <= GAIN * seconds["exact"]}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(found) + "\n")
-        return bool(found["gains"])
+    about = [METHOD, loaded.fingerprint, str(loaded.device)]
+    return is_faster("screening", about, lambda: _seconds(objective, initial), GAIN)
 
 
-def _seconds(objective: TargetLoss, initial: Tensor) -> dict[str, float]:
-    """Of a rough and of an exact pass over the same candidates, the faster of two."""
+def _seconds(objective: TargetLoss, initial: Tensor) -> tuple[float, float]:
+    """Of a rough and of an exact pass over the same candidates."""
     objective.share(initial)
     candidates = initial.repeat(TRIED, 1)
     rows = torch.arange(TRIED)
     candidates[rows, rows % len(initial)] = initial.flip(0)[rows % len(initial)] ^ 1
-
-    def best(score: Callable[[Tensor], Tensor]) -> float:
-        seconds = math.inf
-        for _ in range(2):
-            start = time.perf_counter()
-            score(candidates)
-            seconds = min(seconds, time.perf_counter() - start)
-        return seconds
-
-    return {"rough": best(objective.rough_losses), "exact": best(objective.losses)}
+    return (
+        seconds_of(lambda: objective.rough_losses(candidates), 2),
+        seconds_of(lambda: objective.losses(candidates), 2),
+    )
 
 
 @dataclasses.dataclass

@@ -133,7 +133,8 @@ class Ours:
         """One step by parts; scores ``candidates``, or its own where there are none."""
         device, objective = self.loaded.device, self.objective
         peak = matrix_peak(device, self.loaded.dtype)
-        rough_peak = matrix_peak(device, torch.bfloat16) if self.screening else peak
+        types = (torch.bfloat16, torch.int8) if self.screening else ()
+        rough_peaks = [matrix_peak(device, dtype) for dtype in types]
         forget_peak(device)
         before = self.screening.exactly if self.screening else 0
         start = time.perf_counter()
@@ -155,7 +156,7 @@ class Ours:
             "seconds": seconds | {"step": step_s},
             "peak_mib": memory,
             "peak_gflops": peak,
-            "rough_peak_gflops": rough_peak,
+            "rough_peaks_gflops": rough_peaks,
             "gflop": gflop,
             "scored": len(scored),
             "screened": self.screening is not None,
@@ -259,9 +260,11 @@ def table(rows: list[Row]) -> str:
         text += f"\npeak memory: nanogcg {memory[0]:.0f} MiB, ours {memory[1]:.0f} MiB"
     else:
         text += f"\npeak memory: {max(r['peak_mib'] or 0 for r in rows):.0f} MiB"
-    peaks = [median([r[k] for r in rows]) for k in ("peak_gflops", "rough_peak_gflops")]
-    text += "\nlarge products: {:.0f} GFLOP/s, in bfloat16 {:.0f}".format(*peaks)
+    text += f"\nlarge products: {median([r['peak_gflops'] for r in rows]):.0f} GFLOP/s"
     if rows[0]["screened"]:
+        rough = zip(*(r["rough_peaks_gflops"] for r in rows), strict=True)
+        peaks = [median(list(each)) for each in rough]
+        text += ", in bfloat16 {:.0f}, in 8-bit integers {:.0f}".format(*peaks)
         exactly = median([r["exactly"] for r in rows])
         return f"{text}\nscored exactly: {exactly:.0f} of {rows[0]['scored']} a step"
     share = median([rate / r["peak_gflops"] for rate, r in zip(rates, rows, strict=True)])

@@ -70,10 +70,10 @@ def median(values: list[float]) -> float:
 def matrix_peak(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> float:
     """GFLOP/s of a large square matrix product."""
     n = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return (
-        2 * n**3 / median([timed(lambda: a @ b, device)[0] for _ in range(repeats + 1)][1:]) / 1e9
-    )
+    a, b = ((10 * torch.randn(n, n, device=device)).to(dtype) for _ in range(2))
+    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+    seconds = [timed(lambda: multiply(a, b.T), device)[0] for _ in range(repeats + 1)]
+    return 2 * n**3 / median(seconds[1:]) / 1e9
 
 
 def device_name(device: torch.device) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from core.models import LoadedModel
+from core.products import FrozenLinear, linear
 
 KEPT = "_attack_plane_head"
 """Where a model keeps its head once it was found."""
@@ -86,7 +87,8 @@ class Head:
         if weight.is_meta:  # the layer itself fetches it
             return self._mapped(self.layer(rows.to(self.layer.weight.dtype)).float())
         rows = rows.to(weight.device, weight.dtype)
-        return self._mapped(nn.functional.linear(rows, weight, self._bias).float())
+        product = linear if isinstance(self.layer, FrozenLinear) else nn.functional.linear
+        return self._mapped(product(rows, weight, self._bias).float())
 
 
 class _Part(Head):

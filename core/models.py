@@ -21,6 +21,7 @@ from torch import nn
 from core.cast import SETTINGS, attach, load_cast
 from core.errors import AttackPlaneError
 from core.fingerprint import at_cached_commit, fingerprint_of_parameters, identity
+from core.products import use_faster_products
 from core.served import Server
 from core.specs import ModelSpec, parse_spec, require_weights
 from core.weights import default_device, entrance, is_offloaded, load_base, merged_adapter
@@ -198,6 +199,7 @@ def load(
 def frozen(spec: ModelSpec, model: Any, tokenizer: Any) -> LoadedModel:
     """A model as ``load_base`` gives it, in evaluation mode with frozen parameters."""
     model.eval().requires_grad_(False)
+    use_faster_products(model)
     precision = spec.load or str(model.dtype).removeprefix("torch.")
     commit = getattr(model.config, "_commit_hash", None)
     own = identity(spec, precision, commit=commit)

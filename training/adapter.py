@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from core.cards import CARD, write_card
 from core.errors import AttackPlaneError
 from core.models import LoadedModel, evaluating
+from core.products import LINEAR
 from core.rows import Row
 from training.config import TrainConfig
 
@@ -37,13 +38,13 @@ def adapted_layers(
     Raises:
         AttackPlaneError: there are none.
     """
-    linear = ("Linear", "Conv1D", "Linear4bit", "Linear8bitLt")
+    other = ("Conv1D", "Linear4bit", "Linear8bitLt")
     chosen = base.blocks if blocks is None else [base.blocks[i] for i in blocks]
     inside = {id(module) for block in chosen for module in block.modules()}
     layers = [
         name
         for name, module in base.model.named_modules()
-        if type(module).__name__ in linear
+        if (type(module) in LINEAR or type(module).__name__ in other)
         and id(module) in inside
         and (all_linear or any("attn" in p or "attention" in p for p in name.split(".")[:-1]))
     ]
@@ -128,7 +129,7 @@ class Adapted:
                 for layer, module, weight in zip(layers, linear, own, strict=True):
                     with torch.no_grad():
                         whole = weight + layer.get_delta_weight(name).to(weight.dtype)
-                    if reduced and type(module) is nn.Linear:
+                    if reduced and type(module) in LINEAR:
                         vars(module)["forward"] = _in_bfloat16(whole, module.bias)
                     else:
                         module.weight.data = whole
