@@ -92,18 +92,16 @@ def rough_model(
     That is measured once on this machine. A search that was begun goes on in its own way.
     """
     loaded = slot.renderer.loaded
-    begun = saved is not None
     if config.exact or config.draft or (saved and not saved["screening"]):
         return None
+    rough = bench.once(("rough", loaded.spec), lambda: rough_copy(loaded))
+    if rough is None or saved is not None:
+        return rough
 
-    def make() -> RoughModel | None:
-        rough = rough_copy(loaded)
-        if rough is None or begun:
-            return rough
-        initial = torch.tensor(slot.initial_ids)
-        return rough if gains(TargetLoss(loaded, slot, rough=rough), initial) else None
+    def measured() -> bool:
+        return gains(TargetLoss(loaded, slot, rough=rough), torch.tensor(slot.initial_ids))
 
-    return bench.once(("rough", loaded.spec, begun), make)
+    return rough if bench.once(("screening", loaded.spec), measured) else None
 
 
 def _compare(

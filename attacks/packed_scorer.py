@@ -91,6 +91,7 @@ class PackedScorer:
         if not keeps_keys_and_values_only(self.loaded):
             return "it keeps more than keys and values"
         self._packed = PackedDecoder(self.loaded)
+        self._rough_packed = self._packed
         if self.rough:
             self._rough_packed = PackedDecoder(self.rough.loaded, self._packed)
         if len(self.before):

@@ -29,6 +29,7 @@ from attacks.protocols import SuffixLoss
 from attacks.rough import RoughModel
 from core.measured import is_faster, seconds_of
 from core.models import LoadedModel
+from core.products import has_integer_products
 
 if TYPE_CHECKING:
     from attacks.objective import TargetLoss
@@ -40,17 +41,23 @@ KNOWN = 32
 TRIED = 48
 """Candidates that ``gains`` scores; fewer would not show what a batch of a search takes."""
 TOGETHER = 4
-"""Most candidates that are scored exactly at once."""
+"""Most candidates that are scored exactly at once, where no more are asked for."""
 GAIN = 0.6
 """Screening is used where a rough pass takes at most this share of an exact one."""
-METHOD = "differences in int8"
+METHOD = "rounded differences"
 """What the kept measurement is of: another kind of rough pass is measured anew."""
 
 
 def rough_copy(loaded: LoadedModel) -> RoughModel | None:
-    """The copy that rough losses come from; None where the model has a hook, is not in float32,
-    lies on several devices, or has no linear layers to round."""
+    """The copy that rough losses come from.
+
+    None where the model has a hook, is not in float32, lies on several devices, or has no linear
+    layers to round, and on a CPU without products of 8-bit integers (VNNI): there sums of them may
+    saturate.
+    """
     if loaded.hook or loaded.dtype != torch.float32 or loaded.shared_out:
+        return None
+    if loaded.device.type == "cpu" and not has_integer_products():
         return None
     rough = RoughModel(loaded)
     return rough if rough.layers else None
@@ -109,7 +116,8 @@ class Screening:
         """(index, exact loss) of the ``count`` candidates with the lowest losses, best first."""
         rough = objective.rough_losses(candidates)
         left, known = rough.argsort(), list[tuple[float, int]]()
-        part = left[: self._may_be_best(rough[left], float(rough[left[:count]][-1]))]
+        most = max(TOGETHER, count)
+        part = left[: self._may_be_best(rough[left[:most]], float(rough[left[:count]][-1]))]
         if self.count < KNOWN:  # some of all
             part = left[torch.linspace(0, len(left) - 1, min(KNOWN, len(left))).round().long()]
         while len(part):
@@ -121,10 +129,10 @@ class Screening:
                 known.append((loss, index))
             left = left[~torch.isin(left, part)]
             enough = sorted(known)[count - 1][0] if len(known) >= count else math.inf
-            part = left[: self._may_be_best(rough[left], enough + self.mean)]
+            part = left[: self._may_be_best(rough[left[:most]], enough + self.mean)]
         self.exactly += len(known)
         return [(index, loss) for loss, index in sorted(known)[:count]]
 
     def _may_be_best(self, rough: Tensor, enough: float) -> int:
-        """How many of the next candidates may be below a rough loss; those are scored at once."""
-        return int((~(rough > enough + MARGIN * self.deviation))[:TOGETHER].sum())
+        """How many of the next candidates, by their rough losses, may be below a rough loss."""
+        return int((~(rough > enough + MARGIN * self.deviation)).sum())

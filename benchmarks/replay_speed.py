@@ -13,17 +13,21 @@ replies are compared with a plain loop of whole sequences, prompt by prompt. The
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
 
 import click
 import torch
+from torch import nn
 
 import core.generate
 from benchmarks.measure import device_name, matrix_peak, median
 from core.generate import complete, stop_ids
 from core.models import LoadedModel, load
+from core.products import FrozenLinear
 from core.prompt import Conversation, Renderer
 from core.text import aligned
 from evaluation.behaviours import load_behaviours
@@ -61,6 +65,16 @@ def generated(
             end = next((i for i, token in enumerate(row) if token in ends), len(row))
             replies[n] = row[:end]
     return replies
+
+
+def published(loaded: LoadedModel) -> LoadedModel:
+    """The same weights in the layers that transformers gives them."""
+    own = {id(p): p for p in loaded.model.parameters()}
+    model = copy.deepcopy(loaded.model, own)
+    layers: list[nn.Linear] = [m for m in model.modules() if isinstance(m, FrozenLinear)]
+    for layer in layers:
+        layer.__class__ = nn.Linear
+    return dataclasses.replace(loaded, model=model)
 
 
 @torch.no_grad()
@@ -105,9 +119,10 @@ def main(model: str, prompts: int, tokens: int, rounds: int, checked: int) -> No
 
     replies = ours()  # warms up, and is compared
     works: dict[str, Callable[[], object]] = {"ours": ours}
+    theirs = published(loaded)
     for batch in BATCHES:
         if batch <= len(ids):
-            works[f"transformers, {batch}"] = partial(generated, loaded, ids, tokens, batch)
+            works[f"transformers, {batch}"] = partial(generated, theirs, ids, tokens, batch)
     times: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(rounds):
         names = list(works)
@@ -120,7 +135,7 @@ def main(model: str, prompts: int, tokens: int, rounds: int, checked: int) -> No
         rows.append([name, f"{middle:.2f}", f"{len(ids) / middle:.1f}", each])
     click.echo(aligned(rows))
     if checked:
-        plain = [alone(loaded, prompt, tokens) for prompt in ids[:checked]]
+        plain = [alone(theirs, prompt, tokens) for prompt in ids[:checked]]
         expected = [loaded.tokenizer.decode(r, skip_special_tokens=True).strip() for r in plain]
         same = sum(a == b for a, b in zip(replies, expected, strict=False))
         click.echo(f"the text of a plain loop in {same} of {len(expected)} replies")

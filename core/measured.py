@@ -12,6 +12,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from core.embedded import cache_folder
 from core.errors import AttackPlaneError
 from core.files import read_object, write_atomically
 from core.records import content_hash
+from core.rows import Row
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +48,30 @@ def is_faster(
     """
     machine = [platform.node(), torch.backends.cpu.get_cpu_capability()]
     key = content_hash([*about, *machine, str(torch.get_num_threads()), torch.__version__])
-    path = cache_folder() / kind / f"{key}.json"
-    try:
-        return bool(read_object(path, "a measured speed")["gains"])
-    except (AttackPlaneError, KeyError):
+    known = _kept(kind, key)
+    if known is None:
         new, plain = measure()
-        found = {"new": new, "plain": plain, "gains": new <= share * plain}
+        known = _kept(kind, key)  # of a process that was sooner
+    if known is None:
+        known = new <= share * plain
+        _keep(kind, key, {"new": new, "plain": plain, "gains": known})
+    return known
+
+
+def _path(kind: str, key: str) -> Path:
+    return cache_folder() / kind / f"{key}.json"
+
+
+def _kept(kind: str, key: str) -> bool | None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(found) + "\n")
-    except OSError as error:
-        log.warning("cannot keep what was measured in %s (%s)", path, error)
-    return bool(found["gains"])
+        return bool(read_object(_path(kind, key), "a measured speed")["gains"])
+    except (AttackPlaneError, KeyError, OSError, RuntimeError):  # there is none, or it is broken
+        return None
+
+
+def _keep(kind: str, key: str, found: Row) -> None:
+    try:
+        _path(kind, key).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(_path(kind, key), json.dumps(found) + "\n")
+    except (AttackPlaneError, OSError, RuntimeError) as error:
+        log.warning("cannot keep which way is faster here: %s", error)

@@ -279,7 +279,9 @@ def test_a_users_model_in_training_is_attacked_and_left_as_it_was_found(own):
 def test_a_wrapped_model_gives_what_the_loaded_one_gives(own, tiny_models):
     wrapped = ap.wrap(*own)
     ours, theirs = (ap.gcg(m, REQUEST, TARGET, SMALL) for m in (wrapped, tiny_models["llama"]))
-    assert ours.prompt == theirs.prompt and ours.losses == theirs.losses
+    assert ours.prompt == theirs.prompt
+    # a loaded model may multiply by another library
+    assert ours.losses == pytest.approx(theirs.losses, abs=1e-5)
 
 
 def test_a_peft_model_is_read_with_its_active_adapter(own):

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-import core.measured
 import core.products
+from attacks.objective import TargetLoss
 from core.measured import is_faster
+from core.models import load
 from core.products import FrozenLinear, linear, use_faster_products
+from tests.test_gcg import slot_of
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
@@ -18,8 +20,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def used(monkeypatch):
-    """How many products oneDNN computed."""
+    """How many products oneDNN computed; it may take small ones."""
     calls = []
+    monkeypatch.setattr(core.products, "SMALLEST", 0)
     product = core.products._product
     monkeypatch.setattr(core.products, "_product", lambda *a: calls.append(1) or product(*a))
     return calls
@@ -67,6 +70,9 @@ def test_only_plain_float32_layers_are_changed_and_only_where_it_pays(monkeypatc
     assert type(model[0]) is nn.Linear
     monkeypatch.setattr(core.products, "_onednn_is_faster", lambda: True)
     use_faster_products(model)
+    assert type(model[0]) is nn.Linear  # too small
+    monkeypatch.setattr(core.products, "SMALLEST", 4)
+    use_faster_products(model)
     assert [type(m) for m in model] == [FrozenLinear, nn.Linear, Own, nn.Tanh]
 
 
@@ -88,8 +94,57 @@ def test_what_is_faster_is_measured_once_and_kept(tmp_path, monkeypatch, caplog)
     kept.write_text("{}\n")  # broken: measured anew
     assert not is_faster("trial", ["a"], measure(2.0, 1.0), 0.6)
 
-    def full(*_):
-        raise OSError("no space")
+    folder = next(tmp_path.glob("trial"))
+    folder.rename(tmp_path / "kept")
+    folder.write_text("in the way")
+    assert is_faster("trial", ["c"], measure(0.5, 1.0), 0.6)
+    assert "cannot keep which way is faster" in caplog.text
 
-    monkeypatch.setattr(core.measured, "write_atomically", full)
-    assert is_faster("trial", ["c"], measure(0.5, 1.0), 0.6) and "no space" in caplog.text
+
+def test_the_first_of_two_processes_decides(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTACK_PLANE_CACHE", str(tmp_path))
+
+    def measure():
+        assert is_faster("trial", [], lambda: (0.5, 1.0), 0.6)  # the other one, meanwhile
+        return 0.9, 1.0
+
+    assert is_faster("trial", [], measure, 0.6)
+    assert is_faster("trial", [], lambda: (0.9, 1.0), 0.6)
+
+
+@pytest.mark.parametrize("faster", [False, True])
+def test_a_model_computes_the_same_by_either_library(tiny_folders, monkeypatch, used, faster):
+    from peft import LoraConfig, get_peft_model
+
+    monkeypatch.setattr(core.products, "_onednn_is_faster", lambda: faster)
+    loaded = load(str(tiny_folders["qwen2"]), "cpu")
+    monkeypatch.setattr(core.products, "_onednn_is_faster", lambda: False)
+    plain = load(str(tiny_folders["qwen2"]), "cpu")
+    slot = slot_of(loaded)
+    suffix = torch.tensor(slot.initial_ids)
+    found = [TargetLoss(m, slot).token_gradient(suffix) for m in (loaded, plain)]
+    assert bool(used) is faster
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
+    assert torch.allclose(found[0][1], found[1][1], atol=1e-4)
+    gradients = []
+    for m in (loaded, plain):
+        tuned = get_peft_model(m.model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+        tuned.load_state_dict(
+            {n: p.fill_(0.01) for n, p in tuned.state_dict().items() if "lora" in n}, strict=False
+        )
+        tuned(input_ids=torch.tensor([[5, 6, 7, 8]])).logits.square().sum().backward()
+        gradients.append([p.grad for p in tuned.parameters() if p.requires_grad])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for ours, own in zip(*gradients, strict=True):
+        assert torch.allclose(ours, own, rtol=1e-3, atol=1e-4)
+
+
+def test_a_second_derivative_is_torchs_own(used):
+    weight, input = torch.randn(4, 3), torch.randn(2, 3, requires_grad=True)
+    seconds = []
+    for product in (linear, nn.functional.linear):
+        (first,) = torch.autograd.grad(
+            product(input, weight).pow(3).sum(), input, create_graph=True
+        )
+        seconds.append(torch.autograd.grad(first.sum(), input)[0])
+    assert used and torch.allclose(*seconds, rtol=1e-4, atol=1e-4)
