@@ -157,7 +157,7 @@ def test_a_suffix_of_one_token_has_rough_losses(qwen):
     objective.share(short)
     others = torch.tensor([[5], [9], [11]])
     bounds = objective.scorer.bounds(objective.scorer.hidden(list(others)))
-    assert float((objective.rough_losses(others) - bounds).abs().max()) < 0.01
+    assert float((objective.rough_losses(others) - bounds).abs().max()) < 0.1
 
 
 def test_a_cpu_without_integer_products_has_no_copy(qwen, monkeypatch):
