@@ -87,8 +87,11 @@ class Head:
         if weight.is_meta:  # the layer itself fetches it
             return self._mapped(self.layer(rows.to(self.layer.weight.dtype)).float())
         rows = rows.to(weight.device, weight.dtype)
-        product = linear if isinstance(self.layer, FrozenLinear) else nn.functional.linear
-        return self._mapped(product(rows, weight, self._bias).float())
+        if isinstance(self.layer, FrozenLinear):
+            whole = weight is self.layer.weight
+            packed = self.layer.packed if whole else None
+            return self._mapped(linear(rows, weight, self._bias, packed))
+        return self._mapped(nn.functional.linear(rows, weight, self._bias).float())
 
 
 class _Part(Head):

@@ -8,11 +8,14 @@ it uses for other types, was faster on an AMD one: by a tenth for many tokens, b
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from core.batching import memory_budget
 from core.measured import is_faster, seconds_of
 
 GAIN = 0.95
@@ -41,8 +44,13 @@ class _Product(torch.autograd.Function):
         return linear(gradient, weight.T), None, None
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As torch's own; by oneDNN where all is float32 on a CPU and no weight needs a gradient."""
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, packed: Tensor | None = None
+) -> Tensor:
+    """As torch's own; by oneDNN where all is float32 on a CPU and no weight needs a gradient.
+
+    ``packed``: the weight once more, in oneDNN's own layout.
+    """
     plain = (
         input.dtype != torch.float32
         or weight.dtype != torch.float32
@@ -56,14 +64,16 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled() and input.requires_grad:
         given: Tensor = _Product.apply(input, weight, bias)
         return given
-    return _product(input, weight, bias)
+    return _product(input, weight if packed is None else packed, bias)
 
 
 class FrozenLinear(nn.Linear):
     """A linear layer of a frozen model, whose float32 products run on oneDNN."""
 
+    packed: Tensor | None = None
+
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias, self.packed)
 
 
 LINEAR = (nn.Linear, FrozenLinear)
@@ -83,6 +93,27 @@ def use_faster_products(model: nn.Module) -> None:
     if layers and _onednn_is_faster():
         for layer in layers:
             layer.__class__ = FrozenLinear
+
+
+@contextmanager
+def packed(model: nn.Module, tokens: int) -> Iterator[None]:
+    """While open, the weights are there once more, in the layout that oneDNN multiplies by.
+
+    Otherwise it brings each into that layout for each product, which pays where ``tokens`` go
+    through the model at once many times. No weight may change meanwhile. Where they would take more
+    than the memory's budget, nothing is done.
+    """
+    layers = [m for m in model.modules() if isinstance(m, FrozenLinear) and m.packed is None]
+    if sum(layer.weight.nbytes for layer in layers) > memory_budget(torch.device("cpu")):
+        layers = []
+    try:
+        for layer in layers:
+            weight = layer.weight.detach()
+            layer.packed = torch.ops.mkldnn._reorder_linear_weight(weight, tokens)
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
 
 
 def _has_onednn() -> bool:

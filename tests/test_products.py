@@ -10,7 +10,7 @@ import core.products
 from attacks.objective import TargetLoss
 from core.measured import is_faster
 from core.models import load
-from core.products import FrozenLinear, linear, use_faster_products
+from core.products import FrozenLinear, linear, packed, use_faster_products
 from tests.test_gcg import slot_of
 
 pytestmark = pytest.mark.skipif(
@@ -148,3 +148,24 @@ def test_a_second_derivative_is_torchs_own(used):
         )
         seconds.append(torch.autograd.grad(first.sum(), input)[0])
     assert used and torch.allclose(*seconds, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_in_onednns_layout_give_the_same_and_are_dropped(used, monkeypatch):
+    monkeypatch.setattr(core.products, "_onednn_is_faster", lambda: True)
+    model = nn.Sequential(nn.Linear(40, 24), nn.Tanh(), nn.Linear(24, 8, bias=False))
+    use_faster_products(model.requires_grad_(False))
+    input = torch.randn(16, 40)
+    plain = model(input)
+    with pytest.raises(ValueError, match="stopped"), packed(model, 16):
+        assert model[0].packed.is_mkldnn or model[0].packed is not model[0].weight
+        assert torch.allclose(model(input), plain, atol=1e-6)
+        assert torch.allclose(model(input[:3]), plain[:3], atol=1e-6)  # other counts too
+        held = model[0].packed
+        with packed(model, 16):
+            assert model[0].packed is held
+        assert model[0].packed is held  # the inner one drops what it made only
+        raise ValueError("stopped")
+    assert model[0].packed is model[2].packed is None
+    monkeypatch.setattr(core.products, "memory_budget", lambda device: 4 * 24 * 40)
+    with packed(model, 16):
+        assert model[0].packed is None
