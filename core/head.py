@@ -90,7 +90,7 @@ class Head:
         if isinstance(self.layer, FrozenLinear):
             whole = weight is self.layer.weight
             packed = self.layer.packed if whole else None
-            return self._mapped(linear(rows, weight, self._bias, packed))
+            return self._mapped(linear(rows, weight, self._bias, packed).float())
         return self._mapped(nn.functional.linear(rows, weight, self._bias).float())
 
 
