@@ -104,7 +104,7 @@ class PackedScorer:
     @property
     def can_be_rough(self) -> bool:
         """Whether there is a copy, and a current suffix that it can start from."""
-        return self.rough is not None and bool(self._known) and self._likely is not None
+        return self.rough is not None and bool(self._known)
 
     @property
     def likely_tokens(self) -> int:

@@ -117,7 +117,7 @@ def test_rough_losses_are_close_and_nothing_of_the_model_changes(linear, dtype):
 def test_two_slots_of_one_copy_keep_their_own_current_suffix(linear):
     slot = slot_of(linear)
     _, drawn = candidates_of(linear, slot, width=8)
-    rough, alone = rough_copy(linear), TargetLoss(linear, slot, rough=rough_copy(linear))
+    rough, alone = RoughModel(linear), TargetLoss(linear, slot, rough=RoughModel(linear))
     first, second = (TargetLoss(linear, slot, rough=rough) for _ in range(2))
     for objective in (first, alone):
         objective.share(torch.tensor(slot.initial_ids))
@@ -131,7 +131,7 @@ def test_a_family_that_norms_queries_and_keys_has_a_copy_too(tmp_path, monkeypat
     loaded = load(str(conftest.make_model(tmp_path, "olmo2")), "cpu")
     slot = slot_of(loaded)
     _, drawn = candidates_of(loaded, slot, width=8)
-    objective = TargetLoss(loaded, slot, rough=rough_copy(loaded))
+    objective = TargetLoss(loaded, slot, rough=RoughModel(loaded))
     objective.share(torch.tensor(slot.initial_ids))
     bounds = objective.scorer.bounds(objective.scorer.hidden(list(drawn)))
     error = objective.rough_losses(drawn) - bounds
@@ -152,7 +152,7 @@ def test_a_hook_on_a_layer_acts_once_in_the_copy(tiny_folders):
 
 def test_a_suffix_of_one_token_has_rough_losses(qwen):
     slot = slot_of(qwen)
-    objective = TargetLoss(qwen, slot, rough=rough_copy(qwen))
+    objective = TargetLoss(qwen, slot, rough=RoughModel(qwen))
     short = torch.tensor(slot.initial_ids[:1])
     objective.share(short)
     others = torch.tensor([[5], [9], [11]])
@@ -161,6 +161,7 @@ def test_a_suffix_of_one_token_has_rough_losses(qwen):
 
 
 def test_a_cpu_without_integer_products_has_no_copy(qwen, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
     assert rough_copy(qwen) is not None
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     assert rough_copy(qwen) is None

@@ -11,6 +11,7 @@ import torch
 from attacks.gcg import draft_model
 from attacks.gcg_search import GCGConfig, GCGState, run_gcg
 from attacks.objective import TargetLoss
+from attacks.rough import RoughModel
 from attacks.screening import Screening, rough_copy
 from attacks.selection import choose, merged, probe_sampled
 from core.errors import AttackPlaneError
@@ -110,7 +111,7 @@ def test_a_first_step_scores_some_of_many_candidates_from_the_best_to_the_worst(
 
 
 def test_a_screening_finds_the_exact_winner_and_leaves_the_model_as_it_was(qwen):
-    slot, rough = slot_of(qwen), rough_copy(qwen)
+    slot, rough = slot_of(qwen), RoughModel(qwen)
     before = {n: (p.data_ptr(), p.dtype) for n, p in qwen.model.named_parameters()}
     objective, drawn = candidates_of(qwen, slot, width=120)
     objective = TargetLoss(qwen, slot, rough=rough)
@@ -139,7 +140,7 @@ def test_a_screened_search_is_gcg_and_a_saved_one_goes_on_to_the_bit(qwen):
     config = dataclasses.replace(SMALL, num_steps=4, search_width=30)
 
     def loss_of():
-        return TargetLoss(qwen, slot, rough=rough_copy(qwen))
+        return TargetLoss(qwen, slot, rough=RoughModel(qwen))
 
     def keep(state):
         saved.append(json.loads(json.dumps(state.to_row())))
@@ -160,7 +161,7 @@ def test_a_screened_search_is_gcg_and_a_saved_one_goes_on_to_the_bit(qwen):
 def test_what_is_chosen_was_scored_exactly_and_keeps_its_tokens(tiny, options):
     slot = slot_of(tiny)
     _, drawn = candidates_of(tiny, slot, width=20)
-    objective = TargetLoss(tiny, slot, rough=rough_copy(tiny))
+    objective = TargetLoss(tiny, slot, rough=RoughModel(tiny))
     objective.share(torch.tensor(slot.initial_ids))
     drawn = drawn[torch.tensor(slot.faithful(drawn.tolist()))]
     suffix = torch.tensor(slot.initial_ids)
