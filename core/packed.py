@@ -21,15 +21,16 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from core.models import LoadedModel
+from core.threads import side_by_side
 
 NAME = "attack_plane_packed"
 MASKS = 256
@@ -135,27 +136,10 @@ class PackedDecoder:
         with self._installed():
             return self._run(embeddings, groups, keep, leading)
 
-    @torch.no_grad()
     def hidden_of_two(self, batches: Sequence[tuple[Tensor, Sequence[Group]]]) -> list[Tensor]:
-        """``hidden`` of two batches at once, each in a thread with half of the cores. For a CPU.
-
-        Within one batch, everything but the large matrix products makes poor use of a second core.
-        Two batches side by side fill it.
-        """
-        threads = torch.get_num_threads()
-
-        def work(batch: tuple[Tensor, Sequence[Group]]) -> Tensor:
-            torch.set_num_threads(
-                max(1, threads // 2)
-            )  # for this thread; the caller's is put back below
-            with torch.no_grad():
-                return self._run(*batch, 0, False)
-
-        try:
-            with self._installed(), ThreadPoolExecutor(len(batches)) as pool:
-                return list(pool.map(work, batches))
-        finally:
-            torch.set_num_threads(threads)
+        """``hidden`` of two batches at once, side by side, without gradients. For a CPU."""
+        with self._installed():
+            return side_by_side([partial(self._run, *batch, 0, False) for batch in batches])
 
     def _run(self, embeddings: Tensor, groups: Sequence[Group], keep: int, leading: bool) -> Tensor:
         positions = torch.cat([self._positions(g).repeat(g.count) for g in groups])
@@ -247,10 +231,12 @@ class PackedDecoder:
         """(1, 1, fold x length, shared + length): 0 where a fed token sees a token, -inf where it
         does not."""
         key = (group.shared, group.length, window, fold, like.dtype, like.device)
-        if key not in self._masks:
+        mask = self._masks.get(key)
+        if mask is None:
             if len(self._masks) >= MASKS:  # lengths that vary would fill the memory
                 self._masks.clear()
             visible = self._visible(group, window).to(like.device)
             mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)
-            self._masks[key] = mask.masked_fill(~visible, float("-inf")).repeat(fold, 1)[None, None]
-        return self._masks[key]
+            mask = mask.masked_fill(~visible, float("-inf")).repeat(fold, 1)[None, None]
+            self._masks[key] = mask
+        return mask

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import core.decoding
 import core.generate
 from core.conversation import Conversation
 from core.decoding import KEPT, RowDecoder, decodes
@@ -45,8 +46,21 @@ def decoded(loaded, prompts, new, *, shared, **options):
     return dict(decoder.replies({n: p[shared:] for n, p in enumerate(prompts)}))
 
 
+@pytest.fixture(params=[1, 2], ids=["one lane", "two lanes"])
+def lanes(request, monkeypatch):
+    """Decode in so many lanes, however few the rows are."""
+    used, merged = [], core.decoding.merged
+    monkeypatch.setattr(core.decoding, "merged", lambda s: used.append(len(s)) or merged(s))
+    monkeypatch.setattr(core.decoding, "LANES", request.param)
+    monkeypatch.setattr(core.decoding, "ENOUGH", 3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield used
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("batch", [1, 3, 96])
-def test_replies_are_those_of_a_plain_greedy_loop(tiny, batch):
+def test_replies_are_those_of_a_plain_greedy_loop(tiny, lanes, batch):
     prompts = prompts_of(tiny)
     shared = next(n for n in range(99) if len({p[n] for p in prompts}) > 1)
     expected = {n: plain(tiny, p, 20) for n, p in enumerate(prompts)}
@@ -57,9 +71,21 @@ def test_replies_are_those_of_a_plain_greedy_loop(tiny, batch):
     assert any(len(reply) < 20 for reply in early.values())
     assert decoded(tiny, prompts, 20, shared=shared, stops=stops, batch=batch) == early
     assert decoded(tiny, prompts, 20, shared=0, stops=stops, batch=batch) == early
+    assert lanes == [2, 2, 2] * (core.decoding.LANES == 2 and batch >= 3)
 
 
-def test_samples_do_not_depend_on_the_rows_beside_them(qwen):
+def test_two_lanes_only_where_no_hook_may_hold_a_state(qwen, lanes):
+    prompts = prompts_of(qwen)
+    handle = qwen.blocks[0].register_forward_hook(lambda *_: None)
+    expected = decoded(qwen, prompts, 4, shared=1, stops=())
+    assert not lanes
+    handle.remove()
+    qwen.model(torch.tensor([prompts[0]]), output_hidden_states=True)  # leaves hooks of its own
+    assert decoded(qwen, prompts, 4, shared=1, stops=()) == expected
+    assert lanes == [2] * (core.decoding.LANES == 2)
+
+
+def test_samples_do_not_depend_on_the_rows_beside_them(qwen, lanes):
     prompts = prompts_of(qwen)
     options = {"shared": 1, "stops": (), "temperature": 1.0}
     seeds = range(len(prompts))
