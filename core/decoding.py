@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from core.head import Head, head_of
 from core.models import LoadedModel
-from core.packed import Group, PackedDecoder
+from core.packed import Group, PackedDecoder, attend_after, grouped_sdpa, is_unusual
 from core.prefix import keeps_keys_and_values_only
 from core.threads import merged
 
@@ -288,11 +288,17 @@ class RowDecoder(PackedDecoder):
         rows = torch.arange(len(at), device=query.device)
         keys, values = lane.keys[module], lane.values[module]
         keys[rows, :, at], values[rows, :, at] = key[0].transpose(0, 1), value[0].transpose(0, 1)
-        top = lane.seen.shape[1]
+        top, window = lane.seen.shape[1], options.get("sliding_window")
         k, v = keys[:, :, :top], values[:, :, :top]
-        mask = self._row_mask(lane, options.get("sliding_window"), at, query.dtype)
+        mask = self._row_mask(lane, window, at, query.dtype)
         q = query[0].transpose(0, 1)[:, :, None]  # (row, heads, 1, head dim)
-        attended, _ = self._own_attention(module)(module, q, k, v, mask, **options)
+        own = self._own_attention(module)
+        plain = own is grouped_sdpa and not is_unusual(options)
+        if plain and self.start and not (window and window < top):
+            scaling = options.get("scaling")
+            attended = attend_after(self._known[module], q, k, v, mask, scaling)
+        else:
+            attended = own(module, q, k, v, mask, **options)[0]
         return attended.transpose(0, 1), None
 
     def _row_mask(self, lane: Lane, window: int | None, at: Tensor, dtype: torch.dtype) -> Tensor:

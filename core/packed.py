@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +57,11 @@ class Group:
         return self.length * self.count
 
 
+def is_unusual(options: Mapping[str, Any]) -> bool:
+    """Whether attention with these options is more than scaled products."""
+    return any(options.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
+
+
 def grouped_sdpa(
     module: nn.Module,
     query: Tensor,
@@ -73,7 +78,7 @@ def grouped_sdpa(
     heads of one key-value head become more rows of the same product. ``attention_mask`` must hold
     one copy for each of them. Calls with unusual options go to transformers' own function.
     """
-    if any(options.get(name) is not None for name in ("position_bias", "softcap", "s_aux")):
+    if is_unusual(options):
         whole = attentions()["sdpa"]
         mask = attention_mask[:, :, : query.shape[2]]
         return whole(module, query, key, value, mask, scaling=scaling, **options)
@@ -83,6 +88,42 @@ def grouped_sdpa(
         folded, key, value, attn_mask=attention_mask, scale=scaling
     )
     return attended.reshape(rows, heads, length, -1).transpose(1, 2), None
+
+
+def attend_after(
+    start: tuple[Tensor, Tensor],
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scaling: float | None,
+) -> Tensor:
+    """Attention of one token of every row, where all rows begin with the same tokens.
+
+    What the rows share is multiplied once for all of them.
+
+    Args:
+        start: keys and values of the shared tokens, (1, key-value heads, shared, head dim) each.
+        query: (row, heads, 1, head dim)
+        keys, values: (row, key-value heads, seen, head dim); the shared tokens come first.
+        mask: (row, 1, 1, seen) added to the scores; 0 for shared tokens.
+
+    Returns:
+        (row, 1, heads, head dim)
+    """
+    (rows, heads, _, width), few = query.shape, keys.shape[1]
+    shared_k, shared_v = (states[0] for states in start)
+    shared, each = shared_k.shape[1], heads // few
+    k, v = (states[:, :, shared:].flatten(0, 1) for states in (keys, values))
+    q = (query * (width**-0.5 if scaling is None else scaling)).view(rows, few, each, width)
+    together = q.permute(1, 0, 2, 3).reshape(few, rows * each, width)
+    common = torch.bmm(together, shared_k.mT).unflatten(1, (rows, each)).transpose(0, 1)
+    own = torch.bmm(q.flatten(0, 1), k.mT).unflatten(0, (rows, few)) + mask[..., shared:]
+    weights = torch.cat([common, own], -1).softmax(-1)  # (row, key-value heads, each, seen)
+    common = weights[..., :shared].transpose(0, 1).reshape(few, rows * each, shared)
+    attended = torch.bmm(weights[..., shared:].flatten(0, 1), v).unflatten(0, (rows, few))
+    attended += torch.bmm(common, shared_v).unflatten(1, (rows, each)).transpose(0, 1)
+    return attended.reshape(rows, 1, heads, width)
 
 
 class PackedDecoder:

@@ -10,6 +10,7 @@ from core.decoding import KEPT, RowDecoder, decodes
 from core.generate import complete, stop_ids
 from core.head import head_of
 from core.models import load
+from core.packed import attend_after
 from core.prompt import Renderer
 
 REQUESTS = (
@@ -83,6 +84,25 @@ def test_two_lanes_only_where_no_hook_may_hold_a_state(qwen, lanes):
     qwen.model(torch.tensor([prompts[0]]), output_hidden_states=True)  # leaves hooks of its own
     assert decoded(qwen, prompts, 4, shared=1, stops=()) == expected
     assert lanes == [2] * (core.decoding.LANES == 2)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_attention_after_a_shared_start_is_attention(scaling):
+    generator = torch.Generator().manual_seed(0)
+    rows, few, each, shared, seen, width = 5, 2, 3, 4, 9, 8
+    start = [torch.randn(1, few, shared, width, generator=generator) for _ in range(2)]
+    own = [torch.randn(rows, few, seen - shared, width, generator=generator) for _ in range(2)]
+    query = torch.randn(rows, few * each, 1, width, generator=generator)
+    k, v = (torch.cat([s.expand(rows, -1, -1, -1), o], 2) for s, o in zip(start, own, strict=True))
+    lengths = torch.tensor([5, 9, 6, 7, 9])
+    mask = torch.zeros(rows, 1, 1, seen)
+    mask.masked_fill_((torch.arange(seen) >= lengths[:, None])[:, None, None], float("-inf"))
+    found = attend_after(start, query, k, v, mask, scaling)
+    every = (states.repeat_interleave(each, 1) for states in (k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, *every, attn_mask=mask, scale=scaling
+    )
+    assert torch.allclose(found, expected.transpose(1, 2), atol=1e-6)
 
 
 def test_samples_do_not_depend_on_the_rows_beside_them(qwen, lanes):
