@@ -295,8 +295,7 @@ class RowDecoder(PackedDecoder):
         own = self._own_attention(module)
         plain = own is grouped_sdpa and not is_unusual(options)
         if plain and self.start and not (window and window < top):
-            scaling = options.get("scaling")
-            attended = attend_after(self._known[module], q, k, v, mask, scaling)
+            attended = attend_after(self._known[module], q, k, v, mask, options.get("scaling"))
         else:
             attended = own(module, q, k, v, mask, **options)[0]
         return attended.transpose(0, 1), None
