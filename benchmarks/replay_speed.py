@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 
 import core.generate
-from benchmarks.measure import device_name, matrix_peak, median
+from benchmarks.measure import device_name, matrix_peak, median, timed
 from core.generate import complete, stop_ids
 from core.models import LoadedModel, load
 from core.products import FrozenLinear
@@ -90,12 +89,6 @@ def alone(loaded: LoadedModel, prompt: list[int], tokens: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 @click.command()
 @click.option("--model", default="embedded")
 @click.option("--prompts", type=click.IntRange(2), default=96)
@@ -127,7 +120,7 @@ def main(model: str, prompts: int, tokens: int, rounds: int, checked: int) -> No
     for turn in range(rounds):
         names = list(works)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name].append(seconds(works[name]))
+            times[name].append(timed(works[name], loaded.device)[0])
     rows = [["", "seconds, median", "replies a second", "each round"]]
     for name, own in times.items():
         middle = median(own)

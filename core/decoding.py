@@ -4,18 +4,20 @@
    flat batch, without padding (``core/packed.py``).
 2. Each row has a place in buffers of keys and values that are allocated once. A step feeds one
    token of every row as one flat batch, so that every matrix product is one. Attention is one call
-   a layer, over the buffers as they lie, each key-value head with all query heads that use it.
+   a layer, over the buffers as they lie, each key-value head with all query heads that use it. In
+   float32 on a CPU what all rows share is multiplied once for all of them.
 3. When a quarter of the rows have ended they leave, the buffers are packed again, and new prompts
    come in.
+4. On some CPUs two halves of many rows run side by side (``core/threads.py``).
 
-A row's tokens do not depend on the rows beside it, but for rounding. Sampling draws from a stream
-of the row's own.
+The rows beside it change a row's tokens by rounding only. Each samples from a stream of its own.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from core.head import Head, head_of
+from core.hooks import has_hooks
 from core.models import LoadedModel
 from core.packed import Group, PackedDecoder, attend_after, grouped_sdpa, is_unusual
 from core.prefix import keeps_keys_and_values_only
+from core.products import uses_onednn
 from core.threads import merged
 
 log = logging.getLogger(__name__)
@@ -35,10 +39,8 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """By how much logits may differ from a plain pass, as a share of the largest."""
 ROOM = 0.25
 """Rows that have ended leave when they are this share of all."""
-LANES = 2
-"""Parts of the rows that a CPU decodes side by side (``core/threads.py``)."""
 ENOUGH = 48
-"""Rows from which on that is faster: each lane reads all weights."""
+"""Rows from which on halves are faster where oneDNN multiplies; with MKL they were slower."""
 
 
 @dataclass
@@ -113,53 +115,50 @@ class RowDecoder(PackedDecoder):
     def replies(self, rests: Mapping[int, Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
         """(number, reply ids) of each prompt as it ends; the stop token is left out.
 
+        Halves go on in their threads while the caller holds a reply.
+
         Args:
             rests: what follows the shared start, by the prompts' numbers.
         """
-        device = self.loaded.device
         if self.start:
-            ids = torch.tensor(self.start, device=device)
+            ids = torch.tensor(self.start, device=self.loaded.device)
             self.hidden(self._embed(ids), [Group(0, len(ids), 1)], keep=len(ids))
         rows = [PromptRow(n, list(rest)) for n, rest in rests.items()]
         if self.temperature:
             for row in rows:
                 row.generator = torch.Generator().manual_seed(self.seeds[row.number])
         rows.sort(key=lambda row: len(row.rest))
-        lanes = LANES if self._go_side_by_side(len(rows)) else 1
+        lanes = 2 if self._go_side_by_side(len(rows)) else 1
         parts = [rows[n::lanes] for n in range(lanes)]
-        streams = [self._steps(part, self.batch // lanes) for part in parts]
-        with self._installed():
-            for ended in streams[0] if lanes == 1 else merged(streams):
+        streams = [self._steps(part, -(-self.batch // lanes)) for part in parts]
+        with self._installed(), closing(merged(streams) if lanes > 1 else streams[0]) as all_ended:
+            for ended in all_ended:
                 yield from ((row.number, row.reply) for row in ended)
 
     def _go_side_by_side(self, rows: int) -> bool:
         """Whether two halves are faster. Hooks that hold a state would mix them up."""
-        hooks = (
-            hook
-            for module in self.loaded.model.modules()
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        )
-        if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
-            return False  # transformers' own know their thread
-        cores = torch.get_num_threads() if self.loaded.device.type == "cpu" else 1
-        return cores >= LANES and min(rows, self.batch) >= ENOUGH
+        model, wide = self.loaded.model, min(rows, self.batch) >= ENOUGH
+        return wide and self.loaded.side_by_side and uses_onednn(model) and not has_hooks(model)
 
-    def _steps(self, waiting: list[PromptRow], batch: int) -> Iterator[list[PromptRow]]:
+    def _steps(self, waiting: list[PromptRow], batch: int) -> Generator[list[PromptRow]]:
         """After each pass of one lane, the rows that it has ended."""
         lane = self._now.lane = Lane()
         token = torch.zeros(0, dtype=torch.long)
-        while waiting or lane.rows:
-            free = batch - len(lane.rows)
-            if waiting and free >= max(1, int(ROOM * batch)):
-                fresh, waiting = waiting[:free], waiting[free:]
-                token = torch.cat([token, self._enter(lane, fresh)])
-                yield self._note(fresh, token[-len(fresh) :])
-            else:
-                token = self._step(lane, token)
-                yield self._note(lane.rows, token)
-            kept = [n for n, row in enumerate(lane.rows) if not row.ended]
-            if len(kept) <= (1 - ROOM) * len(lane.rows):
-                token = self._leave(lane, kept, token)
+        try:
+            while waiting or lane.rows:
+                free = batch - len(lane.rows)
+                if waiting and free >= max(1, int(ROOM * batch)):
+                    fresh, waiting = waiting[:free], waiting[free:]
+                    token = torch.cat([token, self._enter(lane, fresh)])
+                    yield self._note(fresh, token[-len(fresh) :])
+                else:
+                    token = self._step(lane, token)
+                    yield self._note(lane.rows, token)
+                kept = [n for n, row in enumerate(lane.rows) if not row.ended]
+                if len(kept) <= (1 - ROOM) * len(lane.rows):
+                    token = self._leave(lane, kept, token)
+        finally:
+            self._now.lane = None
 
     def _note(self, rows: Sequence[PromptRow], token: Tensor) -> list[PromptRow]:
         """Add each row's new token to its reply; the rows that end by it."""
@@ -223,11 +222,8 @@ class RowDecoder(PackedDecoder):
         if not self.temperature:
             return logits.argmax(-1).cpu()
         chances = (logits / self.temperature).softmax(-1).cpu()
-        drawn = [
-            torch.multinomial(p, 1, generator=row.generator)
-            for p, row in zip(chances, rows, strict=True)
-        ]
-        return torch.cat(drawn)
+        both = zip(chances, rows, strict=True)
+        return torch.cat([torch.multinomial(p, 1, generator=r.generator) for p, r in both])
 
     # --- attention --------------------------------------------------------------------------------
     def _attend(
@@ -293,8 +289,9 @@ class RowDecoder(PackedDecoder):
         mask = self._row_mask(lane, window, at, query.dtype)
         q = query[0].transpose(0, 1)[:, :, None]  # (row, heads, 1, head dim)
         own = self._own_attention(module)
-        plain = own is grouped_sdpa and not is_unusual(options)
-        if plain and self.start and not (window and window < top):
+        plain = own is grouped_sdpa and not is_unusual(options) and query.device.type == "cpu"
+        exact = query.dtype == keys.dtype == torch.float32  # the sums of two parts are rounded
+        if plain and exact and self.start and not (window and window < top):
             attended = attend_after(self._known[module], q, k, v, mask, options.get("scaling"))
         else:
             attended = own(module, q, k, v, mask, **options)[0]
@@ -316,7 +313,7 @@ class RowDecoder(PackedDecoder):
 def decodes(loaded: LoadedModel, prompt: Sequence[int]) -> bool:
     """Whether this model can be decoded so; found once, by comparing with plain passes.
 
-    The logits of two tokens after ``prompt`` are compared.
+    The logits of two tokens after ``prompt``, which is decoded twice, are compared.
     """
     known: bool | None = vars(loaded).get(KEPT)
     if known is None:
@@ -331,10 +328,11 @@ def _agrees(loaded: LoadedModel, prompt: list[int]) -> bool:
     head = head_of(loaded, ids)
     if not head.usable:
         return False
-    decoder = RowDecoder(loaded, head, prompt[:1], stops=(), max_new_tokens=2)
+    half = len(prompt) // 2
+    decoder = RowDecoder(loaded, head, prompt[:half], stops=(), max_new_tokens=2)
     decoder.logits = []
     try:
-        ((_, reply),) = decoder.replies({0: prompt[1:]})
+        reply, _ = dict(decoder.replies({0: prompt[half:], 1: prompt[half:]})).values()
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError) as error:
@@ -343,7 +341,7 @@ def _agrees(loaded: LoadedModel, prompt: list[int]) -> bool:
     whole = torch.cat([ids, ids.new_tensor(reply[:1])])[None]
     with torch.no_grad():
         plain = loaded.last_logits(2, input_ids=whole, use_cache=False)[0]
-    worst = float((torch.cat(decoder.logits) - plain).abs().max())
+    worst = float((torch.stack(decoder.logits, 1) - plain).abs().max())
     limit = TOLERANCE[loaded.dtype] * float(plain.abs().max())
     if worst > limit:
         log.warning("%s: decoded by transformers (logits differ by %.2g)", loaded.spec, worst)

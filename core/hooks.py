@@ -1,4 +1,4 @@
-"""Hooks on the residual stream where it enters a transformer block."""
+"""Hooks on the residual stream where it enters a transformer block, and hooks that are there."""
 
 from __future__ import annotations
 
@@ -26,3 +26,13 @@ def before_block(block: nn.Module, change: Callable[[Tensor], Tensor | None]) ->
         return args, {**kwargs, "hidden_states": changed}
 
     return block.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether something besides transformers itself, whose hooks know their thread, listens in."""
+    hooks = (
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
+    return any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks)

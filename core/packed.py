@@ -123,7 +123,7 @@ def attend_after(
     common = weights[..., :shared].transpose(0, 1).reshape(few, rows * each, shared)
     attended = torch.bmm(weights[..., shared:].flatten(0, 1), v).unflatten(0, (rows, few))
     attended += torch.bmm(common, shared_v).unflatten(1, (rows, each)).transpose(0, 1)
-    return attended.reshape(rows, 1, heads, width)
+    return attended.reshape(rows, 1, heads, -1)
 
 
 class PackedDecoder:
@@ -140,7 +140,7 @@ class PackedDecoder:
         whose = (original or self).loaded.model
         self._keeper = dict(zip(loaded.model.modules(), whose.modules(), strict=True))
         self._masks: dict[Any, Tensor] = {}
-        self._now = threading.local()  # groups and keep of the batch that a thread runs
+        self._now = threading.local()  # what a thread runs: groups and keep of a batch, or a lane
         self._original: str | None = None  # the model's own attention while ours is in its place
 
     @property

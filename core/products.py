@@ -95,6 +95,10 @@ def use_faster_products(model: nn.Module) -> None:
             layer.__class__ = FrozenLinear
 
 
+def uses_onednn(model: nn.Module) -> bool:
+    return any(isinstance(module, FrozenLinear) for module in model.modules())
+
+
 @contextmanager
 def packed(model: nn.Module, tokens: int) -> Iterator[None]:
     """While open, the weights are there once more, in the layout that oneDNN multiplies by.

@@ -7,7 +7,7 @@ side by side fill it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -21,12 +21,12 @@ T = TypeVar("T")
 @contextmanager
 def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
     cores = torch.get_num_threads()
-    share = max(1, cores // count)
+    share = max(1, cores // count)  # torch keeps one number for threads that it has not met yet
     try:
         with ThreadPoolExecutor(count, "lane", torch.set_num_threads, (share,)) as pool:
             yield pool
     finally:
-        torch.set_num_threads(cores)  # the last one that set it would count for the caller too
+        torch.set_num_threads(cores)  # or threads that start later would have a share only
 
 
 def side_by_side(works: Sequence[Callable[[], T]]) -> list[T]:
@@ -35,7 +35,7 @@ def side_by_side(works: Sequence[Callable[[], T]]) -> list[T]:
         return list(pool.map(torch.no_grad()(lambda work: work()), works))
 
 
-def merged(streams: Sequence[Iterable[T]]) -> Iterator[T]:
+def merged(streams: Sequence[Iterable[T]]) -> Generator[T]:
     """What several streams give, as it comes. No gradients.
 
     A stream that fails ends the others at their next item, and so does a caller that stops.
@@ -62,8 +62,11 @@ def merged(streams: Sequence[Iterable[T]]) -> Iterator[T]:
                 item, future = given.get()
                 if future is None:
                     yield item
-                else:
+                    continue
+                left -= 1
+                try:
                     future.result()
-                    left -= 1
+                finally:
+                    del future  # its error holds this frame, and so all that the streams hold
         finally:
             stopped.set()

@@ -1,5 +1,7 @@
 """Our decoder: replies of a plain loop, whatever the batch; each prompt samples its own stream."""
 
+import threading
+
 import pytest
 import torch
 
@@ -47,20 +49,25 @@ def decoded(loaded, prompts, new, *, shared, **options):
     return dict(decoder.replies({n: p[shared:] for n, p in enumerate(prompts)}))
 
 
+class Used(list):
+    """Counts of lanes that were used. ``expected``: of one decoding of enough rows."""
+
+
 @pytest.fixture(params=[1, 2], ids=["one lane", "two lanes"])
 def lanes(request, monkeypatch):
     """Decode in so many lanes, however few the rows are."""
-    used, merged = [], core.decoding.merged
+    used, merged = Used(), core.decoding.merged
     monkeypatch.setattr(core.decoding, "merged", lambda s: used.append(len(s)) or merged(s))
-    monkeypatch.setattr(core.decoding, "LANES", request.param)
     monkeypatch.setattr(core.decoding, "ENOUGH", 3)
+    monkeypatch.setattr(core.decoding, "uses_onednn", lambda model: True)
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(request.param)
+    used.expected = [2] if request.param == 2 else []
     yield used
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 96])
+@pytest.mark.parametrize("batch", [1, 3, 5, 96])
 def test_replies_are_those_of_a_plain_greedy_loop(tiny, lanes, batch):
     prompts = prompts_of(tiny)
     shared = next(n for n in range(99) if len({p[n] for p in prompts}) > 1)
@@ -72,7 +79,7 @@ def test_replies_are_those_of_a_plain_greedy_loop(tiny, lanes, batch):
     assert any(len(reply) < 20 for reply in early.values())
     assert decoded(tiny, prompts, 20, shared=shared, stops=stops, batch=batch) == early
     assert decoded(tiny, prompts, 20, shared=0, stops=stops, batch=batch) == early
-    assert lanes == [2, 2, 2] * (core.decoding.LANES == 2 and batch >= 3)
+    assert lanes == 3 * lanes.expected * (batch >= 3)
 
 
 def test_two_lanes_only_where_no_hook_may_hold_a_state(qwen, lanes):
@@ -82,16 +89,18 @@ def test_two_lanes_only_where_no_hook_may_hold_a_state(qwen, lanes):
     assert not lanes
     handle.remove()
     qwen.model(torch.tensor([prompts[0]]), output_hidden_states=True)  # leaves hooks of its own
+    assert qwen.blocks[0]._forward_hooks
     assert decoded(qwen, prompts, 4, shared=1, stops=()) == expected
-    assert lanes == [2] * (core.decoding.LANES == 2)
+    assert lanes == lanes.expected
 
 
 @pytest.mark.parametrize("scaling", [None, 0.3])
 def test_attention_after_a_shared_start_is_attention(scaling):
     generator = torch.Generator().manual_seed(0)
     rows, few, each, shared, seen, width = 5, 2, 3, 4, 9, 8
-    start = [torch.randn(1, few, shared, width, generator=generator) for _ in range(2)]
-    own = [torch.randn(rows, few, seen - shared, width, generator=generator) for _ in range(2)]
+    widths = width, 6  # of keys and of values
+    start = [torch.randn(1, few, shared, w, generator=generator) for w in widths]
+    own = [torch.randn(rows, few, seen - shared, w, generator=generator) for w in widths]
     query = torch.randn(rows, few * each, 1, width, generator=generator)
     k, v = (torch.cat([s.expand(rows, -1, -1, -1), o], 2) for s, o in zip(start, own, strict=True))
     lengths = torch.tensor([5, 9, 6, 7, 9])
@@ -109,13 +118,13 @@ def test_samples_do_not_depend_on_the_rows_beside_them(qwen, lanes):
     prompts = prompts_of(qwen)
     options = {"shared": 1, "stops": (), "temperature": 1.0}
     seeds = range(len(prompts))
-    one, three = (decoded(qwen, prompts, 12, **options, seeds=seeds, batch=b) for b in (1, 3))
-    assert one == three != decoded(qwen, prompts, 12, **options, seeds=seeds[::-1])
+    one, five = (decoded(qwen, prompts, 12, **options, seeds=seeds, batch=b) for b in (1, 5))
+    assert one == five != decoded(qwen, prompts, 12, **options, seeds=seeds[::-1])
     own = decoded(qwen, [prompts[0]] * 2, 12, **options, seeds=seeds)
     assert own[0] != own[1]  # each prompt has a stream of its own
 
 
-def test_a_short_memory_halves_the_batch_and_loses_nothing(qwen, monkeypatch):
+def test_a_short_memory_halves_the_batch_and_loses_nothing(qwen, lanes, monkeypatch):
     renderer = Renderer(qwen)
     texts = [renderer.render(Conversation.build(r)).text for r in REQUESTS]
     expected = complete(renderer, texts, max_new_tokens=6)
@@ -129,7 +138,41 @@ def test_a_short_memory_halves_the_batch_and_loses_nothing(qwen, monkeypatch):
 
     monkeypatch.setattr(RowDecoder, "_enter", full)
     assert complete(renderer, texts, max_new_tokens=6, batch_size=7) == expected
-    assert asked[:3] == [7, 3, 1]
+    assert [*dict.fromkeys(asked)] == [7, 3, 1]
+
+
+def test_a_lane_that_fails_loses_no_reply_and_gives_none_twice(qwen, lanes, monkeypatch):
+    renderer = Renderer(qwen)
+    texts = [renderer.render(Conversation.build(r)).text for r in REQUESTS]
+    expected = complete(renderer, texts, max_new_tokens=6)
+    step, calls, given = RowDecoder._step, [], []
+
+    def fails_once(self, lane, token):
+        calls.append(None)
+        if len(calls) == 8:  # some rows have ended by then, of five side by side
+            raise torch.OutOfMemoryError
+        return step(self, lane, token)
+
+    replies = RowDecoder.replies
+    monkeypatch.setattr(RowDecoder, "_step", fails_once)
+    monkeypatch.setattr(
+        RowDecoder, "replies", lambda s, r: (given.append(p) or (p, x) for p, x in replies(s, r))
+    )
+    assert complete(renderer, texts, max_new_tokens=6, batch_size=5) == expected
+    assert len(calls) > 8 and sorted(given) == list(range(len(texts)))
+
+
+def test_a_caller_that_stops_leaves_nothing_behind(qwen, lanes):
+    prompts, own = prompts_of(qwen), qwen.config._attn_implementation
+    decoder = RowDecoder(
+        qwen, head_of(qwen, torch.tensor(prompts[0])), [], stops=(), max_new_tokens=9
+    )
+    stream = decoder.replies(dict(enumerate(prompts)))
+    next(stream)
+    assert qwen.config._attn_implementation != own
+    stream.close()
+    assert qwen.config._attn_implementation == own and lanes == lanes.expected
+    assert not [t for t in threading.enumerate() if t.name.startswith("lane")]
 
 
 def test_a_model_that_it_would_decode_wrongly_goes_to_transformers(tiny_folders, monkeypatch):

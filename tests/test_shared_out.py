@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import core.decoding
 from attacks.gcg import GCGConfig
 from attacks.objective import TargetLoss
 from attacks.slot import default_slot
@@ -43,7 +44,10 @@ def test_it_is_known_as_shared_out_and_has_the_models_fingerprint(both):
     assert parts.device == torch.device("cpu")
 
 
-def test_replies_are_the_whole_models(both):
+def test_replies_are_the_whole_models(both, monkeypatch):
+    monkeypatch.setattr(core.decoding, "ENOUGH", 3)
+    monkeypatch.setattr(core.decoding, "uses_onednn", lambda model: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     texts = []
     for loaded in both:
         renderer = Renderer(loaded)
