@@ -101,7 +101,12 @@ def test_a_copy_that_rounds_nothing_gives_the_exact_states(linear):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_rough_losses_are_close_and_nothing_of_the_model_changes(linear, dtype):
     slot = slot_of(linear)
-    before = {n: (p.data_ptr(), p.dtype) for n, p in linear.model.named_parameters()}
+
+    def what_is_there():
+        weights = {n: (p.data_ptr(), p.dtype) for n, p in linear.model.named_parameters()}
+        return weights, [len(m._forward_hooks) for m in linear.model.modules()]
+
+    before = what_is_there()
     objective = TargetLoss(linear, slot, rough=RoughModel(linear, dtype))
     assert objective.path == "packed"
     _, drawn = candidates_of(linear, slot, width=16)
@@ -110,8 +115,7 @@ def test_rough_losses_are_close_and_nothing_of_the_model_changes(linear, dtype):
     bounds = objective.scorer.bounds(objective.scorer.hidden(list(drawn)))
     error = objective.rough_losses(drawn) - bounds
     assert 0 < float(error.abs().max()) < 0.05 * float(exact.max() - exact.min()) + 1e-3
-    after = {n: (p.data_ptr(), p.dtype) for n, p in linear.model.named_parameters()}
-    assert after == before and not any(m._forward_hooks for m in linear.model.modules())
+    assert what_is_there() == before
 
 
 def test_two_slots_of_one_copy_keep_their_own_current_suffix(linear):
