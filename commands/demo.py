@@ -24,7 +24,7 @@ def demo(run: Path) -> None:
     """Run every stage on the embedded model.
 
     Trains refusing checkpoints, attacks one, replays, estimates directions, draws the plane. Takes
-    about 20 minutes on 2 cores.
+    about 15 minutes on 2 cores.
 
     \b
     Example:

@@ -42,7 +42,7 @@ MODEL = "embedded"
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The demo's settings: the whole pipeline in about 20 minutes on two CPU cores."""
+    """The demo's settings: the whole pipeline in about 15 minutes on two CPU cores."""
 
     behaviours: int = 6
     gcg: GCGConfig = GCGConfig(num_steps=20, search_width=32, topk=64)
