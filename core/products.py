@@ -96,6 +96,7 @@ def use_faster_products(model: nn.Module) -> None:
 
 
 def uses_onednn(model: nn.Module) -> bool:
+    """Whether float32 products of some of its layers run on oneDNN."""
     return any(isinstance(module, FrozenLinear) for module in model.modules())
 
 
