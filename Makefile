@@ -1,4 +1,4 @@
-# make demo   sets up and runs the whole pipeline on the embedded model (about 15 minutes on 2 CPU cores)
+# make demo   sets up and runs the whole pipeline on the embedded model (15 minutes on 2 CPU cores)
 # make test   sets up and runs linter, type checker and fast tests (needs no network once set up)
 # make slow   the long tests
 # make docs   builds the site into build/site; a broken link is an error

@@ -138,7 +138,8 @@ def test_a_short_memory_halves_the_batch_and_loses_nothing(qwen, lanes, monkeypa
 
     monkeypatch.setattr(RowDecoder, "_enter", full)
     assert complete(renderer, texts, max_new_tokens=6, batch_size=7) == expected
-    assert [*dict.fromkeys(asked)] == [7, 3, 1]
+    assert [*dict.fromkeys(asked)] == [7, 3, 1]  # each of two lanes asks
+    assert lanes or asked[:3] == [7, 3, 1]
 
 
 def test_a_lane_that_fails_loses_no_reply_and_gives_none_twice(qwen, lanes, monkeypatch):
