@@ -133,13 +133,14 @@ def quiet_libraries(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def open_model(spec: str) -> ModelHandle:
-    """A model that says what it is when it is loaded."""
-    from core.models import ModelHandle
+    """A model that says what it is when it is loaded, once in a command if memory allows."""
+    from core.shelf import Shelf
 
     def describe(loaded: LoadedModel) -> None:
         click.echo(loaded.describe())
 
-    return ModelHandle(spec, describe)
+    shelf: Shelf = click.get_current_context().meta.setdefault(Shelf.__qualname__, Shelf(describe))
+    return shelf(spec)
 
 
 def program() -> str:

@@ -296,6 +296,9 @@ class ModelHandle:
 
     @cached_property
     def loaded(self) -> LoadedModel:
+        return self._load()
+
+    def _load(self) -> LoadedModel:
         assert self._parsed is not None
         known = "fingerprint" in vars(self)  # of a commit of the hub: that one is loaded
         model = load(at_cached_commit(self._parsed) if known else self._parsed)
