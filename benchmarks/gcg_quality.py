@@ -39,9 +39,11 @@ import click
 import numpy as np
 import torch
 
-from attacks.adc_search import ADCConfig, ADCResult, run_adc
+from attacks.adc import ADCConfig
+from attacks.adc_search import ADCResult, run_adc
 from attacks.candidates import allowed_tokens
-from attacks.gcg_search import GCGConfig, GCGState, run_gcg
+from attacks.gcg import GCGConfig
+from attacks.gcg_search import GCGState, run_gcg
 from attacks.nanogcg_engine import reference
 from attacks.objective import TargetLoss
 from attacks.rough import RoughModel
@@ -248,9 +250,9 @@ def report(rows: list[Row], seconds: float) -> str:
         cells = [method, str(len(flat)), f"{mean([len(r['times']) for r in flat]):.0f}"]
         cells += [*shown(waits, geometric, ".1f"), str(late)] if waits else ["-", "", ""]
         for axis, limit in (("times", seconds), ("operations", least)):
-            losses = [[x for r, _ in g if (x := at(r, axis, limit)) == x] for g in own]
-            losses = [group for group in losses if group]
-            cells += shown(losses, mean, ".3f") if losses else ["-", ""]
+            losses = [[at(row, axis, limit) for row, _ in group] for group in own]
+            everywhere = not any(math.isnan(loss) for group in losses for loss in group)
+            cells += shown(losses, mean, ".3f") if everywhere else ["-", ""]  # no step yet
         lines.append(tuple(cells))
     return aligned(lines)
 
