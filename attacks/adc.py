@@ -1,26 +1,52 @@
-"""ADC as an attack: one suffix per request. The search itself is ``attacks/adc_search.py``."""
+"""ADC as an attack: its settings, and one suffix per request.
+
+The search itself is ``attacks/adc_search.py``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from attacks.adc_search import ADCConfig, ADCResult, run_adc
 from attacks.gcg import TARGET_TOKENS, TEMPLATE_TOKENS, baselines
-from attacks.objective import TargetLoss
 from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
 from attacks.result import AttackResult, Search, suffix_result
-from attacks.slot import slot_for
+from attacks.slot import SuffixConfig, slot_for
 from attacks.workbench import Progress, Task, Workbench
 from core.records import stream_seed
+from core.settings import check_settings, setting
+
+if TYPE_CHECKING:  # attacks are listed, and their options shown, without torch
+    from attacks.adc_search import ADCResult
 
 NAME = "adc"
 BACKWARD = 3
 """A pass with gradients, in passes without."""
 
 
+@dataclass(frozen=True)
+class ADCConfig(SuffixConfig):
+    """The paper's settings."""
+
+    num_steps: int = setting(5000, "Optimiser steps.", flag="--steps", low=1)
+    starts: int = setting(16, "Suffixes optimised side by side.", low=1, high=10**4)
+    learning_rate: float = setting(10.0, "Of the descent.", low=0)
+    momentum: float = setting(0.99, "Of the descent.", low=0, below=1)
+    read_every: int = setting(5, "Steps between exact scores of the suffixes.", low=1)
+    stop_on_match: bool = setting(
+        True, "Stop at a suffix after which greedy decoding gives the target, as in the paper."
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, "adc")
+
+
 def run(bench: Workbench, task: Task, config: ADCConfig) -> Iterator[AttackResult]:
     """One suffix for one request."""
+    from attacks.adc_search import run_adc
+    from attacks.objective import TargetLoss
+
     slot = slot_for(bench.renderer, task.behaviour, config)
 
     def on_step(step: int, best: ADCResult) -> None:

@@ -23,27 +23,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from attacks.adc import ADCConfig
 from attacks.objective import TargetLoss
 from attacks.protocols import SuffixPlace
-from attacks.slot import SuffixConfig
-from core.settings import check_settings, setting
-
-
-@dataclass(frozen=True)
-class ADCConfig(SuffixConfig):
-    """The paper's settings."""
-
-    num_steps: int = setting(5000, "Optimiser steps.", flag="--steps", low=1)
-    starts: int = setting(16, "Suffixes optimised side by side.", low=1, high=10**4)
-    learning_rate: float = setting(10.0, "Of the descent.", low=0)
-    momentum: float = setting(0.99, "Of the descent.", low=0, below=1)
-    read_every: int = setting(5, "Steps between exact scores of the suffixes.", low=1)
-    stop_on_match: bool = setting(
-        True, "Stop at a suffix after which greedy decoding gives the target, as in the paper."
-    )
-
-    def __post_init__(self) -> None:
-        check_settings(self, "adc")
 
 
 @dataclass

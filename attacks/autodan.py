@@ -1,4 +1,4 @@
-"""AutoDAN as an attack, and its seeds as a baseline.
+"""AutoDAN as an attack: its settings, and its seeds as a baseline.
 
 The search itself is ``attacks/autodan_search.py``.
 """
@@ -8,25 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from attacks.autodan_search import (
-    AutoDANConfig,
-    AutoDANState,
-    mutation_by,
-    offline_mutation,
-    run_autodan,
-)
 from attacks.baselines import SUFFIX_BASELINES, SuffixBaselinesConfig
-from attacks.prompt_loss import PromptLoss
 from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
 from attacks.result import AttackResult, Search, scored_result
 from attacks.words import MARKER, read_seeds
 from attacks.workbench import Progress, Task, Workbench, judge_first
 from core.records import AUTODAN_SEED, PLAIN, content_hash, stream_seed
 from core.rows import Row
-from core.settings import setting
-from evaluation.judges import Exchange, succeeded
+from core.settings import check_settings, setting
+from evaluation.judges import QUICK_JUDGE, Exchange, succeeded
+
+if TYPE_CHECKING:  # attacks are listed, and their options shown, without torch
+    from attacks.autodan_search import AutoDANState
 
 PROMPT_TOKENS = 162
 """Rough length of a prompt and its target, for estimates only."""
@@ -41,6 +36,54 @@ def seeds_of(path: str | None) -> dict[str, str]:
 class AutoDANSeedConfig:
     seeds: str | None = setting(None, "Seed prompts [default: ours]")
     system_prompt: str | None = setting(None, "System prompt.", flag="--system")
+
+
+@dataclass(frozen=True)
+class AutoDANConfig:
+    """Defaults are the paper's and its code's."""
+
+    variant: str = setting(
+        "hga", "ga: paragraph level only. hga: with the word level.", choices=("ga", "hga")
+    )
+    num_steps: int = setting(100, "Generations.", flag="--steps", low=0)
+    population: int = setting(256, "Prompts per generation.", low=2)
+    elite: float = setting(0.05, "Share that stays as it is.", low=0, high=1)
+    crossover: float = setting(0.5, "Probability that a pair crosses over.", low=0, high=1)
+    crossover_points: int = setting(5, "Cuts of a crossover.", low=0)
+    mutation: float = setting(0.01, "Probability of a paraphrase.", low=0, high=1)
+    paragraph_every: int = setting(5, "HGA: steps between two paragraph levels.", low=1)
+    word_probability: float = setting(
+        0.5, "Probability that an unknown word scores as the worst known one.", low=0, high=1
+    )
+    most_swaps: int = setting(5, "Synonyms per paragraph.", low=0)
+    top_words: int | None = setting(
+        None, "Words kept in the dictionary (30 in one port) [default: all]", low=1
+    )
+    word_level: bool = setting(
+        True, "An ablation: HGA without its word level.", flag="--word-level/--no-word-level"
+    )
+    stop_on_success: bool = setting(
+        True,
+        "Stop at the first success by the judge.",
+        flag="--stop-on-success/--no-stop-on-success",
+    )
+    reply_tokens: int = setting(64, "Tokens of the reply that is judged.", low=1)
+    patience: int = setting(0, "Stop after so many steps without a lower loss; 0: never.", low=0)
+    system_prompt: str | None = setting(None, "System prompt.", flag="--system")
+    seeds: str | None = setting(
+        None, 'Seed prompts: JSON lines {"name", "text" with {request}} [default: ours]'
+    )
+    mutator: str | None = setting(
+        None, "Paraphrases by this model (a spec or http://HOST/v1#MODEL) [default: synonyms]"
+    )
+    judge: str = setting(QUICK_JUDGE, "Success test of each step's best.")
+
+    def __post_init__(self) -> None:
+        check_settings(self, "autodan")
+
+    @property
+    def elites(self) -> int:
+        return max(1, int(self.population * self.elite))
 
 
 def run_seeds(bench: Workbench, task: Task, config: AutoDANSeedConfig) -> Iterator[AttackResult]:
@@ -64,6 +107,9 @@ def name_of(config: AutoDANConfig) -> str:
 
 def run(bench: Workbench, task: Task, config: AutoDANConfig) -> Iterator[AttackResult]:
     """One evolved prompt for one request."""
+    from attacks.autodan_search import AutoDANState, mutation_by, offline_mutation, run_autodan
+    from attacks.prompt_loss import PromptLoss
+
     behaviour, seeds = task.behaviour, list(seeds_of(config.seeds).values())
     saved = bench.states.load(task.key)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from attacks.registry import ATTACKS, Attack
 from attacks.result import AttackResult, scored_result, suffix_result
@@ -15,6 +14,9 @@ from core.errors import AttackPlaneError
 from core.records import INITIAL_SUFFIX, PLAIN, RANDOM_SUFFIX, stream_seed
 from core.rows import Row
 from core.settings import check_settings, setting
+
+if TYPE_CHECKING:  # attacks are listed, and their options shown, without torch
+    import torch
 
 SUFFIX_BASELINES = "baselines"
 
@@ -28,6 +30,8 @@ def random_suffix(
     replaces the positions in random order, each by the first of 64 uniform draws that keeps
     fidelity; positions where none did get further rounds.
     """
+    import torch
+
     ids = torch.nonzero(allowed)[:, 0]
     suffix = list(slot.initial_ids)
     waiting = torch.randperm(len(suffix), generator=generator).tolist()
@@ -79,6 +83,8 @@ class SuffixBaselinesConfig(SuffixConfig):
 
 def run(bench: Workbench, task: Task, config: SuffixBaselinesConfig) -> Iterator[AttackResult]:
     """The chosen baselines of one request, scored on the source model."""
+    import torch
+
     slot = slot_for(bench.renderer, task.behaviour, config)
     seed = stream_seed(bench.seed, task.behaviour.behaviour_id, "random suffix")
     generator = torch.Generator().manual_seed(seed)

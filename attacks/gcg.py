@@ -1,33 +1,103 @@
-"""GCG as an attack: one suffix per request. The search itself is ``attacks/gcg_search.py``."""
+"""GCG as an attack: its settings, and one suffix per request.
+
+The search itself is ``attacks/gcg_search.py``.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
-from typing import Any
-
-import torch
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from attacks.baselines import SUFFIX_BASELINES, SuffixBaselinesConfig
-from attacks.gcg_search import GCGConfig, GCGState, SuffixSearchConfig, run_gcg
-from attacks.likelihood import ROUNDING
-from attacks.objective import TargetLoss
 from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
 from attacks.result import AttackResult, Search, suffix_result
-from attacks.rough import RoughModel
-from attacks.screening import gains, rough_copy
-from attacks.slot import SuffixSlot, slot_for
+from attacks.slot import SuffixConfig, SuffixSlot, slot_for
 from attacks.workbench import Progress, Task, Workbench
 from core.errors import AttackPlaneError
-from core.models import LoadedModel
 from core.records import Behaviour, stream_seed
 from core.rows import Row
+from core.settings import check_settings, setting
+
+if TYPE_CHECKING:  # attacks are listed, and their options shown, without torch
+    from attacks.gcg_search import GCGState
+    from attacks.objective import TargetLoss
+    from attacks.rough import RoughModel
+    from core.models import LoadedModel
 
 log = logging.getLogger(__name__)
 NAME = "gcg"
 TEMPLATE_TOKENS, TARGET_TOKENS = 40, 12
 """Rough lengths of a chat template and of a target, for estimates only."""
+
+
+@dataclass(frozen=True)
+class SuffixSearchConfig(SuffixConfig):
+    """What every GCG has, ours and nanogcg's.
+
+    Defaults are the paper's (section 3: 500 steps, B = 512, k = 256, 20 tokens of "!").
+    """
+
+    num_steps: int = setting(500, "Optimiser steps.", flag="--steps", low=0)
+    search_width: int = setting(512, "Candidates per step.", flag="--width", low=1, high=10**6)
+    topk: int = setting(256, "Tokens tried per position.", low=1)
+    n_replace: int = setting(1, "Positions replaced in each candidate.", low=1)
+
+
+@dataclass(frozen=True)
+class GCGConfig(SuffixSearchConfig):
+    """The paper's settings, and options that are not the paper's, which are off."""
+
+    stop_loss: float = setting(
+        0.0, "Stop at this loss (nats per target token); 0: never, as in the paper.", low=0
+    )
+    stop_on_match: bool = setting(
+        False, "Stop at a suffix after which greedy decoding gives the target, and return it."
+    )
+    momentum: float = setting(
+        0.0, "mu of g <- mu g + (1 - mu) gradient (MAC); 0: none.", low=0, below=1
+    )
+    exact: bool = setting(
+        False,
+        "Score all candidates exactly. Without it they are scored roughly first, where that is "
+        "faster here, and those exactly that may be the best.",
+    )
+    lsgm: float = setting(
+        1.0, "Gradients through residual branches times this (LSGM: 0.5); 1: as they are.", low=0
+    )
+    positions: str = setting(
+        "uniform",
+        "Draw positions uniformly, or by how much the gradient promises there.",
+        choices=("uniform", "gradient"),
+    )
+    merge: int = setting(0, "Merge the best so many candidates (I-GCG); 0: none.", low=0)
+    draft: str | None = setting(
+        None, "Draft model of probe sampling (a model spec with the same vocabulary)."
+    )
+    mellowmax: float = setting(
+        0.0, "Weigh the worst target tokens by this alpha; 0: the mean.", low=0
+    )
+    buffer: int = setting(0, "Go on from the best of so many suffixes; 0: none.", low=0)
+    final_width: int | None = setting(None, "Width of the last step, reached linearly.", low=1)
+    final_n_replace: int | None = setting(
+        None, "Positions replaced in the last step, reached linearly.", low=1
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, "gcg")
+
+    def width_at(self, step: int) -> int:
+        """Candidates of a step, counted from 0."""
+        return self._annealed(self.search_width, self.final_width, step)
+
+    def n_replace_at(self, step: int) -> int:
+        return self._annealed(self.n_replace, self.final_n_replace, step)
+
+    def _annealed(self, first: int, last: int | None, step: int) -> int:
+        if last is None:
+            return first
+        return round(first + (last - first) * step / max(1, self.num_steps - 1))
 
 
 def draft_model(source: LoadedModel, draft: LoadedModel) -> LoadedModel:
@@ -48,6 +118,9 @@ def draft_model(source: LoadedModel, draft: LoadedModel) -> LoadedModel:
 
 def run(bench: Workbench, task: Task, config: GCGConfig) -> Iterator[AttackResult]:
     """One suffix for one request."""
+    from attacks.gcg_search import GCGState, run_gcg
+    from attacks.objective import TargetLoss
+
     slot = slot_for(bench.renderer, task.behaviour, config)
     saved = bench.states.load(task.key)
     draft = None
@@ -80,6 +153,8 @@ def run(bench: Workbench, task: Task, config: GCGConfig) -> Iterator[AttackResul
 
 def target_loss(slot: SuffixSlot, config: GCGConfig, rough: RoughModel | None) -> TargetLoss:
     """The loss that a search with these settings lowers."""
+    from attacks.objective import TargetLoss
+
     options: Row = {"mellowmax": config.mellowmax, "lsgm": config.lsgm, "rough": rough}
     return TargetLoss(slot.renderer.loaded, slot, **options)
 
@@ -91,6 +166,11 @@ def rough_model(
 
     That is measured once on this machine. A search that was begun goes on in its own way.
     """
+    import torch
+
+    from attacks.objective import TargetLoss
+    from attacks.screening import gains, rough_copy
+
     loaded = slot.renderer.loaded
     if config.exact or config.draft or (saved and not saved["screening"]):
         return None
@@ -108,6 +188,8 @@ def _compare(
     result: AttackResult, state: GCGState, config: GCGConfig, source: LoadedModel, task: Task
 ) -> None:
     """Say so where the search and a plain pass do not see the same loss."""
+    from attacks.likelihood import ROUNDING
+
     assert result.loss is not None
     agree = abs(result.loss - state.best_loss) <= ROUNDING[source.dtype]
     if not config.mellowmax and not agree:

@@ -37,81 +37,12 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from attacks.candidates import sample_candidates
+from attacks.gcg import GCGConfig
 from attacks.protocols import Growth, SuffixLoss, SuffixPlace
 from attacks.screening import Screening
 from attacks.selection import choose
-from attacks.slot import SuffixConfig
 from core.errors import AttackPlaneError
 from core.rows import Row
-from core.settings import check_settings, setting
-
-
-@dataclass(frozen=True)
-class SuffixSearchConfig(SuffixConfig):
-    """What every GCG has, ours and nanogcg's.
-
-    Defaults are the paper's (section 3: 500 steps, B = 512, k = 256, 20 tokens of "!").
-    """
-
-    num_steps: int = setting(500, "Optimiser steps.", flag="--steps", low=0)
-    search_width: int = setting(512, "Candidates per step.", flag="--width", low=1, high=10**6)
-    topk: int = setting(256, "Tokens tried per position.", low=1)
-    n_replace: int = setting(1, "Positions replaced in each candidate.", low=1)
-
-
-@dataclass(frozen=True)
-class GCGConfig(SuffixSearchConfig):
-    """The paper's settings, and options that are not the paper's, which are off."""
-
-    stop_loss: float = setting(
-        0.0, "Stop at this loss (nats per target token); 0: never, as in the paper.", low=0
-    )
-    stop_on_match: bool = setting(
-        False, "Stop at a suffix after which greedy decoding gives the target, and return it."
-    )
-    momentum: float = setting(
-        0.0, "mu of g <- mu g + (1 - mu) gradient (MAC); 0: none.", low=0, below=1
-    )
-    exact: bool = setting(
-        False,
-        "Score all candidates exactly. Without it they are scored roughly first, where that is "
-        "faster here, and those exactly that may be the best.",
-    )
-    lsgm: float = setting(
-        1.0, "Gradients through residual branches times this (LSGM: 0.5); 1: as they are.", low=0
-    )
-    positions: str = setting(
-        "uniform",
-        "Draw positions uniformly, or by how much the gradient promises there.",
-        choices=("uniform", "gradient"),
-    )
-    merge: int = setting(0, "Merge the best so many candidates (I-GCG); 0: none.", low=0)
-    draft: str | None = setting(
-        None, "Draft model of probe sampling (a model spec with the same vocabulary)."
-    )
-    mellowmax: float = setting(
-        0.0, "Weigh the worst target tokens by this alpha; 0: the mean.", low=0
-    )
-    buffer: int = setting(0, "Go on from the best of so many suffixes; 0: none.", low=0)
-    final_width: int | None = setting(None, "Width of the last step, reached linearly.", low=1)
-    final_n_replace: int | None = setting(
-        None, "Positions replaced in the last step, reached linearly.", low=1
-    )
-
-    def __post_init__(self) -> None:
-        check_settings(self, "gcg")
-
-    def width_at(self, step: int) -> int:
-        """Candidates of a step, counted from 0."""
-        return self._annealed(self.search_width, self.final_width, step)
-
-    def n_replace_at(self, step: int) -> int:
-        return self._annealed(self.n_replace, self.final_n_replace, step)
-
-    def _annealed(self, first: int, last: int | None, step: int) -> int:
-        if last is None:
-            return first
-        return round(first + (last - first) * step / max(1, self.num_steps - 1))
 
 
 @dataclass

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,19 +15,6 @@ from core.models import LoadedModel
 
 ROUNDING = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-1}
 """By how much (nats per token) fast scoring may differ from one plain pass before we say so."""
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Token ids around what is scored: before + content + after, then the target.
-
-    ``initial_ids`` is one such content.
-    """
-
-    before_ids: tuple[int, ...]
-    initial_ids: tuple[int, ...]
-    after_ids: tuple[int, ...]
-    target_ids: tuple[int, ...]
 
 
 def target_nll(logits: Tensor, target: Tensor, mellowmax: float = 0.0) -> Tensor:

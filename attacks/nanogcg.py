@@ -6,10 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
-from attacks.gcg import PRESETS, baselines
-from attacks.gcg_search import SuffixSearchConfig
-from attacks.likelihood import ROUNDING, plain_loss
-from attacks.nanogcg_engine import OPTIONS, faults_of, reference, scored_ids
+from attacks.gcg import PRESETS, SuffixSearchConfig, baselines
 from attacks.registry import ATTACKS, Attack
 from attacks.result import AttackResult, Search, suffix_result
 from attacks.slot import slot_for
@@ -21,6 +18,15 @@ from core.settings import check_settings, setting
 
 log = logging.getLogger(__name__)
 NAME = "nanogcg"
+OPTIONS = (
+    "batch_size",
+    "buffer_size",
+    "use_mellowmax",
+    "mellowmax_alpha",
+    "use_prefix_cache",
+    "filter_ids",
+)
+"""Fields of nanogcg's GCGConfig that ours has no word for."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,9 @@ def identity(bench: Workbench, config: NanoGCGConfig, name: str) -> Row:
 
 def run(bench: Workbench, task: Task, config: NanoGCGConfig) -> Iterator[AttackResult]:
     """One suffix for one request by the published package, with what is wrong with it."""
+    from attacks.likelihood import ROUNDING, plain_loss
+    from attacks.nanogcg_engine import faults_of, reference, scored_ids
+
     slot = slot_for(bench.renderer, task.behaviour, config)
     engine = bench.entered("nanogcg", lambda: reference(bench.source))
     kept: list[list[int]] = []

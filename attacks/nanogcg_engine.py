@@ -43,15 +43,6 @@ from core.rows import Row
 
 log = logging.getLogger(__name__)
 
-OPTIONS = (
-    "batch_size",
-    "buffer_size",
-    "use_mellowmax",
-    "mellowmax_alpha",
-    "use_prefix_cache",
-    "filter_ids",
-)
-"""Fields of nanogcg's GCGConfig that ours has no word for."""
 REQUIREMENTS = ("nanogcg==0.3.0", "transformers==4.47.1")
 WORKER = Path(__file__).parent / "data" / "nanogcg_worker.py"
 INTERPRETER = "ATTACK_PLANE_NANOGCG"

@@ -31,9 +31,10 @@ import torch
 from torch import Tensor
 
 from attacks.damping import damped
-from attacks.likelihood import ROUNDING, Slot, target_nll
+from attacks.likelihood import ROUNDING, target_nll
 from attacks.packed_scorer import PackedScorer
 from attacks.rough import RoughModel
+from attacks.slot import Slot
 from core.batching import BatchSize, memory_budget
 from core.models import LoadedModel
 from core.prefix import SharedPrefix

@@ -27,11 +27,11 @@ from attacks.plain import PlainConfig
 from attacks.registry import ATTACKS, PAPER, QUICK, Attack, Speed
 from attacks.result import AttackResult, prompt_result, rendering_of
 from attacks.workbench import Progress, Task, Workbench, judge_first
-from core.chat import LocalChat, Message
 from core.errors import AttackPlaneError
 from core.prompt import Conversation
 from core.records import PLAIN, AttackArtifact, Behaviour, stream_seed
 from core.rows import Row
+from core.served import Message
 from core.settings import check_settings, setting
 from evaluation.judges import QUICK_JUDGE, Exchange, succeeded
 
@@ -183,7 +183,7 @@ class PAIR:
     def _propose(self, streams: Sequence[Stream], seed: int) -> list[str | None]:
         """The next message of each stream, or None where the attacker never wrote valid JSON."""
         prompts: list[str | None] = [None] * len(streams)
-        opening = OPENING if isinstance(self.attacker, LocalChat) else ""
+        opening = OPENING if self.attacker.local else ""
         for attempt in range(self.config.attempts):
             open_ones = [i for i, prompt in enumerate(prompts) if prompt is None]
             if not open_ones:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from attacks.likelihood import Slot
 from attacks.objective import TargetLoss
+from attacks.slot import Slot
 from attacks.words import MARKER
 from core.errors import AttackPlaneError
 from core.generate import complete

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attacks.likelihood import Slot
 from core.errors import AttackPlaneError
 from core.prompt import Conversation, Renderer
 from core.records import Behaviour
@@ -17,6 +16,19 @@ log = logging.getLogger(__name__)
 DEFAULT_WORDS = ("!", "x")
 """Words that an initial suffix repeats: the paper's, then one that never merges with punctuation or
 line ends."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Token ids around what is scored: before + content + after, then the target.
+
+    ``initial_ids`` is one such content.
+    """
+
+    before_ids: tuple[int, ...]
+    initial_ids: tuple[int, ...]
+    after_ids: tuple[int, ...]
+    target_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)

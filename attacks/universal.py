@@ -18,32 +18,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from attacks.gcg import (
     PRESETS,
     GCGConfig,
-    GCGState,
     baselines,
     rough_model,
-    run_gcg,
     searched_result,
     step_seconds,
     target_loss,
 )
-from attacks.objective import TargetLoss
 from attacks.registry import ATTACKS, Attack, Key, sources_hash
 from attacks.result import AttackResult
 from attacks.slot import SuffixSlot, slot_for
 from attacks.workbench import Progress, Task, Workbench
 from core.errors import AttackPlaneError
-from core.models import LoadedModel
 from core.prompt import Renderer
 from core.records import SEVERAL_SOURCES, Behaviour, content_hash, stream_seed
 from core.rows import Row
 from core.settings import setting
+
+if TYPE_CHECKING:  # attacks are listed, and their options shown, without torch
+    from torch import Tensor
+
+    from attacks.gcg_search import GCGState
+    from attacks.objective import TargetLoss
+    from core.models import LoadedModel
 
 UNIVERSAL = "gcg_universal"
 
@@ -109,6 +110,8 @@ class UniversalLoss:
     def _mean(
         self, suffixes: Tensor, of: Callable[[TargetLoss], Callable[[Tensor], Tensor]]
     ) -> Tensor:
+        import torch
+
         return torch.stack([of(part)(suffixes) for part in self._in_play]).mean(0)
 
     def best(self, suffixes: Tensor) -> tuple[int, float]:
@@ -132,7 +135,7 @@ class UniversalLoss:
         parts = [part.token_gradient(suffix) for part in self._in_play]
         self.matches = all(part.matches for part in self._in_play)
         total = sum(g.cpu() / g.norm().clamp_min(1e-12).cpu() for _, g in parts)
-        assert isinstance(total, Tensor)
+        assert not isinstance(total, int)  # the sum of none
         return sum(loss for loss, _ in parts) / len(parts), total
 
 
@@ -228,6 +231,8 @@ def _state_name(bench: Workbench, config: UniversalConfig) -> str:
 
 
 def _optimise(bench: Workbench, task: Task, config: UniversalConfig) -> GCGState:
+    from attacks.gcg_search import GCGState, run_gcg
+
     renderers = _renderers(bench)
     _same_vocabulary([renderer.loaded for renderer in renderers])
     behaviours = optimised_on(bench, config)

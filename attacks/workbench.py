@@ -11,17 +11,18 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from torch import Tensor
-
-from attacks.candidates import allowed_tokens
-from core.chat import ChatModel, open_chat
-from core.models import LoadedModel, ModelHandle, OpenModel
 from core.prompt import Renderer
 from core.records import Behaviour
 from core.rows import Row
 from evaluation.judges import Judge, make_judge
+
+if TYPE_CHECKING:  # attacks are listed, and their options shown, without torch
+    from torch import Tensor
+
+    from core.chat import ChatModel
+    from core.models import LoadedModel, ModelHandle, OpenModel
 
 T = TypeVar("T")
 
@@ -63,6 +64,12 @@ class Progress:
     best: float
 
 
+def _plain_handle(spec: str) -> ModelHandle:
+    from core.models import ModelHandle
+
+    return ModelHandle(spec)
+
+
 @dataclass
 class Workbench:
     """Models and tools of one attack over any number of requests.
@@ -75,7 +82,7 @@ class Workbench:
     """All requests of the campaign: a universal suffix is optimised on several of them."""
     seed: int = 0
     states: States = field(default_factory=NoStates)
-    open_model: OpenModel = ModelHandle
+    open_model: OpenModel = _plain_handle
     used: dict[str, ModelHandle] = field(default_factory=dict)
     """Helper models that results depend on, by spec."""
 
@@ -118,6 +125,8 @@ class Workbench:
 
     def allowed(self, *, ascii_only: bool) -> Tensor:
         """(vocabulary,) bool: the tokens that a suffix may hold."""
+        from attacks.candidates import allowed_tokens
+
         table, tokenizer = self.source.embedding_table, self.source.tokenizer
         return self.once(
             ("allowed", ascii_only),
@@ -131,6 +140,8 @@ class Workbench:
 
     def chat(self, spec: str) -> ChatModel:
         """A model that writes text; the source model itself where it has this spec."""
+        from core.chat import open_chat
+
         return self.once(("chat", spec), lambda: open_chat(spec, self.sources, self.open_model))
 
     def judge(self, spec: str) -> Judge:

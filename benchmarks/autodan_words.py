@@ -17,7 +17,8 @@ import random
 
 import click
 
-from attacks.autodan_search import AutoDANConfig, first_population, offline_mutation, word_level
+from attacks.autodan import AutoDANConfig
+from attacks.autodan_search import first_population, offline_mutation, word_level
 from attacks.prompt_loss import PromptLoss
 from attacks.words import paraphrase, read_seeds, update_dictionary
 from core.models import load

@@ -1,6 +1,6 @@
 """The command line: a group whose commands are the files beside this one and the attacks.
 
-Listing the commands imports no torch: an attack's command is built when it is asked for.
+Listing the commands, and an attack's options, imports no torch.
 """
 
 from __future__ import annotations
@@ -8,15 +8,14 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import click
 
 import commands
-from commands.attack_index import declared_commands
+from attacks.registry import ATTACKS
+from commands.attack import attack_command
 from commands.options import CONTEXT, EXIT_ERROR, CleanGroup, hushable
 from commands.types import FilePath
 from core.errors import AttackPlaneError
@@ -26,28 +25,6 @@ OWN = (
     "transfer",
 )
 LIBRARIES = ("httpx", "httpcore", "urllib3", "filelock", "matplotlib")
-
-
-class AttackStub(click.Command):
-    """Stands for an attack's command, which is built when it is called or its help is shown."""
-
-    def make_context(
-        self,
-        info_name: str | None,
-        args: list[str],
-        parent: click.Context | None = None,
-        **extra: Any,
-    ) -> click.Context:
-        return self._real().make_context(info_name, args, parent=parent, **extra)
-
-    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        return self._real().get_params(ctx)
-
-    def _real(self) -> click.Command:
-        from commands.attack import attack_command
-
-        assert self.name is not None
-        return hushable(attack_command(self.name.replace("-", "_")))
 
 
 @cache
@@ -62,11 +39,8 @@ def command_files() -> dict[str, str]:
 
 
 def attack_commands() -> dict[str, str]:
-    """Attack -> summary: those of the package, and those of plugins that have been loaded."""
-    summaries = dict(declared_commands())
-    if registry := sys.modules.get("attacks.registry"):
-        summaries |= {a.name: a.summary for a in registry.ATTACKS.declared() if a.command}
-    return {name.replace("_", "-"): summary for name, summary in summaries.items()}
+    """Command -> attack: those of the package, and those of plugins that have been loaded."""
+    return {name.replace("_", "-"): name for name, a in ATTACKS.all().items() if a.command}
 
 
 class Root(CleanGroup):
@@ -78,8 +52,8 @@ class Root(CleanGroup):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name in command_files():
             return hushable(importlib.import_module(command_files()[name]).command)
-        summary = attack_commands().get(name)
-        return AttackStub(name, help=summary) if summary else None
+        attack = attack_commands().get(name)
+        return hushable(attack_command(attack)) if attack else None
 
 
 def load_plugins(ctx: click.Context, option: click.Parameter, paths: tuple[Path, ...]) -> None:

@@ -14,6 +14,8 @@ from core.served import Message, Question, Server
 
 class ChatModel(Protocol):
     spec: str
+    local: bool
+    """Whether it is a model of ours, whose reply can be made to begin in some way."""
     identity: str
     """What a result depends on: the spec, and a local model's fingerprint."""
 
@@ -36,6 +38,8 @@ class ChatModel(Protocol):
 
 class LocalChat:
     """A model of ours as a chat model; it is loaded with its first reply."""
+
+    local = True
 
     def __init__(self, model: ModelHandle) -> None:
         self.spec, self._model = model.spec, model
@@ -74,6 +78,8 @@ class LocalChat:
 
 class ServerChat:
     """A served model as a chat model."""
+
+    local = False
 
     def __init__(self, server: Server) -> None:
         self.server, self.spec = server, server.spec

@@ -17,13 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from core.conversation import Conversation, Prompt, Span
 from core.deadline import TooLong, at_most
 from core.errors import AttackPlaneError
-from core.models import LoadedModel
 from core.records import content_hash
 from core.rows import Row
+
+if TYPE_CHECKING:
+    from core.models import LoadedModel
 
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}\n\n"

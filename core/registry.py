@@ -1,15 +1,15 @@
 """Named things of one kind (attacks, judges, claims), each declared in one file.
 
-A module of the registry's package declares its things when it is imported; the package's modules
-are imported when something is first looked up. A plugin, which is any other Python file, declares
-its things in the same way (``load_plugin``).
+A module of the registry's package declares its things when it is imported, with what it imports
+from ``PACKAGE.registry``; such modules are imported when something is first looked up, and the
+package's others are not. A plugin, which is any other Python file, declares its things in the same
+way (``load_plugin``).
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import pkgutil
 import sys
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -68,13 +68,23 @@ class Registry(Generic[Item]):
         if not self._complete:
             self._complete = True  # a module that is imported here may ask for the others
             try:
-                package = importlib.import_module(self.package)
-                for module in pkgutil.iter_modules(package.__path__):
-                    importlib.import_module(f"{self.package}.{module.name}")
+                for module in self._declaring():
+                    importlib.import_module(module)
             except BaseException:
                 self._complete = False
                 raise
         return dict(self._items)
+
+    def _declaring(self) -> list[str]:
+        """The package's modules that use its registry; the others may be slow to import."""
+        folder = Path(importlib.import_module(self.package).__path__[0])
+        uses = f"from {self.package}.registry import"
+        files = sorted(folder.glob("*.py"))
+        return [
+            f"{self.package}.{file.stem}"
+            for file in files
+            if uses in file.read_text(encoding="utf-8") and file.stem != "__init__"
+        ]
 
     def get(self, name: str) -> Item:
         """One by its name.

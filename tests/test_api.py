@@ -75,7 +75,9 @@ def test_what_an_attack_needs_is_asked_for(qwen):
 
 def test_presets_forms_and_configs_of_another_class(qwen, monkeypatch):
     seen = []
-    monkeypatch.setattr("attacks.autodan.run_autodan", lambda *a, **k: seen.append(a[2]) or 1 / 0)
+    monkeypatch.setattr(
+        "attacks.autodan_search.run_autodan", lambda *a, **k: seen.append(a[2]) or 1 / 0
+    )
     for options in (
         {"preset": "quick"},
         {"config": ap.AutoDANConfig(num_steps=3)},  # the form's variant is kept

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import attacks.autodan_search as autodan
-from attacks.autodan import AutoDANSeedConfig
+from attacks.autodan import AutoDANConfig, AutoDANSeedConfig
 from attacks.autodan_search import (
-    AutoDANConfig,
     AutoDANState,
     mutation_by,
     offline_mutation,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from attacks.likelihood import Slot
 from attacks.objective import TargetLoss
+from attacks.slot import Slot
 from cli import cli
 from core.cast import Cast, load_cast, similarity
 from core.continuations import Continuations

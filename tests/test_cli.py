@@ -101,7 +101,7 @@ def test_a_repeated_command_does_only_what_is_missing(run, monkeypatch):
     for name in (
         "transfer.replay.complete",
         "pipeline.contrast_reading.complete",
-        "attacks.gcg.run_gcg",
+        "attacks.gcg_search.run_gcg",
         "pipeline.directions.estimate",
         "core.models.load_base",  # no weights are loaded either
     ):
@@ -394,7 +394,11 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["show", "--run"], ["report", "--run"], ["models"], ["templates", "--list"]]
+    "arguments",
+    [
+        *(["show", "--run"], ["report", "--run"], ["models"], ["templates", "--list"]),
+        *(["--help"], ["attacks"], ["gcg", "--help"], ["sweep", "--help"]),
+    ],
 )
 def test_what_only_reads_does_not_wait_for_torch(arguments, tmp_path):
     made = CliRunner().invoke(

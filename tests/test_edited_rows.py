@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from attacks import autodan, pair
-from attacks.autodan_search import AutoDANConfig
+from attacks.autodan import AutoDANConfig
 from attacks.pair import proposal, score_of
 from attacks.words import read_seeds
 from attacks.workbench import Workbench

@@ -9,8 +9,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attacks.baselines import random_suffix
 from attacks.candidates import allowed_tokens, sample_candidates
-from attacks.gcg import baselines
-from attacks.gcg_search import GCGConfig, GCGState, run_gcg
+from attacks.gcg import GCGConfig, baselines
+from attacks.gcg_search import GCGState, run_gcg
 from attacks.likelihood import plain_loss, target_nll
 from attacks.objective import TargetLoss
 from attacks.slot import default_slot

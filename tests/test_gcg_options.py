@@ -8,10 +8,12 @@ import types
 import pytest
 import torch
 
-from attacks.adc_search import ADCConfig, run_adc, sparsified
+from attacks.adc import ADCConfig
+from attacks.adc_search import run_adc, sparsified
 from attacks.candidates import promised, sample_candidates
 from attacks.damping import damped
-from attacks.gcg_search import GCGConfig, GCGState, run_gcg
+from attacks.gcg import GCGConfig
+from attacks.gcg_search import GCGState, run_gcg
 from attacks.likelihood import plain_loss, target_nll
 from attacks.objective import TargetLoss
 from attacks.slot import slot_for

@@ -12,13 +12,7 @@ from attacks import nanogcg
 from attacks import nanogcg_engine as module
 from attacks.gcg_search import run_gcg
 from attacks.nanogcg import NanoGCGConfig
-from attacks.nanogcg_engine import (
-    INTERPRETER,
-    faults_of,
-    older_config,
-    reference,
-    scored_ids,
-)
+from attacks.nanogcg_engine import INTERPRETER, faults_of, older_config, reference, scored_ids
 from attacks.objective import TargetLoss
 from core.embedded import cache_folder
 from core.errors import AttackPlaneError

@@ -42,6 +42,8 @@ def test_scores_are_read_out_of_what_judges_write():
 class Script:
     """A chat model that plays a list of replies, one for each conversation it is asked."""
 
+    local = False
+
     def __init__(self, *replies):
         self.spec = self.identity = "script"
         self.said, self.asked, self.options = list(replies), [], []

@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
-from attacks.gcg import draft_model
-from attacks.gcg_search import GCGConfig, GCGState, run_gcg
+from attacks.gcg import GCGConfig, draft_model
+from attacks.gcg_search import GCGState, run_gcg
 from attacks.objective import TargetLoss
 from attacks.rough import RoughModel
 from attacks.screening import Screening, rough_copy

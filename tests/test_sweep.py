@@ -126,8 +126,8 @@ def test_a_second_run_makes_nothing_anew(swept, monkeypatch):
         n: (folder / "run" / n).read_bytes() for n in (ATTACKS, "replays.jsonl", "matrix.jsonl")
     }
     for name in (
-        "attacks.gcg.run_gcg",
-        "attacks.autodan.run_autodan",
+        "attacks.gcg_search.run_gcg",
+        "attacks.autodan_search.run_autodan",
         "transfer.replay.complete",
     ):
         monkeypatch.setattr(name, lambda *a, **k: pytest.fail("made again"))

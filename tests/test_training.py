@@ -15,8 +15,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from attacks.likelihood import Slot
 from attacks.objective import TargetLoss
+from attacks.slot import Slot
 from cli import cli
 from core.errors import AttackPlaneError
 from core.models import ModelHandle, load

@@ -22,8 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
-from attacks.gcg import step_seconds
-from attacks.gcg_search import GCGConfig
+from attacks.gcg import GCGConfig, step_seconds
 from attacks.registry import Speed
 from core.errors import AttackPlaneError
 from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from attacks.candidates import allowed_tokens
-from attacks.gcg_search import GCGConfig, GCGState, run_gcg
-from attacks.likelihood import Slot
+from attacks.gcg import GCGConfig
+from attacks.gcg_search import GCGState, run_gcg
 from attacks.objective import TargetLoss
-from attacks.slot import SuffixSlot, default_slot
+from attacks.slot import Slot, SuffixSlot, default_slot
 from core.errors import AttackPlaneError
 from core.models import LoadedModel, evaluating
 from core.prompt import Renderer
