@@ -112,7 +112,7 @@ def _options(attack: Attack) -> list[Decorator]:
 def _preset_text(attack: Attack, preset: str) -> str:
     """The settings in which a preset differs from another."""
     changed = {key for values in attack.presets.values() for key in values}
-    config = attack.make_config({}, where="preset", preset=preset)
+    config = attack.config(**attack.presets[preset])
     fields = [f for f in dataclasses.fields(attack.config) if f.name in changed]
     return ", ".join(f"{flag_of(f).removeprefix('--')} {getattr(config, f.name)}" for f in fields)
 
