@@ -22,8 +22,6 @@ from core.settings import check_settings, setting
 
 if TYPE_CHECKING:  # attacks are listed, and their options shown, without torch
     from attacks.gcg_search import GCGState
-    from attacks.objective import TargetLoss
-    from attacks.rough import RoughModel
     from core.models import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -119,7 +117,8 @@ def draft_model(source: LoadedModel, draft: LoadedModel) -> LoadedModel:
 def run(bench: Workbench, task: Task, config: GCGConfig) -> Iterator[AttackResult]:
     """One suffix for one request."""
     from attacks.gcg_search import GCGState, run_gcg
-    from attacks.objective import TargetLoss
+    from attacks.objective import TargetLoss, target_loss
+    from attacks.screening import rough_model
 
     slot = slot_for(bench.renderer, task.behaviour, config)
     saved = bench.states.load(task.key)
@@ -149,39 +148,6 @@ def run(bench: Workbench, task: Task, config: GCGConfig) -> Iterator[AttackResul
     result = searched_result(slot, task.behaviour, NAME, state, config.system_prompt)
     _compare(result, state, config, bench.source, task)
     yield result
-
-
-def target_loss(slot: SuffixSlot, config: GCGConfig, rough: RoughModel | None) -> TargetLoss:
-    """The loss that a search with these settings lowers."""
-    from attacks.objective import TargetLoss
-
-    options: Row = {"mellowmax": config.mellowmax, "lsgm": config.lsgm, "rough": rough}
-    return TargetLoss(slot.renderer.loaded, slot, **options)
-
-
-def rough_model(
-    bench: Workbench, config: GCGConfig, slot: SuffixSlot, saved: Row | None
-) -> RoughModel | None:
-    """The copy of the slot's model that candidates are screened by; None where nothing is gained.
-
-    That is measured once on this machine. A search that was begun goes on in its own way.
-    """
-    import torch
-
-    from attacks.objective import TargetLoss
-    from attacks.screening import gains, rough_copy
-
-    loaded = slot.renderer.loaded
-    if config.exact or config.draft or (saved and not saved["screening"]):
-        return None
-    rough = bench.once(("rough", loaded.spec), lambda: rough_copy(loaded))
-    if rough is None or saved is not None:
-        return rough
-
-    def measured() -> bool:
-        return gains(TargetLoss(loaded, slot, rough=rough), torch.tensor(slot.initial_ids))
-
-    return rough if bench.once(("screening", loaded.spec), measured) else None
 
 
 def _compare(

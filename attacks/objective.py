@@ -31,10 +31,11 @@ import torch
 from torch import Tensor
 
 from attacks.damping import damped
+from attacks.gcg import GCGConfig
 from attacks.likelihood import ROUNDING, target_nll
 from attacks.packed_scorer import PackedScorer
 from attacks.rough import RoughModel
-from attacks.slot import Slot
+from attacks.slot import Slot, SuffixSlot
 from core.batching import BatchSize, memory_budget
 from core.models import LoadedModel
 from core.prefix import SharedPrefix
@@ -297,3 +298,10 @@ class TargetLoss:
         self.matches = self._greedy(logits[0])
         table = self.loaded.embedding_table.detach()
         return float(loss.detach()), (gradient.to(table.dtype) @ table.T).float()
+
+
+def target_loss(slot: SuffixSlot, config: GCGConfig, rough: RoughModel | None) -> TargetLoss:
+    """The loss that a search with these settings lowers."""
+    return TargetLoss(
+        slot.renderer.loaded, slot, mellowmax=config.mellowmax, lsgm=config.lsgm, rough=rough
+    )

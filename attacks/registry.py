@@ -11,7 +11,7 @@ a prompt-level attack, which needs neither a source model nor a target string.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from core.errors import AttackPlaneError, nearest
@@ -102,6 +102,16 @@ class Attack:
     examples: Sequence[str] = ()
     reply_tokens: Mapping[str, int] = field(default_factory=dict)
     command: bool = True
+
+    def __post_init__(self) -> None:
+        known = {f.name for f in fields(self.config)}
+        for preset, values in self.presets.items():
+            for name in values.keys() - known:
+                raise AttackPlaneError(
+                    f"unknown setting {name!r}",
+                    where=f"{self.name}, preset {preset!r}",
+                    remedy=nearest(name, sorted(known)),
+                )
 
     def keys_of(self, config: Config, behaviour: Behaviour, bench: Workbench) -> Sequence[Key]:
         return [(self.name, None)] if self.keys is None else self.keys(config, behaviour, bench)

@@ -20,19 +20,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from attacks.gcg import GCGConfig
+from attacks.objective import TargetLoss
 from attacks.protocols import SuffixLoss
 from attacks.rough import RoughModel
+from attacks.slot import SuffixSlot
+from attacks.workbench import Workbench
 from core.measured import is_faster, seconds_of
 from core.models import LoadedModel
 from core.products import has_integer_products
-
-if TYPE_CHECKING:
-    from attacks.objective import TargetLoss
+from core.rows import Row
 
 MARGIN = 2.25
 """Standard deviations of the error that the next candidate is given."""
@@ -71,6 +72,26 @@ def gains(objective: TargetLoss, initial: Tensor) -> bool:
     loaded = objective.loaded
     about = [METHOD, loaded.fingerprint, str(loaded.device)]
     return is_faster("screening", about, lambda: _seconds(objective, initial), GAIN)
+
+
+def rough_model(
+    bench: Workbench, config: GCGConfig, slot: SuffixSlot, saved: Row | None
+) -> RoughModel | None:
+    """The copy of the slot's model that candidates are screened by; None where nothing is gained.
+
+    That is measured once on this machine. A search that was begun goes on in its own way.
+    """
+    loaded = slot.renderer.loaded
+    if config.exact or config.draft or (saved and not saved["screening"]):
+        return None
+    rough = bench.once(("rough", loaded.spec), lambda: rough_copy(loaded))
+    if rough is None or saved is not None:
+        return rough
+
+    def measured() -> bool:
+        return gains(TargetLoss(loaded, slot, rough=rough), torch.tensor(slot.initial_ids))
+
+    return rough if bench.once(("screening", loaded.spec), measured) else None
 
 
 def _seconds(objective: TargetLoss, initial: Tensor) -> tuple[float, float]:

@@ -20,15 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from attacks.gcg import (
-    PRESETS,
-    GCGConfig,
-    baselines,
-    rough_model,
-    searched_result,
-    step_seconds,
-    target_loss,
-)
+from attacks.gcg import PRESETS, GCGConfig, baselines, searched_result, step_seconds
 from attacks.registry import ATTACKS, Attack, Key, sources_hash
 from attacks.result import AttackResult
 from attacks.slot import SuffixSlot, slot_for
@@ -232,6 +224,8 @@ def _state_name(bench: Workbench, config: UniversalConfig) -> str:
 
 def _optimise(bench: Workbench, task: Task, config: UniversalConfig) -> GCGState:
     from attacks.gcg_search import GCGState, run_gcg
+    from attacks.objective import target_loss
+    from attacks.screening import rough_model
 
     renderers = _renderers(bench)
     _same_vocabulary([renderer.loaded for renderer in renderers])

@@ -29,6 +29,8 @@ CONTEXT = {
     "max_content_width": shutil.get_terminal_size().columns,
     "show_default": True,
 }
+SHELF = "core.shelf"
+"""Where a command's context has its models."""
 DEFAULT_LIMIT = 4
 """Behaviours of the demonstration set that an attack without options takes."""
 
@@ -139,7 +141,10 @@ def open_model(spec: str) -> ModelHandle:
     def describe(loaded: LoadedModel) -> None:
         click.echo(loaded.describe())
 
-    shelf: Shelf = click.get_current_context().meta.setdefault(Shelf.__qualname__, Shelf(describe))
+    meta = click.get_current_context().meta
+    if SHELF not in meta:
+        meta[SHELF] = Shelf(describe)
+    shelf: Shelf = meta[SHELF]
     return shelf(spec)
 
 

@@ -273,6 +273,7 @@ class ModelHandle:
     Args:
         spec: a model spec.
         on_load: told of the model as soon as it is loaded.
+        load_by: what loads it.
     """
 
     def __init__(
@@ -281,10 +282,11 @@ class ModelHandle:
         on_load: Callable[[LoadedModel], None] | None = None,
         *,
         have: LoadedModel | None = None,
+        load_by: Callable[[ModelSpec], LoadedModel] = load,
     ) -> None:
         self._parsed = None if have else parse_spec(spec)
         self.spec = self._parsed.text if self._parsed else spec
-        self._on_load = on_load
+        self._on_load, self._load_by = on_load, load_by
         if have:
             self.loaded = have
 
@@ -296,12 +298,9 @@ class ModelHandle:
 
     @cached_property
     def loaded(self) -> LoadedModel:
-        return self._load()
-
-    def _load(self) -> LoadedModel:
         assert self._parsed is not None
         known = "fingerprint" in vars(self)  # of a commit of the hub: that one is loaded
-        model = load(at_cached_commit(self._parsed) if known else self._parsed)
+        model = self._load_by(at_cached_commit(self._parsed) if known else self._parsed)
         if vars(self).get("fingerprint", model.fingerprint) != model.fingerprint:
             raise AttackPlaneError(
                 "the model's files changed while it was in use",

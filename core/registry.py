@@ -1,21 +1,23 @@
 """Named things of one kind (attacks, judges, claims), each declared in one file.
 
-A module of the registry's package declares its things when it is imported, with what it imports
-from ``PACKAGE.registry``; such modules are imported when something is first looked up, and the
-package's others are not. A plugin, which is any other Python file, declares its things in the same
-way (``load_plugin``).
+A module of the registry's package declares its things when it is imported, by ``REGISTRY.add(...)``
+at the beginning of a line; such modules are imported when something is first looked up. A plugin,
+which is any other Python file, declares its things in the same way (``load_plugin``).
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from core.errors import AttackPlaneError, nearest
 from core.records import content_hash
+
+DECLARES = re.compile(r"^(\w+ = )?[A-Z_]+\.add\(", re.MULTILINE)
 
 
 class Named(Protocol):
@@ -76,14 +78,12 @@ class Registry(Generic[Item]):
         return dict(self._items)
 
     def _declaring(self) -> list[str]:
-        """The package's modules that use its registry; the others may be slow to import."""
+        """The package's modules that declare something; the others may be slow to import."""
         folder = Path(importlib.import_module(self.package).__path__[0])
-        uses = f"from {self.package}.registry import"
-        files = sorted(folder.glob("*.py"))
         return [
             f"{self.package}.{file.stem}"
-            for file in files
-            if uses in file.read_text(encoding="utf-8") and file.stem != "__init__"
+            for file in sorted(folder.glob("*.py"))
+            if DECLARES.search(file.read_text(encoding="utf-8"))
         ]
 
     def get(self, name: str) -> Item:

@@ -2,84 +2,73 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from functools import cached_property
+from weakref import WeakValueDictionary
 
 import torch
 
-from core.models import LoadedModel, ModelHandle
-from core.weights import default_device
+from core.fingerprint import identity
+from core.models import LoadedModel, ModelHandle, load
+from core.specs import ModelSpec
 
-CPU_BYTES = 3 << 30
-"""What may stay loaded on a CPU; on CUDA it is an eighth of the device's memory."""
+SHARE, MOST_ON_CPU = 8, 3 << 30
+"""One part in so many of the device's memory may be held; on a CPU at most so many bytes."""
+Key = tuple[str, str | None]
+"""(spec, fingerprint): of files that have changed the model is loaded anew."""
 
 
 class Shelf:
-    """Opens models, each once, and keeps what it loaded for whoever asks for it again.
+    """Opens models for the stages of a command, and holds what it loaded for the next stage.
 
-    What is kept takes at most ``most`` bytes together. The model that was opened longest ago goes
-    first, and before the next is loaded, which is taken to be as large as the largest kept one. One
-    model alone may be larger. A caller that still uses a model that went holds it itself.
+    What is held takes at most ``most`` bytes together; the model that was asked for longest ago
+    goes first, and one that is larger alone is not held. A model that a stage still uses is not
+    loaded a second time, held or not.
 
     Args:
         on_load: told of each model that is loaded.
-        most: bytes of weights to keep.
+        most: bytes of weights to hold; None: a share of the memory of the model's device.
     """
 
     def __init__(
         self, on_load: Callable[[LoadedModel], None] | None = None, most: int | None = None
     ) -> None:
-        self._on_load = on_load
-        self._most = room() if most is None else most
-        self._handles: dict[str, _Kept] = {}
+        self._on_load, self._most = on_load, most
+        self._held: dict[Key, LoadedModel] = {}  # asked for longest ago first
+        self._alive: WeakValueDictionary[Key, LoadedModel] = WeakValueDictionary()
 
     def __call__(self, spec: str) -> ModelHandle:
-        handle = self._handles.pop(spec, None) or _Kept(self, spec, self._on_load)
-        self._handles[spec] = handle  # the last one now
-        return handle
+        return ModelHandle(spec, load_by=self._load)
 
-    def make_room(self, newcomer: _Kept) -> None:
-        """Let models go until one more fits."""
-        kept = {h: h.bytes for h in self._handles.values() if h is not newcomer and h.bytes}
-        expected = max(kept.values(), default=0)
-        for handle, size in list(kept.items()):
-            if sum(kept.values()) + expected <= self._most:
-                break
-            kept[handle] -= size
-            handle.drop()
+    def _load(self, spec: ModelSpec) -> LoadedModel:
+        model = self._alive.get((spec.text, identity(spec)))
+        if model is None:
+            model = load(spec)
+            self._alive[spec.text, model.fingerprint] = model
+            if self._on_load:
+                self._on_load(model)
+        self._hold(model)
+        return model
 
-
-class _Kept(ModelHandle):
-    """A handle whose weights go when its shelf needs the room, not when a stage is done."""
-
-    def __init__(
-        self, shelf: Shelf, spec: str, on_load: Callable[[LoadedModel], None] | None
-    ) -> None:
-        super().__init__(spec, on_load)
-        self._shelf = shelf
-
-    @cached_property
-    def loaded(self) -> LoadedModel:
-        self._shelf.make_room(self)
-        return self._load()
-
-    @property
-    def bytes(self) -> int:
-        """What its weights take now."""
-        if "loaded" not in vars(self):
-            return 0
-        return sum(p.numel() * p.element_size() for p in self.loaded.model.parameters())
-
-    def release(self) -> None:
-        """Nothing: it may be asked for again."""
-
-    def drop(self) -> None:
-        super().release()
+    def _hold(self, model: LoadedModel) -> None:
+        most = room(model.device) if self._most is None else self._most
+        if _bytes(model) > most:
+            return
+        key = (model.spec, model.fingerprint)
+        self._held.pop(key, None)
+        self._held[key] = model
+        while sum(map(_bytes, self._held.values())) > most:
+            del self._held[next(iter(self._held))]
 
 
-def room() -> int:
-    """Bytes of weights that may stay loaded here."""
-    device = default_device()
+def _bytes(model: LoadedModel) -> int:
+    return sum(p.numel() * p.element_size() for p in model.model.parameters())
+
+
+def room(device: torch.device) -> int:
+    """Bytes of weights that may be held on a device."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 8
-    return CPU_BYTES
+        return torch.cuda.get_device_properties(device).total_memory // SHARE
+    if not hasattr(os, "sysconf"):  # Windows does not tell
+        return MOST_ON_CPU
+    return min(MOST_ON_CPU, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // SHARE)

@@ -87,7 +87,7 @@ def demo(
     plan = Plan(ATTACK, config.gcg, (open_model(source),))
     attacked = campaign(path, chosen, [*baseline_plans(plan), plan], open_model=open_model)
     on_result(attacked)
-    del plan  # and its model, before the targets are loaded
+    del plan  # and its model with what the search has made of it
 
     on_stage("3/5 transfer: frozen prompts on the base and every checkpoint")
     replayed = transfer(

@@ -30,8 +30,8 @@ from study.claims.registry import ClaimTest
 from study.intervene import SWEEP
 from study.study import Study
 
-PROBED, EDITS = 8, 63
-"""Prompts, and interventions, that rates are measured on: a whole batch of rows, as in the work."""
+PROBED, REPLIES, EDITS = 8, 48, 63
+"""Prompts, replies and interventions that rates are measured on: whole batches, as in the work."""
 ATTACK_TOKENS = 80
 """New tokens of a reply to an attacked prompt, on average."""
 BACKWARD = 6
@@ -60,7 +60,7 @@ class Rates:
 
 
 def rates(study: Study) -> Rates:
-    """Measured on ``PROBED`` contrast prompts and random ablations at all layers."""
+    """Measured on some contrast prompts, and on random ablations at all layers."""
     loaded = study.loaded
     prompts = study.some(True, PROBED)
     directions = unit(torch.randn(EDITS, loaded.d_model, generator=torch.Generator()))
@@ -68,8 +68,9 @@ def rates(study: Study) -> Rates:
     texts = study.openings
 
     def replies() -> int:
-        complete(study.renderer, [p.text for p in prompts], max_new_tokens=PROBED)
-        return PROBED * len(prompts)
+        asked = [p.text for p in study.some(True, REPLIES)]
+        complete(study.renderer, asked, max_new_tokens=study.config.reply_tokens)
+        return study.config.reply_tokens * len(asked)
 
     def rows(of: Openings) -> int:
         refusals, compliances = of.refusals, of.compliances

@@ -5,7 +5,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from attacks.registry import ATTACKS, find_attack
+from attacks.plain import PlainConfig
+from attacks.registry import ATTACKS, Attack, find_attack
 from cli import cli
 from core.errors import AttackPlaneError
 from core.files import read_rows
@@ -227,3 +228,32 @@ def test_every_attack_says_what_it_is_and_its_presets_make_configs():
     assert ATTACKS.all()["gcg"].on_cpu == "fast"
     assert "auto: fast on a CPU" in " ".join(call("gcg", "--help").split())
     assert "auto: quick on a CPU" in " ".join(call("adc", "--help").split())
+
+
+def test_every_file_that_declares_is_found_and_no_other_is_imported(tmp_path, monkeypatch):
+    package = tmp_path / "some_things"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    head = (
+        "import some_things\nfrom types import SimpleNamespace as Thing\nTHINGS = some_things.ALL"
+    )
+    (package / "one.py").write_text(f'{item}\nTHINGS.add(Thing(name="first"))\n')
+    (package / "two.py").write_text(f'{item}\nOWN = THINGS.add(Thing(name="second"))\n')
+    (package / "slow.py").write_text("raise RuntimeError('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import some_things
+
+    some_things.ALL = Registry("thing", "some_things")
+    assert sorted(some_things.ALL.all()) == ["first", "second"]
+    assert some_things.ALL.get("second").name == "second"
+
+
+def test_a_preset_with_an_unknown_setting_is_refused_when_it_is_declared():
+    with pytest.raises(AttackPlaneError, match="num_stepz"):
+        Attack(
+            name="mine",
+            summary="Mine.",
+            config=PlainConfig,
+            run=lambda *_: iter(()),
+            presets={"paper": {}, "quick": {"num_stepz": 3}},
+        )

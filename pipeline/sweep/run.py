@@ -164,7 +164,7 @@ class Sweep:
             self.attack_with(step, ())
 
     def _attack_on(self, spec: str) -> None:
-        """All attacks of one source; its model is gone when this returns."""
+        """All attacks of one source, whose model is let go when this returns."""
         steps = attack_steps(self.config, with_source=True)
         try:
             source = self.open_model(spec)
