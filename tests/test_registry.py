@@ -237,8 +237,8 @@ def test_every_file_that_declares_is_found_and_no_other_is_imported(tmp_path, mo
     head = (
         "import some_things\nfrom types import SimpleNamespace as Thing\nTHINGS = some_things.ALL"
     )
-    (package / "one.py").write_text(f'{item}\nTHINGS.add(Thing(name="first"))\n')
-    (package / "two.py").write_text(f'{item}\nOWN = THINGS.add(Thing(name="second"))\n')
+    (package / "one.py").write_text(f'{head}THINGS.add(Thing(name="first"))\n')
+    (package / "two.py").write_text(f'{head}OWN = THINGS.add(Thing(name="second"))\n')
     (package / "slow.py").write_text("raise RuntimeError('imported')\n")
     monkeypatch.syspath_prepend(tmp_path)
     import some_things
