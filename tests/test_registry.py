@@ -234,9 +234,7 @@ def test_every_file_that_declares_is_found_and_no_other_is_imported(tmp_path, mo
     package = tmp_path / "some_things"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    head = (
-        "import some_things\nfrom types import SimpleNamespace as Thing\nTHINGS = some_things.ALL"
-    )
+    head = "from types import SimpleNamespace as Thing\nfrom some_things import ALL as THINGS\n"
     (package / "one.py").write_text(f'{head}THINGS.add(Thing(name="first"))\n')
     (package / "two.py").write_text(f'{head}OWN = THINGS.add(Thing(name="second"))\n')
     (package / "slow.py").write_text("raise RuntimeError('imported')\n")
