@@ -146,6 +146,7 @@ def run(bench: Workbench, task: Task, config: AutoDANConfig) -> Iterator[AttackR
         provenance={
             "prompts_scored": len(seeds) + sum(state.scored),
             "success": state.success,
+            "scoring": {"operations": state.operations},
         },
     )
 

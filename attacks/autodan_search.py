@@ -67,6 +67,9 @@ class AutoDANState:
     """Losses of the population, so that what stays is not scored again."""
     success: bool = False
     scored: list[int] = field(default_factory=list)
+    operations: float = field(default=0.0, compare=False)
+    """Of scoring (``TargetLoss.take_operations``); replies that are judged do not count. A search
+    that goes on computes again what was shared."""
     bests: list[tuple[int, str]] = field(default_factory=list)
     """(step, prompt) of each that was the best in its turn."""
 
@@ -183,6 +186,7 @@ def run_autodan(
     ``state`` goes on from it to the bit.
     """
     rng = random.Random(seed)
+    loss.objective.take_operations()  # what was prepared is no part of the search
     if state is None:
         losses = loss.losses(seeds)
         best = min(range(len(seeds)), key=losses.__getitem__)
@@ -196,6 +200,7 @@ def run_autodan(
             0,
             loss.objective.batch.value,
             known=dict(zip(seeds, losses, strict=True)),
+            operations=loss.objective.take_operations(),
             bests=[(0, seeds[best])],
         )
         if math.isinf(losses[best]):
@@ -210,6 +215,7 @@ def run_autodan(
         new = [t for t in dict.fromkeys(state.population) if t not in state.known]
         state.known |= dict(zip(new, loss.losses(new, near=state.best), strict=True)) if new else {}
         state.scored.append(len(new))
+        state.operations += loss.objective.take_operations()
         scores = [-state.known[t] for t in state.population]
         winner = state.population[scores.index(max(scores))]
         state.losses.append(state.known[winner])

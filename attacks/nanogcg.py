@@ -74,7 +74,7 @@ def identity(bench: Workbench, config: NanoGCGConfig, name: str) -> Row:
 def run(bench: Workbench, task: Task, config: NanoGCGConfig) -> Iterator[AttackResult]:
     """One suffix for one request by the published package, with what is wrong with it."""
     from attacks.likelihood import ROUNDING, plain_loss
-    from attacks.nanogcg_engine import faults_of, reference, scored_ids
+    from attacks.nanogcg_engine import faults_of, operations_of, reference, scored_ids
 
     slot = slot_for(bench.renderer, task.behaviour, config)
     engine = bench.entered("nanogcg", lambda: reference(bench.source))
@@ -115,7 +115,8 @@ def run(bench: Workbench, task: Task, config: NanoGCGConfig) -> Iterator[AttackR
     faults = faults_of(engine, answer, scored, bool(result.token_fidelity), options, tolerance)
     for fault in faults:
         log.warning("%s: %s", task.behaviour.behaviour_id, fault)
-    yield replace(result, faults=faults)
+    scoring = {"operations": operations_of(slot, options) * len(losses)}
+    yield replace(result, faults=faults, provenance=result.provenance | {"scoring": scoring})
 
 
 ATTACK = ATTACKS.add(

@@ -49,6 +49,19 @@ INTERPRETER = "ATTACK_PLANE_NANOGCG"
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
+def operations_of(slot: SuffixSlot, options: Row) -> float:
+    """Of one step of nanogcg's, from what it feeds: 2 a parameter and token forward, 4 backward.
+
+    Every candidate is fed from the suffix on, or whole without its prefix cache. Those that it
+    filters out count too.
+    """
+    fed = len(slot.initial_ids) + len(slot.after_ids) + len(slot.target_ids)
+    if not options.get("use_prefix_cache", True):
+        fed += len(slot.before_ids)
+    size = sum(p.numel() for p in slot.renderer.loaded.model.parameters())
+    return size * fed * (2.0 * options["search_width"] + 6.0)
+
+
 def interpreter() -> Path:
     """The Python that has nanogcg; its environment is made when it is not there whole.
 

@@ -208,7 +208,7 @@ def run(bench: Workbench, task: Task, config: UniversalConfig) -> Iterator[Attac
         source_model=SEVERAL_SOURCES.join(model.spec for model in bench.sources),
         loss=sum(r.loss or 0.0 for r in results) / len(results),
         token_fidelity=all(r.token_fidelity for r in results),
-        provenance={"losses": losses, **in_play},
+        provenance=results[0].provenance | {"losses": losses, **in_play},
     )
 
 

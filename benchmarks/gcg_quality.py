@@ -44,7 +44,7 @@ from attacks.adc_search import ADCResult, run_adc
 from attacks.candidates import allowed_tokens
 from attacks.gcg import GCGConfig
 from attacks.gcg_search import GCGState, run_gcg
-from attacks.nanogcg_engine import reference
+from attacks.nanogcg_engine import operations_of, reference
 from attacks.objective import TargetLoss
 from attacks.rough import RoughModel
 from attacks.screening import gains, rough_copy
@@ -171,9 +171,8 @@ def search(
 def published(loaded: LoadedModel, problem: Problem, method: str, seed: int, seconds: float) -> Row:
     """One search of nanogcg's, which counts its own seconds; a process of its own."""
     slot = slot_of(loaded, problem)
-    width = METHODS[method].get("search_width", 512)
-    fed = len(slot.initial_ids) + len(slot.after_ids) + len(slot.target_ids)
-    per_step = sum(p.numel() for p in loaded.model.parameters()) * fed * (2 * width + 6.0)
+    config = {"num_steps": FOREVER, "search_width": 512, "topk": 256, **METHODS[method]}
+    per_step = operations_of(slot, config)
     clock, passed = Timeline(seconds), [0.0, 0.0]
 
     def on_step(step: Row) -> None:
@@ -181,8 +180,6 @@ def published(loaded: LoadedModel, problem: Problem, method: str, seed: int, sec
         passed[1] += per_step
         clock.note(passed[1], step["loss"], at=passed[0])
 
-    config = {"num_steps": max(2, int(seconds)), "search_width": width, "topk": 256}
-    config["num_steps"] = min(FOREVER, config["num_steps"] * 8)
     with contextlib.suppress(TimeIsUp), reference(loaded) as engine:
         engine.run(slot, config, on_step=on_step, torch_seed=seed)
     return clock.rows

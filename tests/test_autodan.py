@@ -160,6 +160,15 @@ def test_a_stopped_search_goes_on_to_the_bit(qwen, variant):
     assert search(qwen, config, seed=4).population != whole.population
 
 
+def test_operations_of_scoring_are_counted(qwen):
+    state = search(qwen, dataclasses.replace(SMALL, num_steps=0))
+    loss = PromptLoss(Renderer(qwen), BEHAVIOUR, None, TEXTS)
+    loss.objective.take_operations()
+    loss.losses(TEXTS)
+    assert state.operations == loss.objective.take_operations() > 0
+    assert search(qwen, dataclasses.replace(SMALL, num_steps=2)).operations > state.operations
+
+
 def test_a_success_stops_the_search_and_is_what_is_returned(qwen):
     replies = []
 

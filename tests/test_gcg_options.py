@@ -293,6 +293,7 @@ def test_one_suffix_is_frozen_for_seen_and_held_out_behaviours_and_verified_on_b
             own = dataclasses.replace(artifact, loss=artifact.provenance["losses"][model.spec])
             assert verify_artifact(Renderer(model), own).fault is None
         assert artifact.loss == pytest.approx(sum(artifact.provenance["losses"].values()) / 2)
+        assert artifact.provenance["scoring"]["operations"] > 0
     slot = slot_for(Renderer(qwen), BEHAVIOURS[0], SMALL)
     ids = (*slot.before_ids, *artifacts[0].suffix_ids, *slot.after_ids)
     assert plain_loss(qwen, ids, slot.target_ids) == pytest.approx(

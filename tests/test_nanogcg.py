@@ -105,6 +105,15 @@ def test_a_model_that_the_older_transformers_computes_otherwise_is_refused(
         pass
 
 
+def test_operations_of_a_step_are_counted_from_what_it_feeds(qwen):
+    slot = slot_of(qwen)
+    size = sum(p.numel() for p in qwen.model.parameters())
+    fed = len(slot.initial_ids) + len(slot.after_ids) + len(slot.target_ids)
+    cached, whole = {"search_width": 3}, {"search_width": 3, "use_prefix_cache": False}
+    assert module.operations_of(slot, cached) == size * fed * (3 * 2 + 2 + 4)
+    assert module.operations_of(slot, whole) == size * (fed + len(slot.before_ids)) * 12
+
+
 def test_an_environment_that_cannot_be_made_names_the_way_out(tmp_path, monkeypatch):
     monkeypatch.delenv(INTERPRETER, raising=False)
     monkeypatch.setenv("ATTACK_PLANE_CACHE", str(tmp_path))
