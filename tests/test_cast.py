@@ -21,7 +21,8 @@ from core.prompt import Conversation, Renderer
 from geometry.activations import collect
 from pipeline.train import train_arm
 from tests.arms import behaviours_file
-from training.cast import CASTConfig, best_threshold, first_component, prompt_end
+from training.cast import CASTConfig
+from training.cast_fit import best_threshold, first_component, prompt_end
 from training.devices import Devices
 from training.registry import ARMS
 

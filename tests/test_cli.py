@@ -397,7 +397,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     "arguments",
     [
         *(["show", "--run"], ["report", "--run"], ["models"], ["templates", "--list"]),
-        *(["--help"], ["attacks"], ["gcg", "--help"], ["sweep", "--help"]),
+        *(["--help"], ["attacks"], ["gcg", "--help"], ["train", "--help"]),
     ],
 )
 def test_what_only_reads_does_not_wait_for_torch(arguments, tmp_path):

@@ -17,16 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL
 from core.settings import setting
 from training.config import published
 from training.examples import Batches
-from training.losses import moved, rerouted
 from training.registry import ARMS, Arm, Bench, Losses, Method, update_cost
 from training.states import StatesConfig, units
+
+if TYPE_CHECKING:  # arms are listed, and their options shown, without torch
+    from torch import Tensor
 
 DEPTHS = (10 / 32, 20 / 32)
 """Of the chosen layers, as shares of the depth."""
@@ -57,6 +58,8 @@ def coefficients(strength: float, step: int, num_steps: int) -> tuple[float, flo
 
 
 def method(bench: Bench, config: CBConfig) -> Method:
+    from training.losses import moved, rerouted
+
     loaded = bench.adapted.loaded
     harmful = Batches(bench.texts.continuations(), config.batch_size, config.seed)
     ordinary = bench.texts.ordinary(opened=config.opened)

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from core.records import HARMFUL
 from core.settings import setting
 from training.config import TrainConfig, published
 from training.examples import Batches
-from training.forward import Pass
-from training.losses import dpo_loss, reply_log_probability
 from training.registry import ARMS, Arm, Bench, Losses, Method, update_cost
+
+if TYPE_CHECKING:  # arms are listed, and their options shown, without torch
+    from torch import Tensor
+
+    from training.forward import Pass
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class DPOConfig(TrainConfig):
 
 
 def method(bench: Bench, config: DPOConfig) -> Method:
+    from training.losses import dpo_loss
+
     chosen, rejected = (
         Batches(examples, config.batch_size, config.seed)  # the same order: pairs stay pairs
         for examples in bench.texts.pairs()
@@ -57,6 +61,8 @@ def method(bench: Bench, config: DPOConfig) -> Method:
 
 
 def _sums(out: Pass) -> Tensor:
+    from training.losses import reply_log_probability
+
     return reply_log_probability(*out.logits(), out.owners(), len(out.rows))
 
 

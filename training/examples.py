@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from core.errors import AttackPlaneError
 from core.prompt import Conversation, Renderer
 
@@ -54,11 +52,15 @@ class Order:
 
     def __init__(self, n: int, size: int, seed: int) -> None:
         self.n, self.size = n, size
+        import torch
+
         self._generator = torch.Generator().manual_seed(seed)
         self._drawn: list[int] = []
 
     def batch(self, number: int) -> list[int]:
         """Indices of batch ``number``, counted from 0."""
+        import torch
+
         stop = (number + 1) * self.size
         while len(self._drawn) < stop:
             self._drawn += torch.randperm(self.n, generator=self._generator).tolist()

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from attacks.gcg import GCGConfig, step_seconds
 from attacks.registry import Speed
@@ -30,9 +31,10 @@ from core.rows import Row
 from core.settings import setting
 from training.config import TrainConfig, published
 from training.examples import Batches, Example
-from training.losses import away_loss, reply_loss
 from training.registry import ARMS, Arm, Bench, Losses, Method, update_cost
-from training.test_cases import Case, Pool
+
+if TYPE_CHECKING:  # arms are listed, and their options shown, without torch
+    from training.test_cases import Case
 
 TOWARD = "Sorry, I can't do that."
 
@@ -67,6 +69,8 @@ def method(bench: Bench, config: R2D2Config) -> Method:
 
 class _R2D2:
     def __init__(self, bench: Bench, config: R2D2Config) -> None:
+        from training.test_cases import Pool
+
         self.bench, self.config = bench, config
         harmful = bench.texts.requests.harmful
         self.pool = Pool(
@@ -82,6 +86,8 @@ class _R2D2:
         self.method = Method(self.losses, self.after_update, self.state, self.restore)
 
     def losses(self, micro: int) -> Iterator[Losses]:
+        from training.losses import away_loss, reply_loss
+
         update, part = divmod(micro, self.config.accumulation)
         n = self.config.cases
         numbers = self.pool.drawn(update, n * self.config.accumulation)[part * n :][:n]
@@ -110,7 +116,7 @@ class _R2D2:
 
     def after_update(self, updates: int) -> Mapping[str, float]:
         for number, row in self.bench.devices.everyones(list(self.attacked.items())):
-            self.pool.cases[number] = Case(**row)
+            self.pool.put(number, row)
         self.attacked = {}
         told = self.pool.summary()
         if updates % self.config.reset_every == 0:
@@ -121,7 +127,8 @@ class _R2D2:
         return {"pool": [asdict(case) for case in self.pool.cases]}
 
     def restore(self, row: Row) -> None:
-        self.pool.cases = [Case(**case) for case in row["pool"]]
+        for number, case in enumerate(row["pool"]):
+            self.pool.put(number, case)
 
 
 def cost(config: R2D2Config, speed: Speed) -> float:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL
 from training.config import TrainConfig
 from training.examples import Batches, Example
-from training.losses import reply_loss
 from training.registry import ARMS, Arm, Bench, Losses, Method
 
 
@@ -26,6 +25,8 @@ class RefusalConfig(TrainConfig):
 
 def reply_method(bench: Bench, examples: list[Example]) -> Method:
     """Cross-entropy of the examples' replies: what refusal tuning and SFT share."""
+    from training.losses import reply_loss
+
     batches = Batches(examples, bench.config.batch_size, bench.config.seed)
 
     def losses(micro: int) -> Iterator[Losses]:

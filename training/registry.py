@@ -16,27 +16,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from attacks.registry import Speed
 from core.errors import AttackPlaneError, nearest
 from core.registry import Registry
 from core.rows import Row
 from core.typed import from_values
-from training.adapter import Adapted
 from training.config import SMALL, TrainConfig
-from training.data import Texts
-from training.devices import Devices
-from training.forward import Forward
 from training.requests import Requests
+
+if TYPE_CHECKING:  # arms are listed, and their options shown, without torch
+    from torch import Tensor
+
+    from training.adapter import Adapted
+    from training.data import Texts
+    from training.devices import Devices
+    from training.forward import Forward
 
 PAPER, SMALL_PRESET = "paper", "small"
 SEQUENCE, FORWARD_AND_BACKWARD = 60, 3
 """For estimates: tokens of a sequence (a request in its template and a short reply), and what an
 update of it costs in forward passes."""
-Losses = Mapping[str, Tensor]
+Losses: TypeAlias = "Mapping[str, Tensor]"
 """Component -> its weighted loss. Those of one mapping share a graph and are differentiated
 together."""
 

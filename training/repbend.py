@@ -17,18 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from core.records import HARMFUL, HARMLESS, PSEUDO_HARMFUL
 from core.settings import setting
 from training.config import published
 from training.examples import Batches
-from training.forward import Pass
-from training.losses import gathered, kl_loss, moved
 from training.registry import ARMS, Arm, Bench, Losses, Method, update_cost
 from training.states import StatesConfig, units
+
+if TYPE_CHECKING:  # arms are listed, and their options shown, without torch
+    from torch import Tensor
+
+    from training.forward import Pass
 
 DEPTH = 20 / 32
 """Share of the depth from which on layers count."""
@@ -51,6 +52,10 @@ class RepBendConfig(StatesConfig):
 
 
 def method(bench: Bench, config: RepBendConfig) -> Method:
+    import torch
+
+    from training.losses import gathered, kl_loss, moved
+
     loaded = bench.adapted.loaded
     unsafe = Batches(bench.texts.continuations(), config.batch_size, config.seed)
     ordinary = bench.texts.ordinary(opened=config.opened)

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from core.settings import setting
 from training.config import TrainConfig
 from training.examples import Example
 from training.registry import Bench
+
+if TYPE_CHECKING:  # arms are listed, and their options shown, without torch
+    from torch import Tensor
 
 TENTHS = 10.0
 PROBED = 16
@@ -40,6 +41,8 @@ def units(
     bench: Bench, examples: Sequence[Example], layers: Sequence[int], *, relative: bool
 ) -> Tensor:
     """(layer, 1, 1) lengths that count as one: ones, or a tenth of the base's median length."""
+    import torch
+
     if not relative:
         return torch.ones(len(layers), 1, 1, device=bench.adapted.loaded.device)
     with bench.adapted.off():

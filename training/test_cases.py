@@ -21,6 +21,7 @@ from core.errors import AttackPlaneError
 from core.models import LoadedModel, evaluating
 from core.prompt import Renderer
 from core.records import Behaviour, stream_seed
+from core.rows import Row
 
 LIKELY = 1.0
 """Nats per target token up to which a case's target counts as likely."""
@@ -150,6 +151,10 @@ class Pool:
             state=start,
         )
         case.suffix, case.loss = state.suffix_ids, _known(state.losses[-1])
+
+    def put(self, number: int, row: Row) -> None:
+        """A case as another process, or an earlier one, left it."""
+        self.cases[number] = Case(**row)
 
     def begin_anew(self, update: int, count: int) -> None:
         """Give ``count`` random cases new suffixes, requests and targets."""
