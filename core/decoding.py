@@ -15,7 +15,6 @@ The rows beside it change a row's tokens by rounding only. Each samples from a s
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -24,17 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.head import Head, head_of
+from core.head import Head
 from core.hooks import has_hooks
 from core.models import LoadedModel
 from core.packed import Group, PackedDecoder, attend_after, grouped_sdpa, is_unusual
-from core.prefix import keeps_keys_and_values_only
 from core.products import uses_onednn
 from core.threads import merged
 
-log = logging.getLogger(__name__)
-KEPT = "_attack_plane_decodes"
-"""Where a model keeps whether it can be decoded here."""
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 """By how much logits may differ from a plain pass, as a share of the largest."""
 ROOM = 0.25
@@ -308,41 +303,3 @@ class RowDecoder(PackedDecoder):
             zeros = torch.zeros(seen.shape, dtype=dtype, device=at.device)
             lane.masks[key] = zeros.masked_fill(~seen, float("-inf"))[:, None, None]
         return lane.masks[key]
-
-
-def decodes(loaded: LoadedModel, prompt: Sequence[int]) -> bool:
-    """Whether this model can be decoded so; found once, by comparing with plain passes.
-
-    The logits of two tokens after ``prompt``, which is decoded twice, are compared.
-    """
-    known: bool | None = vars(loaded).get(KEPT)
-    if known is None:
-        known = vars(loaded)[KEPT] = _agrees(loaded, list(prompt))
-    return known
-
-
-def _agrees(loaded: LoadedModel, prompt: list[int]) -> bool:
-    if not keeps_keys_and_values_only(loaded) or len(prompt) < 2:
-        return False
-    ids = torch.tensor(prompt, device=loaded.device)
-    head = head_of(loaded, ids)
-    if not head.usable:
-        return False
-    half = len(prompt) // 2
-    decoder = RowDecoder(loaded, head, prompt[:half], stops=(), max_new_tokens=2)
-    decoder.logits = []
-    try:
-        reply, _ = dict(decoder.replies({0: prompt[half:], 1: prompt[half:]})).values()
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, IndexError) as error:
-        log.warning("%s: decoded by transformers (%s)", loaded.spec, type(error).__name__)
-        return False
-    whole = torch.cat([ids, ids.new_tensor(reply[:1])])[None]
-    with torch.no_grad():
-        plain = loaded.last_logits(2, input_ids=whole, use_cache=False)[0]
-    worst = float((torch.stack(decoder.logits, 1) - plain).abs().max())
-    limit = TOLERANCE[loaded.dtype] * float(plain.abs().max())
-    if worst > limit:
-        log.warning("%s: decoded by transformers (logits differ by %.2g)", loaded.spec, worst)
-    return worst <= limit

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from core.batching import BatchSize, memory_budget
-from core.decoding import RowDecoder, decodes
+from core.decodable import decodes
+from core.decoding import RowDecoder
 from core.head import head_of
 from core.models import LoadedModel
 from core.prefix import SharedPrefix, shared_length, shares_a_start

@@ -8,7 +8,8 @@ import torch
 import core.decoding
 import core.generate
 from core.conversation import Conversation
-from core.decoding import KEPT, RowDecoder, decodes
+from core.decodable import KEPT, decodes
+from core.decoding import RowDecoder
 from core.generate import complete, stop_ids
 from core.head import head_of
 from core.models import load
