@@ -234,11 +234,8 @@ def test_clipping_bounds_the_gradient_and_reports_its_own_norm(
 def test_a_loss_that_is_not_finite_saves_nothing(
     tmp_path, tiny_folders, requests_file, monkeypatch
 ):
-    from training import refusal
-
-    monkeypatch.setattr(
-        refusal, "reply_loss", lambda *_: torch.tensor(math.nan, requires_grad=True)
-    )
+    nothing = torch.tensor(math.nan, requires_grad=True)
+    monkeypatch.setattr("training.losses.reply_loss", lambda *_: nothing)
     with pytest.raises(AttackPlaneError, match="not finite"):
         trained("refusal", tiny_folders["qwen2"], tmp_path / "out", requests_file)
     assert (
@@ -755,11 +752,10 @@ def test_r2d2_draws_attacks_and_then_learns_from_the_new_suffixes(
 def test_repbend_gathers_the_last_token_of_unsafe_prompts(
     tmp_path, tiny_folders, requests_file, monkeypatch
 ):
-    from training import repbend
-
-    run = opened("repbend", tiny_folders["qwen2"], tmp_path, requests_file)
     seen = []
-    monkeypatch.setattr(repbend, "gathered", lambda states: seen.append(states) or states.sum() * 0)
+    gathered = "training.losses.gathered"
+    monkeypatch.setattr(gathered, lambda states: seen.append(states) or states.sum() * 0)
+    run = opened("repbend", tiny_folders["qwen2"], tmp_path, requests_file)
     passes = []
     call = Forward.__call__
 
