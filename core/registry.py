@@ -61,10 +61,6 @@ class Registry(Generic[Item]):
         """Forget one, such as a plugin's after its test."""
         self._items.pop(name, None)
 
-    def declared(self) -> list[Item]:
-        """Those declared so far, without importing more."""
-        return list(self._items.values())
-
     def all(self) -> dict[str, Item]:
         """Everything declared, by name."""
         if not self._complete:

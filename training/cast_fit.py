@@ -21,7 +21,7 @@ from core.store import RunFolder
 from plots.condition_png import GRID, SCORES, draw
 from plots.condition_png import NAME as PICTURE
 from training.cast import CASTConfig
-from training.data import Texts
+from training.data import Texts, texts_of
 from training.examples import Example
 from training.forward import Forward
 from training.loop import STAGE, card, refuse_adapter, settings_of
@@ -80,13 +80,7 @@ def fit(arm: Arm, spec: str, requests: Requests, config: CASTConfig, out: Path) 
         settings = settings_of(arm, config, requests)
         folder.begin_stage(STAGE, settings, {spec: handle.fingerprint})
         base = handle.loaded
-        texts = Texts(
-            base,
-            requests,
-            folder,
-            reply_tokens=config.reply_tokens,
-            max_tokens=config.max_tokens,
-        )
+        texts = texts_of(base, requests, folder, config)
         cast, told, grid, scores = estimated(base, texts, requests, config)
         path = out / FOLDER
         write_atomically(out / GRID, table(grid))

@@ -170,6 +170,17 @@ class Texts:
         return [(reply, ended) for reply, ended in kept[0]["replies"]] if kept else []
 
 
+def texts_of(base: LoadedModel, requests: Requests, folder: RunFolder, config: Any) -> Texts:
+    """The texts of a training with these settings."""
+    return Texts(
+        base,
+        requests,
+        folder,
+        reply_tokens=config.reply_tokens,
+        max_tokens=config.max_tokens,
+    )
+
+
 def own_replies(
     loaded: LoadedModel, requests: Sequence[str], tokens: int
 ) -> list[tuple[str, bool]]:

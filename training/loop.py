@@ -39,7 +39,7 @@ from core.tracking import track
 from evaluation.usability import request_hash
 from training.adapter import Adapted
 from training.config import TrainConfig, differences
-from training.data import Texts
+from training.data import texts_of
 from training.devices import Devices
 from training.forward import Forward
 from training.registry import Arm, Bench, Clock, Method, TrainResult
@@ -172,13 +172,7 @@ class Run:
         self.arm, self.config, self.out, self.devices = arm, config, folder.path, devices
         base = handle.loaded
         self.requests = requests
-        texts = Texts(
-            base,
-            requests,
-            folder,
-            reply_tokens=config.reply_tokens,
-            max_tokens=config.max_tokens,
-        )
+        texts = texts_of(base, requests, folder, config)
         if not devices.first:
             devices.wait()  # the first process makes the replies
         self.adapted = Adapted(base, config, blocks=arm.blocks(config, base.n_layers))
