@@ -169,6 +169,36 @@ def first_population(
     return [*seeds[:size], *mutate(copies, rng)]
 
 
+def _begun(
+    loss: PromptLoss,
+    seeds: Sequence[str],
+    config: AutoDANConfig,
+    mutate: Mutate,
+    rng: random.Random,
+) -> AutoDANState:
+    """The state before the first step: the seeds scored, and the first population."""
+    losses = loss.losses(seeds)
+    best = min(range(len(seeds)), key=losses.__getitem__)
+    fittest = [text for _, text in sorted(zip(losses, seeds, strict=True))]
+    population = first_population(fittest, config.population, mutate, rng)
+    state = AutoDANState(
+        population,
+        [],
+        [losses[best]],
+        seeds[best],
+        0,
+        loss.objective.batch.value,
+        known=dict(zip(seeds, losses, strict=True)),
+        operations=loss.objective.take_operations(),
+        bests=[(0, seeds[best])],
+    )
+    if math.isinf(losses[best]):
+        raise AttackPlaneError(
+            "no seed keeps its tokens in this model's template", where=loss.renderer.loaded.spec
+        )
+    return state
+
+
 def run_autodan(
     loss: PromptLoss,
     seeds: Sequence[str],
@@ -188,25 +218,7 @@ def run_autodan(
     rng = random.Random(seed)
     loss.objective.take_operations()  # what was prepared is no part of the search
     if state is None:
-        losses = loss.losses(seeds)
-        best = min(range(len(seeds)), key=losses.__getitem__)
-        fittest = [text for _, text in sorted(zip(losses, seeds, strict=True))]
-        population = first_population(fittest, config.population, mutate, rng)
-        state = AutoDANState(
-            population,
-            [],
-            [losses[best]],
-            seeds[best],
-            0,
-            loss.objective.batch.value,
-            known=dict(zip(seeds, losses, strict=True)),
-            operations=loss.objective.take_operations(),
-            bests=[(0, seeds[best])],
-        )
-        if math.isinf(losses[best]):
-            raise AttackPlaneError(
-                "no seed keeps its tokens in this model's template", where=loss.renderer.loaded.spec
-            )
+        state = _begun(loss, seeds, config, mutate, rng)
     else:
         version, internal, gauss = state.generator_state
         rng.setstate((version, tuple(internal), gauss))
